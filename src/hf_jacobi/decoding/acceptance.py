@@ -1,0 +1,157 @@
+"""Greedy and sampled acceptance: which token the model itself would have put at each position."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from transformers.generation import logits_process
+
+
+# Processors whose scores for a position depend on that position's logits alone: applied to all positions at once.
+CONTEXT_FREE = (
+    "TemperatureLogitsWarper",
+    "TopKLogitsWarper",
+    "TopPLogitsWarper",
+    "TopHLogitsWarper",
+    "MinPLogitsWarper",
+    "TypicalLogitsWarper",
+    "EpsilonLogitsWarper",
+    "EtaLogitsWarper",
+    "InfNanRemoveLogitsProcessor",
+    "LogitNormalization",
+    "SuppressTokensLogitsProcessor",
+)
+# Processors that read the text before a position, but neither count calls nor know which row of the batch they serve.
+ROW_WISE = (
+    "MinLengthLogitsProcessor",
+    "MinNewTokensLengthLogitsProcessor",
+    "RepetitionPenaltyLogitsProcessor",
+    "NoRepeatNGramLogitsProcessor",
+    "SequenceBiasLogitsProcessor",
+    "NoBadWordsLogitsProcessor",
+    "ForcedBOSTokenLogitsProcessor",
+    "ForcedEOSTokenLogitsProcessor",
+    "ExponentialDecayLengthPenalty",
+    "SuppressTokensAtBeginLogitsProcessor",
+)
+
+
+def _is_one_of(processor, names: tuple[str, ...]) -> bool:
+    return type(processor) in [getattr(logits_process, name, None) for name in names]
+
+
+class GumbelNoise:
+    """
+    Gumbel noise keyed by (seed, row, position): the same key gives the same noise, whatever was drawn before it.
+
+    The token argmax(log-probability + noise) is an exact sample of the distribution (the Gumbel-max trick), and one
+    that is drawn twice with the same noise tends to come out the same, so drafts converge.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self._drawn: dict[tuple[int, int], torch.Tensor] = {}
+
+    def at(self, row: int, position: int, like: torch.Tensor) -> torch.Tensor:
+        """The noise of a position, float32 `[vocabulary]`, on the device of `like` `[..., vocabulary]`."""
+        key = (row, position)
+        if key not in self._drawn:
+            digest = hashlib.blake2b(f"{self.seed}/{row}/{position}".encode(), digest_size=8).digest()
+            generator = torch.Generator(device=like.device).manual_seed(int.from_bytes(digest, "little", signed=True))
+            exponential = torch.empty(like.shape[-1], device=like.device).exponential_(generator=generator)
+            self._drawn[key] = -exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_()
+        return self._drawn[key]
+
+    def forget_before(self, row: int, position: int) -> None:
+        """Frees the noise of a row's positions that are committed."""
+        for key in [key for key in self._drawn if key[0] == row and key[1] < position]:
+            del self._drawn[key]
+
+
+class TokenChooser:
+    """
+    Turns logits into tokens, as `generate` would: processors, then argmax or a sample.
+
+    Args:
+        processors: the `LogitsProcessorList` that `generate` prepared.
+        noise: the noise of sampled text; `None` for greedy.
+    """
+
+    def __init__(self, processors, noise: GumbelNoise | None):
+        self.processors = processors
+        self.noise = noise
+        self.context_free = [processor for processor in processors if _is_one_of(processor, CONTEXT_FREE)]
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether a processor depends on more than the logits, so that tokens must be chosen one after the other."""
+        return len(self.context_free) < len(self.processors)
+
+    @property
+    def is_row_wise(self) -> bool:
+        """Whether rows can be served one by one: every processor is known to treat each row by itself."""
+        return all(_is_one_of(processor, CONTEXT_FREE + ROW_WISE) for processor in self.processors)
+
+    def scores(self, logits: torch.Tensor) -> torch.Tensor:
+        """Scores of many positions at once, by the context-free processors: float32 `[B, Q, V]` for the same logits."""
+        scores = logits.float().flatten(0, -2)
+        nothing = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
+        for processor in self.context_free:
+            scores = processor(nothing, scores)
+        return scores.view(logits.shape)
+
+    def predict(self, logits: torch.Tensor, rows: list[int], positions: list[list[int]]) -> list[list[int]]:
+        """
+        The token at every position; when a processor reads context, a guess that leaves such processors out.
+
+        Args:
+            logits: `[B, Q, V]`.
+            rows: the batch index of each of the B rows, the key of its noise.
+            positions: per row, the position of the token that each node predicts, the other key of its noise.
+
+        Returns:
+            `[B][Q]` tokens, on the host: this is the one place where a step waits for the device.
+        """
+        if not self.context_free and self.noise is None:
+            return logits.argmax(-1).tolist()
+        scores = self.scores(logits)
+        if self.noise is not None:
+            for index, (row, targets) in enumerate(zip(rows, positions)):
+                for column, position in enumerate(targets):
+                    scores[index, column] += self.noise.at(row, position, scores)
+        return scores.argmax(-1).tolist()
+
+    def choose(self, input_ids: torch.Tensor, logits: torch.Tensor, rows: list[int], positions: list[int]):
+        """
+        The next token of some rows of equal length, every processor having seen their text.
+
+        Args:
+            input_ids: `[G, length]`, the text so far, padding included.
+            logits: `[G, V]` of the next position.
+            rows: the batch index of each of the G rows.
+            positions: the position of each row's next token, the key of its noise.
+
+        Returns:
+            tokens (`[G]` list) and processed scores (`[G, V]` float32).
+        """
+        scores = self.processors(input_ids, logits.to(torch.float32, copy=True))
+        if self.noise is None:
+            return scores.argmax(-1).tolist(), scores
+        noise = torch.stack([self.noise.at(row, position, scores) for row, position in zip(rows, positions)])
+        return (scores + noise).argmax(-1).tolist(), scores
+
+
+def guesses_after(children: list[dict[int, int]], draft_length: int, depths, predictions: list[int], node: int):
+    """
+    The model's own predictions for the positions beyond the token predicted at `node`: the next draft.
+
+    They are read off the nodes below `node`, then off the draft where those end.
+    """
+    guesses: list[int] = []
+    depth = depths[node]
+    while children[node]:
+        below = children[node]
+        node = below.get(predictions[node], next(iter(below.values())))
+        guesses.append(predictions[node])
+    return guesses + predictions[depth + 1 + len(guesses) : draft_length]

@@ -1,0 +1,65 @@
+"""Turns what each token may see into the mask a model's attention takes, one per kind of layer."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedConfig
+
+
+MASKED_ATTENTIONS = ("sdpa", "eager")
+LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
+
+class AttentionMask:
+    """
+    Builds the 4D masks of a model.
+
+    A 4D mask switches off whatever mask the model would have made itself, so windows are applied here, measured in
+    positions: branches of a row share positions, and slots would count them twice.
+
+    Args:
+        config: the text configuration of the model.
+        dtype: the dtype that the model computes in.
+    """
+
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
+        self.additive = config._attn_implementation == "eager"  # eager adds the mask: a boolean one would do nothing
+        self.dtype = dtype
+        self.sliding_window = getattr(config, "sliding_window", None)
+        self.chunk_size = getattr(config, "attention_chunk_size", None)
+        self.layer_types = sorted(set(config.layer_types)) if getattr(config, "layer_types", None) else None
+
+    def single_kind(self) -> str:
+        """The kind of all layers of a model that names no layer types; as transformers infers it."""
+        if self.sliding_window is not None:
+            return "sliding_attention"
+        return "chunked_attention" if self.chunk_size is not None else "full_attention"
+
+    def __call__(self, visible, query_positions, key_positions) -> torch.Tensor | dict[str, torch.Tensor]:
+        """
+        Args:
+            visible: `[B, Q, S]` bool.
+            query_positions: `[B, Q]`.
+            key_positions: `[B, S]`.
+
+        Returns:
+            `[B, 1, Q, S]`, boolean for sdpa and additive for eager attention, or a dict of them by layer type.
+        """
+        kinds = self.layer_types or [self.single_kind()]
+        masks = {kind: self._finish(self._restrict(visible, query_positions, key_positions, kind)) for kind in kinds}
+        return masks if self.layer_types else masks[kinds[0]]
+
+    def _restrict(self, visible, query_positions, key_positions, kind: str) -> torch.Tensor:
+        query, key = query_positions.unsqueeze(2), key_positions.unsqueeze(1)
+        if kind == "sliding_attention":
+            return visible & (query - key < self.sliding_window)
+        if kind == "chunked_attention":
+            return visible & (query // self.chunk_size == key // self.chunk_size)
+        return visible
+
+    def _finish(self, visible: torch.Tensor) -> torch.Tensor:
+        visible = visible.unsqueeze(1)
+        if not self.additive:
+            return visible
+        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
+        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)

@@ -1,0 +1,105 @@
+"""The blocks of one sequence that are in flight: which tokens to try next, and where."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+from .config import JacobiConfig
+from .ngram_pool import NgramPool
+
+
+class Blocks:
+    """
+    The draft of one sequence: one real-active block and up to `max_blocks` - 1 pseudo-active ones behind it.
+
+    Positions count from the sequence's first token. The draft covers `start` to `end`: `draft[0]` is the newest
+    committed token, whose keys and values are not cached yet, the others are guesses. As attention is causal, one row
+    holds all blocks: a later block is refined on the unverified tokens before it, and when those turn out right its
+    own right tokens are accepted in the same forward, on the true prefix.
+
+    Args:
+        config: the settings.
+        start: position of the first token to be decoded.
+        first_guess: `(tokens so far, how many) -> tokens`, the first guess for positions never predicted before.
+    """
+
+    def __init__(self, config: JacobiConfig, start: int, first_guess: Callable[[list[int], int], list[int]]):
+        self.config = config
+        self.size = config.block_size
+        self.first_guess = first_guess
+        self.start = start
+        self.end = start
+        self.draft: list[int] = []
+        self.spawned = 0
+
+    def advance(self, text: list[int], guesses: list[int]) -> None:
+        """
+        Moves on to the newest committed token.
+
+        Args:
+            text: all committed tokens; the last one becomes `draft[0]`.
+            guesses: the model's own predictions for the positions after it, in order.
+        """
+        before = dict(zip(range(self.start, self.end), self.draft))
+        self.start = len(text) - 1
+        draft = [text[-1], *guesses]
+        converged = self._newest_converged(before, draft)
+        if self.config.window == "sliding":
+            self.end = max(self.end, self.start + self.size)
+        while self.end <= self.start:
+            self.end += self.size
+        if converged and self._in_flight() < self.config.max_blocks:
+            self.end += self.size
+            self.spawned += 1
+        length = self.end - self.start
+        draft = draft[:length]
+        if len(draft) < length:
+            draft += self.first_guess(text[:-1] + draft, length - len(draft))
+        self.draft = draft
+
+    def _in_flight(self) -> int:
+        return -(-(self.end - self.start) // self.size)
+
+    def _newest_converged(self, before: dict[int, int], draft: list[int]) -> bool:
+        """Whether the share of the newest block that is committed, or that the last forward left as it was, is r."""
+        if not before:
+            return False
+        first = self.end - self.size
+        position = max(first, self.start + 1)
+        while position < self.end:
+            index = position - self.start
+            if index >= len(draft) or before.get(position) != draft[index]:
+                break
+            position += 1
+        return position - first >= self.config.spawn_ratio * self.size
+
+
+class FirstGuess:
+    """
+    Fills positions that the model has not predicted yet, as `JacobiConfig.draft_init` says.
+
+    Args:
+        kind: `"prompt"`, `"ngram"` or `"repeat"`.
+        prompt: the tokens of the prompt, without padding.
+        pool: the sequence's n-grams.
+        seed: of the draw from the prompt.
+    """
+
+    def __init__(self, kind: str, prompt: list[int], pool: NgramPool, seed: str):
+        self.kind = kind
+        self.prompt = prompt
+        self.pool = pool
+        self.random = random.Random(seed)
+
+    def __call__(self, tokens: list[int], count: int) -> list[int]:
+        """`count` tokens to follow `tokens`."""
+        if self.kind == "repeat" or not self.prompt:
+            return [tokens[-1]] * count
+        guess: list[int] = []
+        while self.kind == "ngram" and len(guess) < count:
+            continuation = self.pool.continuations((tokens[-3:] + guess)[-3:], count - len(guess), 1)
+            if not continuation:
+                break
+            guess += continuation[0]
+        return guess + self.random.choices(self.prompt, k=count - len(guess))

@@ -1,0 +1,137 @@
+"""`JacobiConfig`: how a Jacobi-decoded text is made, validated at construction and kept in `generation_config`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+WINDOWS = ("block", "sliding")
+DRAFT_INITS = ("prompt", "ngram", "repeat")
+DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass
+class JacobiConfig:
+    """
+    Settings of Jacobi decoding. None of them changes the text, only the number and the size of the forwards.
+
+    > Parameters that control the draft
+
+    Args:
+        block_size (`int`, *optional*):
+            n, the number of consecutive positions refined together: one forward scores the newest committed token and
+            the n - 1 draft tokens after it. 1 drafts nothing (recycling apart). Left out, the window adapts itself
+            (`adaptive`) between 1 and 16.
+        window (`"sliding"` or `"block"`, defaults to `"sliding"`):
+            `"block"` refines a block until all of it has converged, then starts the next one (the paper's algorithm);
+            `"sliding"` refills the draft to n positions after every forward.
+        max_blocks (`int`, defaults to 1):
+            K, how many blocks may be in flight: one real-active and K - 1 pseudo-active ones (paper, section 3.3).
+        spawn_ratio (`float`, defaults to 0.85):
+            r in (0, 1]: the next block is spawned once this share of the newest one has converged.
+        draft_init (`"prompt"`, `"ngram"` or `"repeat"`, defaults to `"ngram"`):
+            First guess for new positions: tokens drawn from the prompt (the paper's), the continuation that the draft's
+            last token has in the n-gram pool (tokens of the prompt where there is none), or the last token again.
+        adaptive (`bool`, *optional*):
+            Let the window shrink and grow with the acceptance seen so far, up to `block_size`, so that text the model
+            cannot predict in parallel does not pay for large drafts. Defaults to `True` exactly when `block_size` is
+            left out.
+
+    > Parameters that control rejection recycling
+
+    Args:
+        pool_size (`int`, defaults to 4):
+            How many n-grams of the pool are verified beside the draft in one forward, at most; 0 switches recycling
+            off.
+        ngram_size (`int`, defaults to 4):
+            How many tokens of an n-gram are tried after the token it continues.
+        pool_prompt (`bool`, defaults to `True`):
+            Whether the pool also holds the n-grams of the prompt.
+
+    > Parameters that control randomness
+
+    Args:
+        seed (`int`, *optional*):
+            Seed of the noise of sampled text and of the first guesses. With `do_sample=True` the text depends on the
+            seed alone, not on the settings above. `None` draws it from torch's default generator.
+
+    Raises:
+        `ValueError`: a value is out of range; the message names the value and what would be right.
+
+    Example:
+
+    ```python
+    >>> JacobiConfig(block_size=64, max_blocks=2, spawn_ratio=0.85, pool_size=4)
+    ```
+
+    Source: Hu et al., "Fast and Accurate Causal Parallel Decoding using Jacobi Forcing", arXiv 2512.14681, section 3.
+    """
+
+    block_size: int | None = None
+    window: Literal["sliding", "block"] = "sliding"
+    max_blocks: int = 1
+    spawn_ratio: float = 0.85
+    draft_init: Literal["prompt", "ngram", "repeat"] = "ngram"
+    adaptive: bool | None = None
+    pool_size: int = 4
+    ngram_size: int = 4
+    pool_prompt: bool = True
+    seed: int | None = None
+
+    def __post_init__(self):
+        if self.adaptive is None:
+            self.adaptive = self.block_size is None
+        if self.block_size is None:
+            self.block_size = DEFAULT_BLOCK_SIZE
+        self.validate()
+
+    def validate(self) -> None:
+        """Raises `ValueError` for the first value that is out of range."""
+        for name, least in (("block_size", 1), ("max_blocks", 1), ("pool_size", 0), ("ngram_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"JacobiConfig: `{name}` must be an integer of at least {least}, got {value!r}.")
+        if self.window not in WINDOWS:
+            raise ValueError(f"JacobiConfig: `window` must be one of {WINDOWS}, got {self.window!r}.")
+        if self.draft_init not in DRAFT_INITS:
+            raise ValueError(f"JacobiConfig: `draft_init` must be one of {DRAFT_INITS}, got {self.draft_init!r}.")
+        ratio = self.spawn_ratio
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
+            raise ValueError(f"JacobiConfig: `spawn_ratio` must lie in (0, 1], got {ratio!r}.")
+        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
+            raise ValueError(f"JacobiConfig: `seed` must be an integer or None, got {self.seed!r}.")
+        for name in ("adaptive", "pool_prompt"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"JacobiConfig: `{name}` must be True or False, got {getattr(self, name)!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as a JSON-serializable dict; `JacobiConfig.from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, settings: dict[str, Any]) -> JacobiConfig:
+        """
+        Reads the settings that `to_dict` wrote, for instance `generation_config.jacobi` of a loaded checkpoint.
+
+        Raises:
+            `ValueError`: a key is no setting, or a value is out of range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(f"JacobiConfig: unknown settings {unknown}; the settings are {known}.")
+        return cls(**settings)
+
+    @classmethod
+    def coerce(cls, value: JacobiConfig | dict[str, Any] | None) -> JacobiConfig:
+        """A `JacobiConfig` out of one, a dict of settings, or `None` (the defaults)."""
+        if value is None:
+            return cls()
+        if isinstance(value, cls):
+            value.validate()
+            return value
+        if isinstance(value, dict):
+            return cls.from_dict(value)
+        raise ValueError(f"`jacobi_config` must be a JacobiConfig or a dict of its settings, got {type(value)}.")

@@ -1,0 +1,62 @@
+"""Rejection recycling: the n-grams of one sequence that are worth verifying again (paper, section 3.3)."""
+
+from __future__ import annotations
+
+
+CONTEXT_LENGTHS = (3, 2, 1)  # how many tokens an n-gram's context may have; the longest match is tried first
+KEPT_PER_CONTEXT = 8
+
+
+class NgramPool:
+    """
+    The n-grams seen so far: in the committed text, in the prompt if asked for, and in rejected drafts.
+
+    Text is stored once, as lists of tokens; the index maps a context of one to three tokens to the places where it
+    ended, latest last, the oldest forgotten beyond `KEPT_PER_CONTEXT`.
+    """
+
+    def __init__(self):
+        self._ends: dict[tuple[int, ...], list[tuple[list[int], int]]] = {}
+        self._text: list[int] = []
+
+    def extend(self, tokens: list[int]) -> None:
+        """Appends committed tokens (or those of the prompt) to the text."""
+        for token in tokens:
+            self._text.append(token)
+            self._index(self._text, len(self._text))
+
+    def recycle(self, tokens: list[int]) -> None:
+        """Adds a piece of a rejected draft: consecutive predictions that were not committed."""
+        if len(tokens) < 2:
+            return
+        piece = list(tokens)
+        for end in range(1, len(piece)):
+            self._index(piece, end)
+
+    def _index(self, text: list[int], end: int) -> None:
+        for length in CONTEXT_LENGTHS:
+            if length <= end:
+                ends = self._ends.setdefault(tuple(text[end - length : end]), [])
+                ends.append((text, end))
+                if len(ends) > KEPT_PER_CONTEXT:
+                    del ends[0]
+
+    def continuations(self, context: list[int], length: int, limit: int) -> list[list[int]]:
+        """
+        Up to `limit` different continuations of `context`, each of 1 to `length` tokens.
+
+        Those whose context matches longest come first, among equals the latest.
+        """
+        found: list[list[int]] = []
+        if limit < 1 or length < 1:
+            return found
+        for size in CONTEXT_LENGTHS:
+            if size > len(context):
+                continue
+            for text, end in reversed(self._ends.get(tuple(context[-size:]), ())):
+                tokens = text[end : end + length]
+                if tokens and tokens not in found:
+                    found.append(tokens)
+                    if len(found) == limit:
+                        return found
+        return found

@@ -1,0 +1,82 @@
+"""One row of the batch: its text, its blocks, its n-grams, and what was counted of it."""
+
+from __future__ import annotations
+
+from .acceptance import guesses_after
+from .blocks import Blocks, FirstGuess
+from .candidates import TokenTree
+from .config import JacobiConfig
+from .ngram_pool import NgramPool
+from .stats import JacobiStats, Trajectory, TrajectoryStep
+
+
+class Sequence:
+    """
+    One row of the batch.
+
+    Args:
+        row: its index in the batch.
+        tokens: the prompt, padding included.
+        padding: how many of them are padding.
+        config: the settings.
+        max_length: length beyond which nothing is tried, `None` if there is none.
+    """
+
+    def __init__(self, row: int, tokens: list[int], padding: int, config: JacobiConfig, max_length: int | None):
+        self.row = row
+        self.tokens = list(tokens)
+        self.prompt_length = len(tokens)
+        self.config = config
+        self.max_length = max_length
+        self.padding = padding
+        self.stopped = False  # a criterion has said stop
+        self.finished = False  # nothing more is decoded: it stopped, and `generate` pads rows that did
+        self.stats = JacobiStats()
+        self.trajectory = Trajectory(self.prompt_length)
+        self.scores: list = []
+        self.logits: list = []
+        self.pool = NgramPool()
+        prompt = self.tokens[padding:]
+        if config.pool_prompt:
+            self.pool.extend(prompt)
+        guess = FirstGuess(config.draft_init, prompt, self.pool, f"{config.seed or 0}/{row}")
+        self.blocks = Blocks(config, self.prompt_length, guess)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, padding included."""
+        return len(self.tokens)
+
+    def propose(self) -> TokenTree:
+        """The tokens to score next: the draft, and candidates out of the pool, none beyond `max_length`."""
+        room = len(self.blocks.draft) if self.max_length is None else self.max_length - self.length
+        tree = TokenTree(self.blocks.draft[:room])
+        length = min(self.config.ngram_size, room - 1)
+        for candidate in self.pool.continuations(self.tokens[-3:], length, self.config.pool_size):
+            tree.add_branch(candidate)
+        return tree
+
+    def commit(self, tree: TokenTree, path: list[int], predictions: list[int]) -> None:
+        """
+        Takes in what a forward brought, after its tokens were appended: the pool and the blocks move on.
+
+        Args:
+            tree: what was scored.
+            path: the accepted nodes, node 0 first; one token was appended for each.
+            predictions: the model's prediction at each node.
+        """
+        accepted = self.tokens[-len(path) :]
+        recycled = sum(node >= tree.draft_length for node in path)
+        self.stats.count(len(path), len(tree))
+        self.stats.recycled_tokens += recycled
+        draft, predicted = tree.tokens[: tree.draft_length], predictions[: tree.draft_length]
+        self.trajectory.steps.append(
+            TrajectoryStep(self.length - len(path) - 1, draft, predicted, list(accepted), recycled)
+        )
+        if self.finished:
+            return
+        guesses = guesses_after(tree.children, tree.draft_length, tree.depths, predictions, path[-1])
+        self.pool.extend(accepted)
+        self.pool.recycle(guesses)
+        self.blocks.advance(self.tokens, guesses)
+        self.stats.blocks_spawned = self.blocks.spawned

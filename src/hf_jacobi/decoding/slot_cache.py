@@ -1,0 +1,163 @@
+"""The KV cache with one write position per row: rolling back is moving a number, and nothing is concatenated."""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+GROWTH = 64  # slots are added in steps of this many, so that the cache is not copied for every token
+
+
+class SlotLayer(CacheLayerMixin):
+    """
+    The keys and values of one layer, `[batch, heads, slots, head size]`.
+
+    Args:
+        plan: where the next forward writes, shared by all layers of a cache.
+    """
+
+    is_sliding = False  # the window of a sliding layer is a matter of the mask: every slot is kept
+    is_croppable = True
+
+    def __init__(self, plan: SlotPlan):
+        super().__init__()
+        self.plan = plan
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys = key_states[:, :, :0]
+        self.values = value_states[:, :, :0]
+        self.is_initialized = True
+
+    def reserve(self, slots: int) -> None:
+        """Makes room for `slots` slots; new ones are zero, so that a masked one never spreads a NaN."""
+        have = self.keys.shape[2]
+        if slots > have:
+            more = -(-(slots - have) // GROWTH) * GROWTH
+            self.keys = torch.nn.functional.pad(self.keys, (0, 0, 0, more))
+            self.values = torch.nn.functional.pad(self.values, (0, 0, 0, more))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        plan = self.plan
+        self.reserve(plan.end)
+        if plan.first is not None:
+            self.keys[:, :, plan.first : plan.end] = key_states
+            self.values[:, :, plan.first : plan.end] = value_states
+        else:
+            slots = plan.slots.to(self.device)
+            rows = torch.arange(slots.shape[0], device=self.device).unsqueeze(1)
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
+        return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
+
+    def move(self, row: int, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Copies the slots `source` of a row to the slots `target`."""
+        self.keys[row, :, target] = self.keys[row, :, source]
+        self.values[row, :, target] = self.values[row, :, source]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.plan.end, 0
+
+    def get_seq_length(self) -> int:
+        return self.plan.first or 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
+
+
+class SlotPlan:
+    """Where the next forward writes: `slots` `[batch, query]`, or `first` to `end` when all rows write the same."""
+
+    def __init__(self):
+        self.slots: torch.Tensor | None = None
+        self.first: int | None = 0
+        self.end = 0
+
+
+class SlotCache(Cache):
+    """
+    A `transformers.Cache` that writes to explicit slots.
+
+    It is filled from the cache that the prefill made (`from_prefill`), told before each forward where its tokens go
+    (`place`), and can be handed back to transformers (`export`).
+    """
+
+    def __init__(self, layers: int):
+        self.plan = SlotPlan()
+        super().__init__(layers=[SlotLayer(self.plan) for _ in range(layers)])
+
+    @classmethod
+    def from_prefill(cls, cache: Cache, length: int, keep: bool) -> SlotCache:
+        """
+        Takes over the `length` tokens that a prefill left in `cache`.
+
+        A sliding layer holds the last of them only; the slots before stay zero, out of reach of its window.
+
+        Args:
+            cache: a `DynamicCache`.
+            length: how many tokens it has seen.
+            keep: whether the caller goes on using `cache`; if not, each of its layers is freed as it is copied.
+        """
+        slots = cls(len(cache.layers))
+        for source, target in zip(cache.layers, slots.layers):
+            if not source.is_initialized or source.keys is None:
+                continue
+            target.lazy_initialization(source.keys, source.values)
+            target.reserve(length + GROWTH)
+            held = source.keys.shape[2]
+            target.keys[:, :, length - held : length] = source.keys
+            target.values[:, :, length - held : length] = source.values
+            if not keep:
+                source.reset()
+        return slots
+
+    def place(self, slots: torch.Tensor, first: int | None, end: int) -> None:
+        """
+        Says where the tokens of the next forward are written.
+
+        Args:
+            slots: `[batch, query]`.
+            first: the first slot, when all rows write the same consecutive slots, else `None`.
+            end: one past the last slot any row writes.
+        """
+        self.plan.slots, self.plan.first, self.plan.end = slots, first, end
+
+    def keep_path(self, row: int, start: int, path: list[int]) -> None:
+        """
+        Keeps the accepted nodes of a row: node i was written to slot `start + i`, and the j-th node of `path` belongs
+        into slot `start + j`. Nothing moves when the draft itself was accepted.
+        """
+        moves = [(start + node, start + index) for index, node in enumerate(path) if node != index]
+        if not moves:
+            return
+        source, target = torch.tensor(moves).T
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.move(row, source.to(layer.device), target.to(layer.device))
+
+    def export(self, cache: Cache, length: int) -> Cache:
+        """Writes the first `length` slots back into `cache`, the `DynamicCache` that the prefill filled."""
+        for source, target in zip(self.layers, cache.layers):
+            if not source.is_initialized:
+                continue
+            held = length
+            if isinstance(target, DynamicSlidingWindowLayer):
+                held = min(length, target.sliding_window - 1)
+            if not target.is_initialized:
+                target.lazy_initialization(source.keys, source.values)
+            target.keys = source.keys[:, :, length - held : length].clone()
+            target.values = source.values[:, :, length - held : length].clone()
+            if isinstance(target, DynamicSlidingWindowLayer):
+                target.cumulative_length = length
+        return cache
+
+
+def can_roll_back(cache: Cache) -> bool:
+    """Whether every layer of `cache` is one whose tokens `SlotCache` can hold and give back."""
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    return all(type(layer) in kinds or type(layer).__name__ == "DummyLayer" for layer in cache.layers)

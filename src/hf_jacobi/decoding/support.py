@@ -1,0 +1,118 @@
+"""What Jacobi decoding cannot do, refused before the first forward, in one sentence with the way out."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from transformers.generation import GenerationMode
+
+from .attention import LAYER_KINDS, MASKED_ATTENTIONS
+from .slot_cache import can_roll_back
+
+
+INSTEAD = "use decoding='ar'"
+
+
+def refuse_unsupported(model, generation_config, model_kwargs: dict) -> None:
+    """
+    Checks that this call can be decoded exactly.
+
+    Raises:
+        `ValueError`: with the cause and the way out.
+    """
+    name = type(model).__name__
+    mode = generation_config.get_generation_mode()
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise ValueError(
+            f"Jacobi decoding is greedy or sampled, but the arguments ask for {mode.value.replace('_', ' ')}: drop "
+            f"num_beams and its like, or {INSTEAD}."
+        )
+    if model.config.is_encoder_decoder:
+        raise ValueError(f"Jacobi decoding needs a decoder-only model, but {name} is an encoder-decoder: {INSTEAD}.")
+    if not generation_config.use_cache:
+        raise ValueError(f"Jacobi decoding verifies drafts against the KV cache: drop use_cache=False, or {INSTEAD}.")
+    if generation_config.output_attentions or generation_config.output_hidden_states:
+        raise ValueError(
+            "Jacobi decoding returns scores and logits, but no attentions or hidden states, since its forwards score "
+            f"drafts as well as text: drop output_attentions and output_hidden_states, or {INSTEAD}."
+        )
+    if generation_config.cache_implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"Jacobi decoding keeps a KV cache of its own, but cache_implementation is "
+            f"{generation_config.cache_implementation!r}: drop it, or {INSTEAD}."
+        )
+    _refuse_cache(model, name, model_kwargs.get("past_key_values"))
+    _refuse_attention(model, name, model_kwargs)
+    _refuse_rope(model, name, generation_config, model_kwargs)
+
+
+def _refuse_cache(model, name: str, cache) -> None:
+    if model._is_stateful or not model._supports_default_dynamic_cache() or cache is None:
+        raise ValueError(
+            f"Jacobi decoding rolls the KV cache back, but {name} keeps a recurrent state (a linear-attention or "
+            f"state-space model), which cannot be: {INSTEAD}."
+        )
+    if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", False):
+        raise ValueError(
+            f"Jacobi decoding continues from a DynamicCache, but past_key_values is a {type(cache).__name__}"
+            f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass a DynamicCache, or {INSTEAD}."
+        )
+    if not can_roll_back(cache):
+        kinds = sorted({type(layer).__name__ for layer in cache.layers})
+        raise ValueError(
+            f"Jacobi decoding rolls the KV cache back, but {name} has layers whose cache cannot be ({', '.join(kinds)}; "
+            f"linear attention, state-space or indexed): {INSTEAD}."
+        )
+
+
+def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
+    config = model.config.get_text_config(decoder=True)
+    attention = config._attn_implementation
+    if attention not in MASKED_ATTENTIONS:
+        raise ValueError(
+            f"Jacobi decoding needs an attention that takes a custom mask, but {name} runs {attention!r}: load it with "
+            f"attn_implementation='sdpa' (or 'eager'), or {INSTEAD}."
+        )
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
+    if kinds:
+        raise ValueError(
+            f"Jacobi decoding knows no mask for the {', '.join(sorted(kinds))} layers of {name}: {INSTEAD}."
+        )
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        raise ValueError(
+            f"Jacobi decoding tells each token its position, but {name} takes no position_ids (it counts them off the "
+            f"mask, as models with ALiBi do): {INSTEAD}."
+        )
+    positions = model_kwargs.get("position_ids")
+    if positions is None or positions.dim() != 2:
+        raise ValueError(f"Jacobi decoding needs position_ids of two dimensions, which {name} does not use: {INSTEAD}.")
+    if getattr(config, "alibi", False) or _has_own_mask(model):
+        raise ValueError(
+            f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of its "
+            f"own by cache slot: {INSTEAD}."
+        )
+
+
+def _refuse_rope(model, name: str, generation_config, model_kwargs: dict) -> None:
+    """Rotary embeddings that change with the length: a draft beyond the switch would change the tokens before it."""
+    config = model.config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
+    if kinds.isdisjoint({"longrope", "dynamic"}):
+        return
+    switch = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
+    prompt = int(model_kwargs["position_ids"].max()) + 1
+    if generation_config.max_length > switch and ("dynamic" in kinds or prompt <= switch):
+        raise ValueError(
+            f"Jacobi decoding cannot cross position {switch}, where the rotary embedding of {name} changes, but "
+            f"max_length is {generation_config.max_length}: lower max_new_tokens, or {INSTEAD}."
+        )
+
+
+def _has_own_mask(model) -> bool:
+    """Whether an attention module carries a causal mask as a buffer (`[1, 1, length, length]`), as GPT-Neo's does."""
+    return any(
+        buffer.dim() == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[-1] == buffer.shape[-2]
+        for _, buffer in model.named_buffers()
+    )
