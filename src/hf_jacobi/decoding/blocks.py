@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from .adaptive import AdaptiveWindow
 from .config import JacobiConfig
 from .ngram_pool import NgramPool
 
@@ -27,6 +28,7 @@ class Blocks:
     def __init__(self, config: JacobiConfig, start: int, first_guess: Callable[[list[int], int], list[int]]):
         self.config = config
         self.size = config.block_size
+        self.window = AdaptiveWindow(self.size) if config.adaptive else None
         self.first_guess = first_guess
         self.start = start
         self.end = start
@@ -42,10 +44,14 @@ class Blocks:
             guesses: the model's own predictions for the positions after it, in order.
         """
         before = dict(zip(range(self.start, self.end), self.draft))
+        if self.window:
+            self.window.update(self._accepted(text))
         self.start = len(text) - 1
         draft = [text[-1], *guesses]
         converged = self._newest_converged(before, draft)
-        if self.config.window == "sliding":
+        if self.window and self.window.size < self.size:
+            self.end, converged = self.start + self.window.size, False
+        elif self.config.window == "sliding":
             self.end = max(self.end, self.start + self.size)
         while self.end <= self.start:
             self.end += self.size
@@ -57,6 +63,15 @@ class Blocks:
         if len(draft) < length:
             draft += self.first_guess(text[:-1] + draft, length - len(draft))
         self.draft = draft
+
+    def _accepted(self, text: list[int]) -> int:
+        """How many guesses of the draft, from its first on, are in the text now."""
+        count = 0
+        for guess, token in zip(self.draft[1:], text[self.start + 1 :]):
+            if guess != token:
+                break
+            count += 1
+        return count
 
     def _in_flight(self) -> int:
         return -(-(self.end - self.start) // self.size)

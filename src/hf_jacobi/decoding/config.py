@@ -36,8 +36,8 @@ class JacobiConfig:
             last token has in the n-gram pool (tokens of the prompt where there is none), or the last token again.
         adaptive (`bool`, *optional*):
             Let the window shrink and grow with the acceptance seen so far, up to `block_size`, so that text the model
-            cannot predict in parallel does not pay for large drafts. Defaults to `True` exactly when `block_size` is
-            left out.
+            cannot predict in parallel does not pay for large drafts; n-grams are then recycled where at least two
+            tokens match. Defaults to `True` exactly when `block_size` is left out. Needs `window="sliding"`.
 
     > Parameters that control rejection recycling
 
@@ -45,7 +45,7 @@ class JacobiConfig:
         pool_size (`int`, defaults to 4):
             How many n-grams of the pool are verified beside the draft in one forward, at most; 0 switches recycling
             off.
-        ngram_size (`int`, defaults to 4):
+        ngram_size (`int`, defaults to 6):
             How many tokens of an n-gram are tried after the token it continues.
         pool_prompt (`bool`, defaults to `True`):
             Whether the pool also holds the n-grams of the prompt.
@@ -76,13 +76,13 @@ class JacobiConfig:
     draft_init: Literal["prompt", "ngram", "repeat"] = "ngram"
     adaptive: bool | None = None
     pool_size: int = 4
-    ngram_size: int = 4
+    ngram_size: int = 6
     pool_prompt: bool = True
     seed: int | None = None
 
     def __post_init__(self):
         if self.adaptive is None:
-            self.adaptive = self.block_size is None
+            self.adaptive = self.block_size is None and self.window == "sliding"
         if self.block_size is None:
             self.block_size = DEFAULT_BLOCK_SIZE
         self.validate()
@@ -105,6 +105,9 @@ class JacobiConfig:
         for name in ("adaptive", "pool_prompt"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"JacobiConfig: `{name}` must be True or False, got {getattr(self, name)!r}.")
+
+        if self.adaptive and self.window != "sliding":
+            raise ValueError("JacobiConfig: `adaptive=True` moves a sliding window: set window='sliding' with it.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-serializable dict; `JacobiConfig.from_dict` reads it back."""

