@@ -20,7 +20,9 @@ BASE = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+UNSET = object()  # a setting of BASE that an architecture does not take
 NO_GROUPS = {"num_key_value_heads": 4}
+UNTIED = {"tie_word_embeddings": False}  # tied, the wide random weights below repeat their input
 WINDOW = 8
 MOE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIXED = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
@@ -33,9 +35,9 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": WINDOW}),
-    "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", {"query_pre_attn_scalar": 8} | MIXED),
-    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8} | MIXED),
+    "gemma": ("gemma", UNTIED),
+    "gemma2": ("gemma2", {"query_pre_attn_scalar": 8} | UNTIED | MIXED),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 8} | UNTIED | MIXED),
     "phi3": ("phi3", {}),
     "gpt2": ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
     "gpt_neox": ("gpt_neox", NO_GROUPS),
@@ -51,9 +53,9 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     "phi": ("phi", {}),
     "olmo": ("olmo", {}),
     "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 4}),
+    "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "rotary_dim": 8}),
     "gpt_bigcode": ("gpt_bigcode", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}),
-    "falcon": ("falcon", {"new_decoder_architecture": True, "alibi": False, "num_kv_heads": 2}),
+    "falcon": ("falcon", {"new_decoder_architecture": True, "alibi": False, "num_kv_heads": 2, "head_dim": UNSET}),
     "cohere2": ("cohere2", MIXED),
     "glm4": ("glm4", {}),
     "exaone4": ("exaone4", MIXED),
@@ -75,6 +77,7 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
             "n_group": 1,
             "topk_group": 1,
             "first_k_dense_replace": 1,
+            "head_dim": UNSET,
         },
     ),
     "llama4": (
@@ -83,14 +86,15 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     ),
     "ernie4_5": ("ernie4_5", {}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
-    "gemma3n": ("gemma3n_text", {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0} | MIXED),
+    "gemma3n": ("gemma3n_text", {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0} | UNTIED | MIXED),
 }
 
 
 def tiny_config(name: str, **changes):
     """The configuration of a tiny model of the named architecture."""
     model_type, differences = ARCHITECTURES[name]
-    return CONFIG_MAPPING[model_type](**(BASE | differences | changes))
+    settings = {key: value for key, value in (BASE | differences | changes).items() if value is not UNSET}
+    return CONFIG_MAPPING[model_type](**settings)
 
 
 def tiny_model(name: str = "llama", *, seed: int = 0, attention: str | None = None, **changes):
@@ -103,10 +107,11 @@ def tiny_model(name: str = "llama", *, seed: int = 0, attention: str | None = No
     torch.manual_seed(seed)
     kwargs = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_config(tiny_config(name, **changes), dtype=torch.float32, **kwargs).eval()
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(seed + parameter.numel()))
+                parameter.normal_(std=0.05 if "emb" in name or "wte" in name else 0.4, generator=generator)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 
 import torch
@@ -39,6 +40,16 @@ ROW_WISE = (
 
 def _is_one_of(processor, names: tuple[str, ...]) -> bool:
     return type(processor) in [getattr(logits_process, name, None) for name in names]
+
+
+def _narrowed(processor, row: int):
+    """The processor for one row: the length of the padding that a repetition penalty ignores is known per row."""
+    per_row = getattr(processor, "prompt_ignore_length", None)
+    if not isinstance(per_row, torch.Tensor) or per_row.shape[0] == 1:
+        return processor
+    processor = copy.copy(processor)
+    processor.prompt_ignore_length = per_row[row : row + 1]
+    return processor
 
 
 class GumbelNoise:
@@ -81,6 +92,7 @@ class TokenChooser:
     def __init__(self, processors, noise: GumbelNoise | None):
         self.processors = processors
         self.noise = noise
+        self._of_row: dict[int, object] = {}
         self.context_free = [processor for processor in processors if _is_one_of(processor, CONTEXT_FREE)]
 
     @property
@@ -122,6 +134,15 @@ class TokenChooser:
                     scores[index, column] += self.noise.at(row, position, scores)
         return scores.argmax(-1).tolist()
 
+    def _processors_for(self, rows: list[int]):
+        """The processors for some rows of the batch; one row by itself has its own share of what they know per row."""
+        if len(rows) != 1:
+            return self.processors
+        if rows[0] not in self._of_row:
+            own = [_narrowed(processor, rows[0]) for processor in self.processors]
+            self._of_row[rows[0]] = type(self.processors)(own)
+        return self._of_row[rows[0]]
+
     def choose(self, input_ids: torch.Tensor, logits: torch.Tensor, rows: list[int], positions: list[int]):
         """
         The next token of some rows of equal length, every processor having seen their text.
@@ -135,7 +156,7 @@ class TokenChooser:
         Returns:
             tokens (`[G]` list) and processed scores (`[G, V]` float32).
         """
-        scores = self.processors(input_ids, logits.to(torch.float32, copy=True))
+        scores = self._processors_for(rows)(input_ids, logits.to(torch.float32, copy=True))
         if self.noise is None:
             return scores.argmax(-1).tolist(), scores
         noise = torch.stack([self.noise.at(row, position, scores) for row, position in zip(rows, positions)])

@@ -1,0 +1,183 @@
+"""Greedy Jacobi decoding writes what autoregressive decoding writes, on every architecture and in every configuration."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fixtures import permuted_copy_batch
+from models import ARCHITECTURES, padded_prompts, tiny_model
+
+import hf_jacobi
+from hf_jacobi import JacobiConfig
+from hf_jacobi.decoding import slot_cache
+
+
+NEW_TOKENS = 32
+CONFIGS = {
+    "default": {},
+    "block": {"block_size": 8, "window": "block", "draft_init": "prompt", "pool_size": 0},
+    "sliding": {"block_size": 8, "pool_size": 0},
+    "recycling": {"block_size": 5, "pool_size": 4},
+    "blocks-in-flight": {"block_size": 6, "window": "block", "max_blocks": 2, "spawn_ratio": 0.5},
+    "all": {"block_size": 16, "max_blocks": 3, "pool_size": 2, "draft_init": "repeat", "pool_prompt": False},
+}
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(**inputs, **({"max_new_tokens": NEW_TOKENS, "do_sample": False} | kwargs))
+
+
+def jacobi(model, inputs, config=None, **kwargs):
+    kwargs = {"return_dict_in_generate": True} | kwargs
+    config = {"block_size": 8} if config is None else config
+    return generate(model, inputs, decoding="jacobi", jacobi_config=config, **kwargs)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_identical_to_ar(name, rows):
+    model = hf_jacobi.enable(tiny_model(name))
+    inputs = padded_prompts(rows)
+    stop = {} if rows > 1 else {"eos_token_id": None}  # three rows end at different times, one row is long
+    expected = generate(model, inputs, **stop)
+    if rows == 1:
+        assert len(set(expected[0, 12:].tolist())) >= 6, "a text that repeats itself would test nothing"
+    for label, config in CONFIGS.items():
+        assert torch.equal(jacobi(model, inputs, config, **stop).sequences, expected), label
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window", "gemma3", "qwen2-mixed-window"])
+def test_identical_with_eager_attention(name):
+    model = hf_jacobi.enable(tiny_model(name, attention="eager"))
+    inputs = padded_prompts(3)
+    expected = generate(model, inputs)
+    for label, config in CONFIGS.items():
+        assert torch.equal(jacobi(model, inputs, config).sequences, expected), label
+
+
+def test_window_of_sliding_layers_counts_positions_not_slots():
+    # Many branches spread a step over more slots than positions: a window counted in slots would cut text off.
+    model = hf_jacobi.enable(tiny_model("mistral-window", seed=3))
+    inputs = padded_prompts(1, length=40)
+    inputs["input_ids"][0, 20:] = inputs["input_ids"][0, :20]
+    out = jacobi(model, inputs, {"block_size": 16, "pool_size": 8, "ngram_size": 8}, max_new_tokens=64)
+    assert torch.equal(out.sequences, generate(model, inputs, max_new_tokens=64))
+    assert out.jacobi_stats.positions > 2 * out.jacobi_stats.forwards
+
+
+def test_decoding_ar_and_no_decoding_are_transformers_own():
+    model, inputs = tiny_model(), padded_prompts(2)
+    expected = generate(model, inputs)
+    hf_jacobi.enable(model)
+    assert torch.equal(generate(model, inputs), expected)
+    assert torch.equal(generate(model, inputs, decoding="ar"), expected)
+
+
+def test_block_of_one_without_recycling_is_ar():
+    out = jacobi(hf_jacobi.enable(tiny_model()), padded_prompts(1), {"block_size": 1, "pool_size": 0}, eos_token_id=None)
+    assert out.jacobi_stats.forwards == NEW_TOKENS
+    assert out.jacobi_stats.positions == NEW_TOKENS
+
+
+@pytest.mark.parametrize("window", ["block", "sliding"])
+def test_multi_block_decoding_pays_where_acceptance_is_high(permuted_copy, window):
+    prompt = permuted_copy_batch(1, 40, torch.Generator().manual_seed(5))
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    expected = generate(permuted_copy, inputs, max_new_tokens=128)
+    forwards = {}
+    for blocks in (1, 2, 3):
+        config = {"block_size": 8, "window": window, "max_blocks": blocks, "pool_size": 0}
+        out = jacobi(permuted_copy, inputs, config, max_new_tokens=128)
+        assert torch.equal(out.sequences, expected)
+        forwards[blocks] = out.jacobi_stats.forwards
+        assert (out.jacobi_stats.blocks_spawned > 0) == (blocks > 1)
+    assert forwards[2] < 0.75 * forwards[1]
+    assert forwards[3] <= forwards[2]
+    assert 128 / forwards[1] > 3
+
+
+def test_sliding_window_beats_blocks_where_acceptance_is_high(permuted_copy):
+    prompt = permuted_copy_batch(1, 40, torch.Generator().manual_seed(5))
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    block, sliding = (
+        jacobi(permuted_copy, inputs, {"block_size": 8, "window": window, "pool_size": 0}, max_new_tokens=128)
+        for window in ("block", "sliding")
+    )
+    assert sliding.jacobi_stats.forwards < block.jacobi_stats.forwards
+
+
+def test_adaptive_window_grows_where_drafts_are_accepted_and_rests_where_not(permuted_copy):
+    prompt = permuted_copy_batch(1, 40, torch.Generator().manual_seed(5))
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+    eager = jacobi(permuted_copy, inputs, JacobiConfig(), max_new_tokens=128).jacobi_stats
+    assert eager.tokens_per_forward > 4
+    hopeless = jacobi(hf_jacobi.enable(tiny_model("gpt_oss")), padded_prompts(1), {}, eos_token_id=None).jacobi_stats
+    assert hopeless.positions_per_token < 3
+
+
+def test_recycling_accepts_what_repeats():
+    model = hf_jacobi.enable(tiny_model("qwen3"))  # a random model that falls into a cycle
+    inputs = padded_prompts(1)
+    with_pool = jacobi(model, inputs, {"block_size": 4, "pool_size": 1}, max_new_tokens=96, eos_token_id=None)
+    without = jacobi(model, inputs, {"block_size": 4, "pool_size": 0}, max_new_tokens=96, eos_token_id=None)
+    assert torch.equal(with_pool.sequences, without.sequences)
+    assert with_pool.jacobi_stats.recycled_tokens > 10
+    assert without.jacobi_stats.recycled_tokens == 0
+    assert with_pool.jacobi_stats.forwards < without.jacobi_stats.forwards
+
+
+def test_cache_holds_one_slot_per_token_and_the_step_itself(monkeypatch):
+    largest = []
+    reserve = slot_cache.SlotLayer.reserve
+    monkeypatch.setattr(slot_cache.SlotLayer, "reserve", lambda self, slots: (reserve(self, slots), largest.append(self)))
+    out = jacobi(hf_jacobi.enable(tiny_model()), padded_prompts(2), {"block_size": 8, "pool_size": 4}, max_new_tokens=150)
+    tokens, step = out.sequences.shape[1], 8 + 4 * JacobiConfig().ngram_size
+    assert max(layer.keys.shape[2] for layer in largest) <= tokens + step + slot_cache.GROWTH
+    assert {layer.keys.shape[0] for layer in largest} == {2}, "no copy per candidate in the batch dimension"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stats_add_up(rows):
+    inputs = padded_prompts(rows)
+    out = jacobi(hf_jacobi.enable(tiny_model("olmo")), inputs, {"block_size": 6, "max_blocks": 2, "spawn_ratio": 0.3})
+    stats = out.jacobi_stats
+    assert stats.new_tokens == sum(row.new_tokens for row in stats.per_sequence)
+    assert stats.positions == sum(row.positions for row in stats.per_sequence)
+    assert stats.forwards == max(row.forwards for row in stats.per_sequence) == len(stats.accepted_per_forward)
+    assert stats.blocks_spawned == sum(row.blocks_spawned for row in stats.per_sequence)
+    for row, sequence in zip(stats.per_sequence, out.sequences[:, 12:].tolist()):
+        end = sequence.index(2) + 1 if 2 in sequence else NEW_TOKENS
+        assert row.new_tokens == end == sum(row.accepted_per_forward)
+        assert row.forwards == len(row.accepted_per_forward)
+        assert row.tokens_per_forward == pytest.approx(end / row.forwards)
+
+
+@pytest.mark.parametrize("config", [CONFIGS["block"], CONFIGS["all"], CONFIGS["blocks-in-flight"]])
+def test_trajectory_steps_equal_plain_forwards(config):
+    model, inputs = hf_jacobi.enable(tiny_model()), padded_prompts(1)
+    out = jacobi(model, inputs, config, output_trajectory=True, eos_token_id=None)
+    (trajectory,) = out.trajectory
+    text = out.sequences[0].tolist()
+    assert trajectory.tokens == text[12:]
+    assert sum(len(step.accepted) for step in trajectory.steps) == NEW_TOKENS
+    for step in trajectory.steps:
+        with torch.no_grad():
+            logits = model(torch.tensor([text[: step.start] + step.draft])).logits[0]
+        assert logits[step.start :].argmax(-1).tolist() == step.predictions
+        assert text[step.start + 1 :][: len(step.accepted)] == step.accepted
+
+
+def test_trajectory_of_a_block_runs_from_its_first_guess_to_the_text():
+    out = jacobi(hf_jacobi.enable(tiny_model()), padded_prompts(1), CONFIGS["block"], output_trajectory=True)
+    (trajectory,) = out.trajectory
+    blocks = trajectory.blocks(8)
+    assert [token for states in blocks for token in states[-1]] == trajectory.tokens
+    for states in blocks:
+        assert len({len(state) for state in states}) == 1
+        agreeing = [next((i for i, pair in enumerate(zip(s, states[-1])) if pair[0] != pair[1]), 8) for s in states]
+        assert agreeing == sorted(agreeing), "the converged prefix never shrinks"
+        assert agreeing[0] >= 1 and (len(states) == 1 or agreeing[0] < 8)
+
+
+def test_no_trajectory_unless_asked_for():
+    assert jacobi(hf_jacobi.enable(tiny_model()), padded_prompts(1)).trajectory is None

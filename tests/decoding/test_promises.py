@@ -1,0 +1,323 @@
+"""Everything else `generate` promises: processors, stopping criteria, streamers, scores, caches, embeddings."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import pytest
+import torch
+import transformers
+from models import VOCABULARY, padded_prompts, tiny_model
+from tokenizers import Tokenizer, decoders, models
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+)
+
+import hf_jacobi
+
+
+CONFIGS = [
+    {},
+    {"block_size": 8, "window": "block", "pool_size": 0},
+    {"block_size": 12, "max_blocks": 2, "pool_size": 3, "spawn_ratio": 0.4},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hf_jacobi.enable(tiny_model("olmo"))  # repeats itself now and then, so that several tokens are accepted
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    backend = Tokenizer(models.BPE(vocab={chr(31 + index): index for index in range(VOCABULARY)}, merges=[]))
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=chr(31), eos_token="!")  # tokens 0 and 2
+
+
+def both(model, inputs, config, make_kwargs=dict, **kwargs):
+    """The outputs of AR and of Jacobi decoding; `make_kwargs` makes the stateful arguments anew for each."""
+    kwargs = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True} | kwargs
+    expected = model.generate(**inputs, **kwargs, **make_kwargs())
+    return expected, model.generate(**inputs, **kwargs, **make_kwargs(), decoding="jacobi", jacobi_config=config)
+
+
+PROCESSING = {
+    "repetition penalty": {"repetition_penalty": 1.4},
+    "no repeated n-grams": {"no_repeat_ngram_size": 2},
+    "min_new_tokens": {"min_new_tokens": 30, "eos_token_id": [2, 17, 24]},
+    "min_length": {"min_length": 30, "eos_token_id": [2, 17, 24]},
+    "several eos ids": {"eos_token_id": [2, 17, 24, 39]},
+    "bad words": {"bad_words_ids": [[17], [24, 39]]},
+    "sequence bias": {"sequence_bias": {(17,): -3.0, (24, 39): 4.0}},
+    "forced eos": {"forced_eos_token_id": 2},
+    "suppressed tokens": {"suppress_tokens": [17, 24]},
+    "length penalty": {"exponential_decay_length_penalty": (5, 1.5)},
+    "max_length": {"max_length": 31, "max_new_tokens": None},
+    "one new token": {"max_new_tokens": 1},
+    "two new tokens": {"max_new_tokens": 2},
+    "watermark": {"watermarking_config": transformers.WatermarkingConfig(bias=2.0, seeding_scheme="lefthash")},
+    "guidance": {"guidance_scale": 1.5},
+    "renormalized": {"renormalize_logits": True, "output_scores": True},
+}
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("label", PROCESSING)
+def test_processors_and_lengths(model, label, rows):
+    for config in CONFIGS:
+        expected, out = both(model, padded_prompts(rows), config, **PROCESSING[label])
+        assert torch.equal(out.sequences, expected.sequences), config
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_prefix_allowed_tokens_fn_knows_its_row(model, rows):
+    def allowed(row, text):
+        return list(range(3 + row, VOCABULARY, 2 + (len(text) % 2)))
+
+    for config in CONFIGS:
+        expected, out = both(model, padded_prompts(rows), config, prefix_allowed_tokens_fn=allowed)
+        assert torch.equal(out.sequences, expected.sequences)
+
+
+class Counting(LogitsProcessor):
+    """Depends on how often it was called and on the row: any call too many, too few or out of order changes the text."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, input_ids, scores):
+        self.calls.append(input_ids.tolist())
+        shift = len(self.calls) % 3
+        scores = scores.clone()
+        for row in range(scores.shape[0]):
+            scores[row, (row + shift) :: 5] -= 2.0
+        return scores
+
+
+class CountingStop(StoppingCriteria):
+    """Says stop to a row once its tokens, counted over all calls, add up."""
+
+    def __init__(self):
+        self.calls = []
+        self.total = None
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.calls.append(input_ids.tolist())
+        newest = input_ids[:, -1]
+        self.total = newest if self.total is None else self.total + newest
+        return self.total > 600
+
+
+@pytest.mark.parametrize("eos", [2, None])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stateful_processors_and_criteria_are_called_as_ar_calls_them(model, rows, eos):
+    for config in CONFIGS:
+        processors, criteria = [], []
+
+        def stateful(processors=processors, criteria=criteria):
+            processors.append(Counting())
+            criteria.append(CountingStop())
+            return {
+                "logits_processor": LogitsProcessorList([processors[-1]]),
+                "stopping_criteria": StoppingCriteriaList([criteria[-1]]),
+            }
+
+        expected, out = both(model, padded_prompts(rows), config, stateful, eos_token_id=eos)
+        assert torch.equal(out.sequences, expected.sequences)
+        assert criteria[0].calls == criteria[1].calls
+        assert processors[0].calls == processors[1].calls
+
+
+def test_criterion_that_returns_a_plain_bool(model):
+    class Plain(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return bool(input_ids[0, -1] > 80)
+
+    for rows in (1, 3):
+        expected, out = both(
+            model, padded_prompts(rows), {"block_size": 8}, stopping_criteria=StoppingCriteriaList([Plain()])
+        )
+        assert torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_stop_strings(model, tokenizer, rows):
+    inputs = padded_prompts(rows)
+    text = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    stop = tokenizer.decode(text[0, 20:22])
+    for config in CONFIGS:
+        expected, out = both(model, inputs, config, stop_strings=[stop], tokenizer=tokenizer)
+        assert torch.equal(out.sequences, expected.sequences)
+    assert out.sequences[0].tolist() == text[0, : out.sequences.shape[1]].tolist() or rows > 1
+    assert rows > 1 or out.sequences.shape[1] <= 22
+
+
+def test_stop_strings_of_the_generation_config(model, tokenizer):
+    inputs = padded_prompts(1)
+    text = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    model.generation_config.stop_strings = [tokenizer.decode(text[0, 20:22])]
+    try:
+        expected, out = both(model, inputs, {"block_size": 8}, tokenizer=tokenizer)
+        with pytest.raises(ValueError, match="tokenizer"):
+            model.generate(**inputs, decoding="jacobi")
+        assert model.generation_config.stop_strings
+    finally:
+        model.generation_config.stop_strings = None
+    assert torch.equal(out.sequences, expected.sequences) and out.sequences.shape[1] <= 22
+
+
+def test_max_time_stops(model):
+    start = time.time()
+    out = model.generate(**padded_prompts(1), max_new_tokens=100_000, max_time=0.3, eos_token_id=None, decoding="jacobi")
+    assert time.time() - start < 3
+    assert 12 < out.shape[1] < 100_000
+
+
+class Recorder:
+    """A streamer that keeps everything it is given."""
+
+    def __init__(self):
+        self.values, self.ended = [], 0
+
+    def put(self, value):
+        self.values.append(value.tolist())
+
+    def end(self):
+        self.ended += 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_streamer_gets_exactly_what_ar_puts(model, rows):
+    for config in CONFIGS:
+        recorders = []
+
+        def recording(recorders=recorders):
+            recorders.append(Recorder())
+            return {"streamer": recorders[-1]}
+
+        both(model, padded_prompts(rows), config, recording)
+        assert recorders[0].values == recorders[1].values
+        assert recorders[1].ended == 1
+
+
+def test_text_streamers(model, tokenizer, capsys):
+    inputs = padded_prompts(1)
+    texts = []
+    for decoding in ("ar", "jacobi"):
+        streamer = TextStreamer(tokenizer)
+        model.generate(**inputs, max_new_tokens=20, do_sample=False, decoding=decoding, streamer=streamer)
+        texts.append(capsys.readouterr().out)
+        iterator = TextIteratorStreamer(tokenizer, skip_prompt=True, timeout=10)
+        out = model.generate(**inputs, max_new_tokens=20, do_sample=False, decoding=decoding, streamer=iterator)
+        assert "".join(iterator) == tokenizer.decode(out[0, 12:])
+    assert texts[0] == texts[1] and texts[0]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.7, "top_k": 5, "do_sample": True}])
+def test_scores_and_logits(model, rows, extra):
+    inputs = padded_prompts(rows)
+    kwargs = {"output_scores": True, "output_logits": True, "eos_token_id": None} | extra
+    for config in CONFIGS:
+        expected, out = both(model, inputs, config, **kwargs)
+        assert len(out.scores) == len(out.logits) == out.sequences.shape[1] - 12 == 40
+        if extra.get("do_sample"):
+            assert out.scores[0].shape == (rows, VOCABULARY)
+            chosen = torch.stack(out.scores, 1).gather(2, out.sequences[:, 12:, None])
+            assert torch.isfinite(chosen).all()
+            continue
+        torch.testing.assert_close(torch.stack(out.scores), torch.stack(expected.scores), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(out.logits), torch.stack(expected.logits), atol=1e-4, rtol=1e-4)
+
+
+def test_scores_of_rows_that_ended_are_zero(model):
+    _, out = both(model, padded_prompts(3), {"block_size": 8}, output_scores=True, eos_token_id=[2, 17, 24, 39])
+    for row, stats in enumerate(out.jacobi_stats.per_sequence):
+        for position, scores in enumerate(out.scores):
+            assert bool((scores[row] == 0).all()) == (position >= stats.new_tokens)
+
+
+@pytest.mark.parametrize("name", ["olmo", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("first", ["ar", "jacobi"])
+@pytest.mark.parametrize("second", ["ar", "jacobi"])
+def test_a_following_call_continues_from_the_cache(name, rows, first, second):
+    model = hf_jacobi.enable(tiny_model(name))
+    inputs = padded_prompts(rows)
+    settings = {"do_sample": False, "eos_token_id": [2, 17, 24], "return_dict_in_generate": True}
+
+    def two_turns(decodings):
+        out = model.generate(**inputs, **settings, max_new_tokens=20, decoding=decodings[0])
+        question = torch.randint(3, VOCABULARY, (rows, 5), generator=torch.Generator().manual_seed(9))
+        text = torch.cat([out.sequences, question], 1)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(rows, text.shape[1] - 12, dtype=torch.long)], 1)
+        cache = out.past_key_values
+        assert cache.get_seq_length() == out.sequences.shape[1] - 1
+        return model.generate(
+            text, attention_mask=mask, past_key_values=cache, **settings, max_new_tokens=20, decoding=decodings[1]
+        )
+
+    assert torch.equal(two_turns((first, second)).sequences, two_turns(("ar", "ar")).sequences)
+
+
+def test_the_cache_of_the_caller_is_filled_in_place(model):
+    inputs = padded_prompts(1)
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    for cache, decoding in zip(caches, ("ar", "jacobi")):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False, decoding=decoding)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length() > 20
+    for ar, ours in zip(caches[0].layers, caches[1].layers):
+        torch.testing.assert_close(ours.keys, ar.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(ours.values, ar.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_inputs_embeds(model, rows):
+    inputs = padded_prompts(rows)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    for config in CONFIGS:
+        expected, out = both(model, given, config)
+        assert torch.equal(out.sequences, expected.sequences)
+        expected, out = both(model, given | {"input_ids": inputs["input_ids"]}, config)
+        assert torch.equal(out.sequences, expected.sequences)
+
+
+def test_chunked_prefill(model):
+    expected, out = both(model, padded_prompts(3), {"block_size": 8}, prefill_chunk_size=5)
+    assert torch.equal(out.sequences, expected.sequences)
+
+
+def test_prompt_without_attention_mask(model):
+    inputs = {"input_ids": padded_prompts(1)["input_ids"]}
+    expected, out = both(model, inputs, {"block_size": 8})
+    assert torch.equal(out.sequences, expected.sequences)
+
+
+def test_plain_return_value_is_a_tensor(model):
+    out = model.generate(**padded_prompts(2), max_new_tokens=5, decoding="jacobi", do_sample=False)
+    assert isinstance(out, torch.Tensor) and out.shape == (2, 17) and out.dtype == torch.long
+
+
+def test_transition_scores_can_be_computed(model):
+    expected, out = both(model, padded_prompts(1), {"block_size": 8}, output_scores=True, eos_token_id=None)
+    ours = model.compute_transition_scores(out.sequences, out.scores, normalize_logits=True)
+    theirs = model.compute_transition_scores(expected.sequences, expected.scores, normalize_logits=True)
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_bfloat16_and_float16_run():
+    for dtype in (torch.bfloat16, torch.float16):
+        model = hf_jacobi.enable(tiny_model("llama").to(dtype))
+        out = model.generate(**padded_prompts(3), max_new_tokens=20, do_sample=False, decoding="jacobi")
+        assert out.shape[1] == 32
+        assert re.fullmatch(r"torch\.\w+16", str(model.dtype))
