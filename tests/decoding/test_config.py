@@ -1,0 +1,56 @@
+"""`JacobiConfig` refuses what makes no sense, and survives a round trip through JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hf_jacobi import JacobiConfig
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"block_size": 0},
+        {"block_size": 2.5},
+        {"block_size": True},
+        {"max_blocks": 0},
+        {"pool_size": -1},
+        {"ngram_size": 0},
+        {"spawn_ratio": 0.0},
+        {"spawn_ratio": 1.5},
+        {"spawn_ratio": "most"},
+        {"window": "round"},
+        {"draft_init": "magic"},
+        {"seed": 1.5},
+        {"adaptive": 1},
+        {"pool_prompt": None},
+        {"adaptive": True, "window": "block"},
+    ],
+)
+def test_bad_values_are_named(setting):
+    name, value = next(iter(setting.items()))
+    with pytest.raises(ValueError, match=name) as error:
+        JacobiConfig(**setting)
+    assert repr(value) in str(error.value) or len(setting) > 1
+
+
+def test_round_trip():
+    for config in (JacobiConfig(), JacobiConfig(block_size=64, max_blocks=2, spawn_ratio=0.5, seed=3, window="block")):
+        assert JacobiConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        assert JacobiConfig.coerce(config.to_dict()) == JacobiConfig.coerce(config) == config
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(ValueError, match="blocksize"):
+        JacobiConfig.from_dict({"blocksize": 8})
+    with pytest.raises(ValueError, match="JacobiConfig"):
+        JacobiConfig.coerce(8)
+
+
+def test_the_window_adapts_itself_unless_a_size_is_given():
+    assert JacobiConfig().adaptive and JacobiConfig().block_size == 16
+    assert not JacobiConfig(block_size=32).adaptive
+    assert JacobiConfig(block_size=32, adaptive=True).adaptive
+    assert not JacobiConfig(window="block").adaptive

@@ -1,0 +1,160 @@
+"""`enable` and `disable`, and the settings that travel with a checkpoint."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import VOCABULARY, padded_prompts, tiny_model
+from peft import LoraConfig, get_peft_model
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+
+import hf_jacobi
+from hf_jacobi import JacobiConfig, JacobiOutput
+
+
+GREEDY = {"max_new_tokens": 16, "do_sample": False}
+
+
+def is_jacobi(model, **kwargs) -> bool:
+    out = model.generate(**padded_prompts(1), **GREEDY, return_dict_in_generate=True, **kwargs)
+    return isinstance(out, JacobiOutput)
+
+
+def test_enable_is_for_this_model_only_and_disable_undoes_it():
+    model, other = tiny_model(), tiny_model()
+    assert hf_jacobi.enable(model) is model
+    assert is_jacobi(model, decoding="jacobi")
+    with pytest.raises(ValueError, match="decoding"):
+        other.generate(**padded_prompts(1), **GREEDY, decoding="jacobi")
+    assert hf_jacobi.disable(model) is model
+    assert "generate" not in vars(model)
+    with pytest.raises(ValueError, match="decoding"):
+        model.generate(**padded_prompts(1), **GREEDY, decoding="jacobi")
+
+
+def test_enable_without_a_model_is_for_the_process():
+    model = tiny_model()
+    hf_jacobi.enable()
+    assert is_jacobi(model, decoding="jacobi") and not is_jacobi(model)
+    hf_jacobi.enable(model)
+    model.generation_config.decoding = "jacobi"
+    assert is_jacobi(model) and not is_jacobi(model, decoding="ar")
+    hf_jacobi.disable()
+    assert not is_jacobi(model), "disable() undoes every enable"
+
+
+def test_a_model_that_is_enabled_can_be_copied_and_pickled(tmp_path):
+    model = hf_jacobi.enable(tiny_model())
+    twin = copy.deepcopy(model)
+    assert twin.generate.__self__ is twin
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert not is_jacobi(loaded) and is_jacobi(hf_jacobi.enable(loaded), decoding="jacobi")
+
+
+def test_enable_refuses_what_cannot_generate():
+    with pytest.raises(TypeError, match="Linear"):
+        hf_jacobi.enable(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("setting", [JacobiConfig(block_size=5, max_blocks=2), {"block_size": 5, "max_blocks": 2}])
+def test_settings_travel_with_the_checkpoint(tmp_path, setting):
+    model = hf_jacobi.enable(tiny_model())
+    model.generation_config.decoding = "jacobi"
+    model.generation_config.jacobi = setting
+    expected = model.generate(**padded_prompts(1), **GREEDY, return_dict_in_generate=True)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is LlamaForCausalLM
+    assert loaded.generation_config.decoding == "jacobi"
+    assert not is_jacobi(loaded), "a model that was not enabled runs transformers' own code"
+    hf_jacobi.enable(loaded)
+    out = loaded.generate(**padded_prompts(1), **GREEDY, return_dict_in_generate=True)
+    assert isinstance(out, JacobiOutput) and torch.equal(out.sequences, expected.sequences)
+    assert out.jacobi_stats == expected.jacobi_stats, "decodes with the settings it was saved with"
+    assert not is_jacobi(loaded, decoding="ar")
+
+
+def test_settings_are_read_from_the_generation_config_of_the_call():
+    model = hf_jacobi.enable(tiny_model())
+    config = GenerationConfig(max_new_tokens=16, do_sample=False, return_dict_in_generate=True, eos_token_id=2)
+    config.decoding, config.jacobi = "jacobi", {"block_size": 1, "pool_size": 0}
+    out = model.generate(**padded_prompts(1), generation_config=config)
+    assert isinstance(out, JacobiOutput) and out.jacobi_stats.tokens_per_forward == 1
+    own = model.generate(**padded_prompts(1), generation_config=config, jacobi_config={"block_size": 8})
+    assert own.jacobi_stats.positions > out.jacobi_stats.positions, "an argument of the call comes first"
+
+
+@pytest.mark.parametrize("enabled", ["inner", "wrapper", "process"])
+def test_peft_models(enabled):
+    inner = tiny_model()
+    if enabled == "inner":
+        hf_jacobi.enable(inner)
+    wrapped = get_peft_model(inner, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    if enabled == "wrapper":
+        assert hf_jacobi.enable(wrapped) is wrapped
+    if enabled == "process":
+        hf_jacobi.enable()
+    inputs = padded_prompts(3)
+    expected = wrapped.generate(**inputs, **GREEDY)
+    out = wrapped.generate(**inputs, **GREEDY, decoding="jacobi", return_dict_in_generate=True)
+    assert isinstance(out, JacobiOutput) and torch.equal(out.sequences, expected)
+    with wrapped.disable_adapter():
+        base = wrapped.generate(**inputs, **GREEDY, decoding="jacobi")
+        assert torch.equal(base, wrapped.generate(**inputs, **GREEDY)) and not torch.equal(base, expected)
+
+
+def test_text_generation_pipeline():
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w3"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w2", padding_side="left")
+    generator = pipeline("text-generation", model=hf_jacobi.enable(tiny_model()), tokenizer=tokenizer)
+    for prompts in ("w5", ["w5", "w6", "w7"]):
+        expected = generator(prompts, **GREEDY)
+        assert generator(prompts, **GREEDY, decoding="jacobi") == expected
+        assert generator(prompts, **GREEDY, decoding="jacobi", jacobi_config=JacobiConfig(block_size=4)) == expected
+
+
+def test_bad_arguments_are_refused():
+    model, inputs = hf_jacobi.enable(tiny_model()), padded_prompts(1)
+    with pytest.raises(ValueError, match="decoding.*'jacoby'"):
+        model.generate(**inputs, decoding="jacoby")
+    with pytest.raises(ValueError, match="decoding='jacobi'"):
+        model.generate(**inputs, jacobi_config=JacobiConfig())
+    with pytest.raises(ValueError, match="decoding='jacobi'"):
+        model.generate(**inputs, decoding="ar", output_trajectory=True)
+    with pytest.raises(ValueError, match="assistant_model"):
+        model.generate(**inputs, decoding="jacobi", assistant_model=tiny_model())
+    with pytest.raises(ValueError, match="custom_generate"):
+        model.generate(**inputs, decoding="jacobi", custom_generate=lambda *_: None)
+    with pytest.raises(ValueError, match="block_sise"):
+        model.generate(**inputs, decoding="jacobi", jacobi_config={"block_sise": 8})
+    with pytest.raises(ValueError, match="model_kwargs"):
+        model.generate(**inputs, decoding="jacobi", max_new_token=8)
+
+
+def test_custom_generate_of_the_user_still_works():
+    model = hf_jacobi.enable(tiny_model())
+    model.generation_config.decoding = "jacobi"
+
+    def first_token(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        return input_ids[:, :1]
+
+    assert model.generate(**padded_prompts(2), custom_generate=first_token).shape == (2, 1)
+
+
+def test_importing_the_package_imports_nothing_heavier_than_transformers_and_torch():
+    def packages(statement):
+        code = f"import sys; {statement}; print({{name.partition('.')[0] for name in sys.modules}})"
+        out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return ast.literal_eval(out.stdout)
+
+    without = packages("import torch; from transformers import GenerationMixin; import transformers.generation.streamers")
+    assert packages("import hf_jacobi") - without == {"hf_jacobi"}

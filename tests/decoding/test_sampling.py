@@ -1,0 +1,150 @@
+"""Sampled Jacobi decoding is lossless: the text depends on the seed alone, and is drawn from the model's distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fixtures import permuted_copy_batch
+from models import padded_prompts, tiny_model
+
+import hf_jacobi
+from hf_jacobi.decoding.acceptance import GumbelNoise
+
+
+CONFIGS = [
+    {"block_size": 1, "pool_size": 0},
+    {"block_size": 8},
+    {"block_size": 64, "max_blocks": 2},
+    {"block_size": 8, "window": "block", "max_blocks": 3, "spawn_ratio": 0.3, "pool_size": 2},
+    {"block_size": 6, "pool_size": 8, "draft_init": "repeat"},
+    {},
+]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return hf_jacobi.enable(tiny_model("llama"))
+
+
+def sample(model, inputs, config, seed, **kwargs):
+    kwargs = {"do_sample": True, "max_new_tokens": 32, "return_dict_in_generate": True} | kwargs
+    return model.generate(**inputs, decoding="jacobi", jacobi_config=config | {"seed": seed}, **kwargs)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("warp", [{}, {"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"repetition_penalty": 1.3}])
+def test_the_text_depends_on_the_seed_alone(model, rows, warp):
+    inputs = padded_prompts(rows)
+    for seed in (0, 1):
+        texts = [sample(model, inputs, config, seed, **warp).sequences for config in CONFIGS]
+        assert all(torch.equal(text, texts[0]) for text in texts)
+    assert not torch.equal(sample(model, inputs, {}, 0, **warp).sequences, sample(model, inputs, {}, 1, **warp).sequences)
+
+
+def test_rows_of_the_same_prompt_differ(model):
+    out = sample(model, padded_prompts(1), {"block_size": 8}, 0, num_return_sequences=4)
+    assert len({tuple(row) for row in out.sequences.tolist()}) == 4
+
+
+def test_a_row_does_not_depend_on_the_padding_beside_it(model):
+    inputs = padded_prompts(3)
+    batch = sample(model, inputs, {"block_size": 8}, 5).sequences[0]
+    alone = sample(model, {name: tensor[:1] for name, tensor in inputs.items()}, {"block_size": 8}, 5).sequences[0]
+    length = min(len(batch), len(alone))
+    assert torch.equal(batch[:length], alone[:length])
+
+
+def test_without_a_seed_torchs_generator_governs(model):
+    texts = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        texts.append(sample(model, padded_prompts(1), {"block_size": 8}, None).sequences)
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+def test_greedy_decoding_leaves_torchs_generator_alone(model):
+    state = torch.get_rng_state()
+    model.generate(**padded_prompts(1), max_new_tokens=8, do_sample=False, decoding="jacobi")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_same_noise_makes_drafts_converge(permuted_copy, monkeypatch):
+    prompt = permuted_copy_batch(1, 40, torch.Generator().manual_seed(5))
+    inputs = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt)}
+
+    def tokens_per_forward():
+        out = sample(permuted_copy, inputs, {"block_size": 8, "pool_size": 0}, 0, temperature=2.0, max_new_tokens=96)
+        return out.jacobi_stats.tokens_per_forward
+
+    keyed = tokens_per_forward()
+    fresh = torch.Generator().manual_seed(0)
+    draw = lambda self, row, position, like: -torch.empty(like.shape[-1]).exponential_(generator=fresh).log_()  # noqa: E731
+    monkeypatch.setattr(GumbelNoise, "at", draw)
+    assert keyed > tokens_per_forward()
+
+
+def test_noise_is_keyed():
+    like = torch.zeros(1000)
+    noise = GumbelNoise(7)
+    first = noise.at(0, 5, like).clone()
+    noise.forget_before(0, 9)
+    assert torch.equal(noise.at(0, 5, like), first)
+    for other in (noise.at(0, 6, like), noise.at(1, 5, like), GumbelNoise(8).at(0, 5, like)):
+        assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1]) < 0.15
+
+
+def exact_two_token_distribution(model, inputs, temperature, top_k, top_p):
+    """`[V, V]` probabilities of the two tokens after the prompt, by enumeration and in plain tensor operations."""
+
+    def distribution(logits):
+        logits = logits / temperature
+        kept = logits >= logits.topk(top_k).values[..., -1:]
+        probabilities = logits.masked_fill(~kept, -torch.inf).softmax(-1)
+        ordered, order = probabilities.sort(descending=True)
+        ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+        return probabilities / probabilities.sum(-1, keepdim=True)
+
+    prompt = inputs["input_ids"]
+    with torch.no_grad():
+        first = distribution(model(prompt).logits[0, -1])
+        vocabulary = first.shape[0]
+        continued = torch.cat([prompt.expand(vocabulary, -1), torch.arange(vocabulary)[:, None]], 1)
+        second = distribution(model(continued).logits[:, -1])
+    return first[:, None] * second
+
+
+@pytest.mark.parametrize("warp", [(1.0, 96, 1.0), (0.7, 8, 1.0), (1.3, 40, 0.8)])
+def test_samples_follow_the_exact_distribution(warp):
+    model = hf_jacobi.enable(tiny_model("llama", seed=2))
+    temperature, top_k, top_p = warp
+    with torch.no_grad():  # a flatter distribution, so that many continuations are likely
+        model.lm_head.weight.mul_(0.3)
+    inputs = padded_prompts(1)
+    exact = exact_two_token_distribution(model, inputs, temperature, top_k, top_p).flatten()
+    draws, counts = 4000, torch.zeros_like(exact)
+    for seed in range(4):
+        out = sample(
+            model,
+            inputs,
+            {"block_size": 4, "pool_size": 2},
+            seed,
+            max_new_tokens=2,
+            eos_token_id=None,
+            num_return_sequences=draws // 4,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+        ).sequences[:, -2:]
+        counts += torch.bincount(out[:, 0] * 96 + out[:, 1], minlength=exact.numel())
+    assert counts[exact == 0].sum() == 0, "a continuation that the processors rule out was drawn"
+    expected = exact * draws
+    common = expected >= 5
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    expected = torch.cat([expected[common], expected[~common].sum()[None]])
+    keep = expected > 1e-6
+    statistic = ((observed - expected)[keep] ** 2 / expected[keep]).sum()
+    freedom = int(keep.sum()) - 1
+    # Chi-squared has mean `freedom` and variance 2 * freedom; four standard deviations fail by chance 1 in 10,000.
+    assert freedom >= 8
+    assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
