@@ -108,7 +108,7 @@ class SlotCache(Cache):
             if not source.is_initialized or source.keys is None:
                 continue
             target.lazy_initialization(source.keys, source.values)
-            target.reserve(length + GROWTH)
+            target.reserve(length)
             held = source.keys.shape[2]
             target.keys[:, :, length - held : length] = source.keys
             target.values[:, :, length - held : length] = source.values

