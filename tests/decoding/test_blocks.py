@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hf_jacobi import JacobiConfig
-from hf_jacobi.decoding.adaptive import FIRST_REST, PROBE, AdaptiveWindow
+from hf_jacobi.decoding.adaptive import FIRST_REST, PROBE, AdaptiveReach, AdaptiveWindow
 from hf_jacobi.decoding.blocks import Blocks, FirstGuess
 from hf_jacobi.decoding.ngram_pool import NgramPool
 
@@ -94,6 +94,7 @@ def test_adaptive_window_grows_with_acceptance():
 
 def test_adaptive_window_rests_and_probes_ever_more_rarely():
     window = AdaptiveWindow(16)
+    assert window.size == PROBE
     drafting = []
     for step in range(400):
         if window.size > 1:
@@ -105,4 +106,17 @@ def test_adaptive_window_rests_and_probes_ever_more_rarely():
     for _ in range(1000):
         window.update(accepted=4)
     assert window.size == 16, "a probe that succeeds ends the rest"
-    assert AdaptiveWindow(4).size == 4 < PROBE
+    assert AdaptiveWindow(2).size == 2 < PROBE
+
+
+def test_reach_follows_the_candidates():
+    reach = AdaptiveReach(16)
+    for _ in range(5):
+        reach.update(tried=reach.tokens, accepted=reach.tokens)
+    assert reach.tokens == 16
+    reach.update(tried=16, accepted=3)
+    reach.update(tried=0, accepted=0)
+    assert reach.tokens == 16, "neither a part nor no candidate at all is a failure"
+    for _ in range(6):
+        reach.update(tried=reach.tokens, accepted=0)
+    assert reach.tokens == 1

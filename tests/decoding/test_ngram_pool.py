@@ -18,7 +18,6 @@ def test_the_latest_match_comes_first():
 def test_the_longest_match_comes_before_a_later_one():
     pool = pool_of(7, 1, 2, 9, 8, 1, 3, 3)
     assert pool.continuations([7, 1], length=1, limit=2) == [[2], [3]]
-    assert pool.continuations([7, 1], length=1, limit=2, shortest=2) == [[2]]
 
 
 def test_a_single_candidate_counts():

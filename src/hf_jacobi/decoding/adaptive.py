@@ -1,9 +1,9 @@
-"""How large a draft is worth its forward: the window follows the acceptance seen so far."""
+"""How many tokens are worth trying: the draft and the recycled n-grams follow the acceptance seen so far."""
 
 from __future__ import annotations
 
 
-PROBE = 8  # size of the window when nothing is known yet
+PROBE = 4  # size of the window when nothing is known yet
 WORTHWHILE = 0.4  # guesses accepted per forward below which drafting rests
 MEMORY = 0.7  # weight of the past in the running mean of accepted guesses
 FIRST_REST = 32  # forwards until the next probe, doubled each time that probe fails
@@ -46,3 +46,25 @@ class AdaptiveWindow:
             self.size //= 2
         if self.size > PROBE:
             self.rest = FIRST_REST
+
+
+class AdaptiveReach:
+    """
+    How far recycled n-grams are followed, between 1 token and `largest`.
+
+    It doubles when an n-gram was accepted to its end and halves when none of its tokens was, so text that repeats
+    itself is copied in long strides and text that does not costs one position more.
+    """
+
+    def __init__(self, largest: int):
+        self.largest = largest
+        self.tokens = min(2, largest)
+
+    def update(self, tried: int, accepted: int) -> None:
+        """Takes in how many tokens the longest candidate had, and how many tokens of a candidate came true."""
+        if not tried:
+            return
+        if accepted >= tried:
+            self.tokens = min(2 * self.tokens, self.largest)
+        elif not accepted:
+            self.tokens = max(1, self.tokens // 2)

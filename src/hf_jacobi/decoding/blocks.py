@@ -10,6 +10,16 @@ from .config import JacobiConfig
 from .ngram_pool import NgramPool
 
 
+def agreement(guess: list[int], text: list[int]) -> int:
+    """How many tokens of a guess, from its first on, are those of the text."""
+    count = 0
+    for guessed, token in zip(guess, text):
+        if guessed != token:
+            break
+        count += 1
+    return count
+
+
 class Blocks:
     """
     The draft of one sequence: one real-active block and up to `max_blocks` - 1 pseudo-active ones behind it.
@@ -45,7 +55,7 @@ class Blocks:
         """
         before = dict(zip(range(self.start, self.end), self.draft))
         if self.window:
-            self.window.update(self._accepted(text))
+            self.window.update(agreement(self.draft[1:], text[self.start + 1 :]))
         self.start = len(text) - 1
         draft = [text[-1], *guesses]
         converged = self._newest_converged(before, draft)
@@ -63,15 +73,6 @@ class Blocks:
         if len(draft) < length:
             draft += self.first_guess(text[:-1] + draft, length - len(draft))
         self.draft = draft
-
-    def _accepted(self, text: list[int]) -> int:
-        """How many guesses of the draft, from its first on, are in the text now."""
-        count = 0
-        for guess, token in zip(self.draft[1:], text[self.start + 1 :]):
-            if guess != token:
-                break
-            count += 1
-        return count
 
     def _in_flight(self) -> int:
         return -(-(self.end - self.start) // self.size)

@@ -36,8 +36,8 @@ class JacobiConfig:
             last token has in the n-gram pool (tokens of the prompt where there is none), or the last token again.
         adaptive (`bool`, *optional*):
             Let the window shrink and grow with the acceptance seen so far, up to `block_size`, so that text the model
-            cannot predict in parallel does not pay for large drafts; n-grams are then recycled where at least two
-            tokens match. Defaults to `True` exactly when `block_size` is left out. Needs `window="sliding"`.
+            cannot predict in parallel does not pay for large drafts; how far n-grams are followed adapts likewise,
+            up to `block_size` instead of `ngram_size`. Defaults to `True` exactly when `block_size` is left out. Needs `window="sliding"`.
 
     > Parameters that control rejection recycling
 

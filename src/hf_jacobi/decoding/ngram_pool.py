@@ -41,18 +41,17 @@ class NgramPool:
                 if len(ends) > KEPT_PER_CONTEXT:
                     del ends[0]
 
-    def continuations(self, context: list[int], length: int, limit: int, shortest: int = 1) -> list[list[int]]:
+    def continuations(self, context: list[int], length: int, limit: int) -> list[list[int]]:
         """
         Up to `limit` different continuations of `context`, each of 1 to `length` tokens.
 
-        Those that match most tokens of the context come first, among equals the latest; less than `shortest` do not
-        count.
+        Those that match most tokens of the context come first, among equals the latest.
         """
         found: list[list[int]] = []
         if limit < 1 or length < 1:
             return found
         for size in CONTEXT_LENGTHS:
-            if not shortest <= size <= len(context):
+            if size > len(context):
                 continue
             for text, end in reversed(self._ends.get(tuple(context[-size:]), ())):
                 tokens = text[end : end + length]

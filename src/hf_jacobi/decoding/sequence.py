@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from .acceptance import guesses_after
-from .blocks import Blocks, FirstGuess
+from .adaptive import AdaptiveReach
+from .blocks import Blocks, FirstGuess, agreement
 from .candidates import TokenTree
 from .config import JacobiConfig
 from .ngram_pool import NgramPool
@@ -40,6 +41,8 @@ class Sequence:
         if config.pool_prompt:
             self.pool.extend(prompt)
         guess = FirstGuess(config.draft_init, prompt, self.pool, f"{config.seed or 0}/{row}")
+        self.candidates: list[list[int]] = []
+        self.reach = AdaptiveReach(config.block_size) if config.adaptive else None
         self.blocks = Blocks(config, self.prompt_length, guess)
 
     @property
@@ -51,9 +54,11 @@ class Sequence:
         """The tokens to score next: the draft, and candidates out of the pool, none beyond `max_length`."""
         room = len(self.blocks.draft) if self.max_length is None else self.max_length - self.length
         tree = TokenTree(self.blocks.draft[:room])
-        length = min(self.config.ngram_size, room - 1)
-        shortest = 2 if self.config.adaptive else 1
-        for candidate in self.pool.continuations(self.tokens[-3:], length, self.config.pool_size, shortest):
+        length, limit = self.config.ngram_size, self.config.pool_size
+        if self.reach:
+            length, limit = self.reach.tokens, min(limit, self.reach.tokens)
+        self.candidates = self.pool.continuations(self.tokens[-3:], min(length, room - 1), limit)
+        for candidate in self.candidates:
             tree.add_branch(candidate)
         return tree
 
@@ -76,6 +81,11 @@ class Sequence:
         )
         if self.finished:
             return
+        if self.reach:
+            self.reach.update(
+                max(map(len, self.candidates), default=0),
+                max((agreement(candidate, accepted) for candidate in self.candidates), default=0),
+            )
         guesses = guesses_after(tree.children, tree.draft_length, tree.depths, predictions, path[-1])
         self.pool.extend(accepted)
         self.pool.recycle(guesses)
