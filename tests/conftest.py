@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from fixtures import train_permuted_copy
 
 import hf_jacobi
-from fixtures import train_permuted_copy
 
 
 torch.set_num_threads(1)

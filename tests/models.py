@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 
 VOCABULARY = 96
@@ -82,11 +82,21 @@ ARCHITECTURES: dict[str, tuple[str, dict]] = {
     ),
     "llama4": (
         "llama4_text",
-        {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 48, "interleave_moe_layer_step": 2},
+        {
+            "attention_chunk_size": 8,
+            "num_local_experts": 2,
+            "intermediate_size_mlp": 48,
+            "interleave_moe_layer_step": 2,
+        },
     ),
     "ernie4_5": ("ernie4_5", {}),
     "hunyuan_v1_dense": ("hunyuan_v1_dense", {}),
-    "gemma3n": ("gemma3n_text", {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0} | UNTIED | MIXED),
+    "gemma3n": (
+        "gemma3n_text",
+        {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+        | UNTIED
+        | MIXED,
+    ),
 }
 
 

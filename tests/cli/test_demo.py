@@ -43,7 +43,9 @@ def test_json_holds_the_comparison_and_nothing_else(checkpoint):
 
 
 def test_plain_lines_when_not_a_terminal(checkpoint, capsys):
-    assert cli.main(["demo", "--model", checkpoint, "--prompt", "w5", "--max-new-tokens", "12", "--block-size", "4"]) == 0
+    assert (
+        cli.main(["demo", "--model", checkpoint, "--prompt", "w5", "--max-new-tokens", "12", "--block-size", "4"]) == 0
+    )
     out = capsys.readouterr().out
     assert "autoregressive" in out and "Jacobi" in out and "Texts identical: yes" in out
     assert "\x1b[" not in out, "no terminal codes in a pipe"

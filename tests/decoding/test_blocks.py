@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from hf_jacobi import JacobiConfig
@@ -101,7 +103,7 @@ def test_adaptive_window_rests_and_probes_ever_more_rarely():
             drafting.append(step)
         window.update(accepted=0)
     assert len(drafting) < 20
-    pauses = [b - a for a, b in zip(drafting, drafting[1:]) if b - a > 1]
+    pauses = [b - a for a, b in itertools.pairwise(drafting) if b - a > 1]
     assert pauses[0] > FIRST_REST and pauses == sorted(pauses) and len(pauses) >= 2
     for _ in range(1000):
         window.update(accepted=4)

@@ -1,4 +1,4 @@
-"""Greedy Jacobi decoding writes what autoregressive decoding writes, on every architecture and in every configuration."""
+"""Greedy Jacobi decoding writes what autoregressive decoding writes, on every architecture and configuration."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_decoding_ar_and_no_decoding_are_transformers_own():
 
 
 def test_block_of_one_without_recycling_is_ar():
-    out = jacobi(hf_jacobi.enable(tiny_model()), padded_prompts(1), {"block_size": 1, "pool_size": 0}, eos_token_id=None)
+    out = jacobi(
+        hf_jacobi.enable(tiny_model()), padded_prompts(1), {"block_size": 1, "pool_size": 0}, eos_token_id=None
+    )
     assert out.jacobi_stats.forwards == NEW_TOKENS
     assert out.jacobi_stats.positions == NEW_TOKENS
 
@@ -129,8 +131,12 @@ def test_recycling_accepts_what_repeats():
 def test_cache_holds_one_slot_per_token_and_the_step_itself(monkeypatch):
     largest = []
     reserve = slot_cache.SlotLayer.reserve
-    monkeypatch.setattr(slot_cache.SlotLayer, "reserve", lambda self, slots: (reserve(self, slots), largest.append(self)))
-    out = jacobi(hf_jacobi.enable(tiny_model()), padded_prompts(2), {"block_size": 8, "pool_size": 4}, max_new_tokens=150)
+    monkeypatch.setattr(
+        slot_cache.SlotLayer, "reserve", lambda self, slots: (reserve(self, slots), largest.append(self))
+    )
+    out = jacobi(
+        hf_jacobi.enable(tiny_model()), padded_prompts(2), {"block_size": 8, "pool_size": 4}, max_new_tokens=150
+    )
     tokens, step = out.sequences.shape[1], 8 + 4 * JacobiConfig().ngram_size
     assert max(layer.keys.shape[2] for layer in largest) <= tokens + step + slot_cache.GROWTH
     assert {layer.keys.shape[0] for layer in largest} == {2}, "no copy per candidate in the batch dimension"

@@ -124,7 +124,7 @@ def test_text_generation_pipeline():
 
 def test_bad_arguments_are_refused():
     model, inputs = hf_jacobi.enable(tiny_model()), padded_prompts(1)
-    with pytest.raises(ValueError, match="decoding.*'jacoby'"):
+    with pytest.raises(ValueError, match=r"decoding.*'jacoby'"):
         model.generate(**inputs, decoding="jacoby")
     with pytest.raises(ValueError, match="decoding='jacobi'"):
         model.generate(**inputs, jacobi_config=JacobiConfig())
@@ -156,5 +156,7 @@ def test_importing_the_package_imports_nothing_heavier_than_transformers_and_tor
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         return ast.literal_eval(out.stdout)
 
-    without = packages("import torch; from transformers import GenerationMixin; import transformers.generation.streamers")
+    without = packages(
+        "import torch; from transformers import GenerationMixin; import transformers.generation.streamers"
+    )
     assert packages("import hf_jacobi") - without == {"hf_jacobi"}

@@ -89,7 +89,7 @@ def test_prefix_allowed_tokens_fn_knows_its_row(model, rows):
 
 
 class Counting(LogitsProcessor):
-    """Depends on how often it was called and on the row: any call too many, too few or out of order changes the text."""
+    """Depends on how often it was called and on the row: a call too many, too few or out of order changes the text."""
 
     def __init__(self):
         self.calls = []
@@ -177,7 +177,9 @@ def test_stop_strings_of_the_generation_config(model, tokenizer):
 
 def test_max_time_stops(model):
     start = time.time()
-    out = model.generate(**padded_prompts(1), max_new_tokens=100_000, max_time=0.3, eos_token_id=None, decoding="jacobi")
+    out = model.generate(
+        **padded_prompts(1), max_new_tokens=100_000, max_time=0.3, eos_token_id=None, decoding="jacobi"
+    )
     assert time.time() - start < 3
     assert 12 < out.shape[1] < 100_000
 
@@ -223,7 +225,9 @@ def test_text_streamers(model, tokenizer, capsys):
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("extra", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.7, "top_k": 5, "do_sample": True}])
+@pytest.mark.parametrize(
+    "extra", [{}, {"repetition_penalty": 1.3}, {"temperature": 0.7, "top_k": 5, "do_sample": True}]
+)
 def test_scores_and_logits(model, rows, extra):
     inputs = padded_prompts(rows)
     kwargs = {"output_scores": True, "output_logits": True, "eos_token_id": None} | extra

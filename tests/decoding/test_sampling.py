@@ -1,4 +1,4 @@
-"""Sampled Jacobi decoding is lossless: the text depends on the seed alone, and is drawn from the model's distribution."""
+"""Sampled Jacobi decoding is lossless: the text depends on the seed alone and follows the model's distribution."""
 
 from __future__ import annotations
 
@@ -38,7 +38,9 @@ def test_the_text_depends_on_the_seed_alone(model, rows, warp):
     for seed in (0, 1):
         texts = [sample(model, inputs, config, seed, **warp).sequences for config in CONFIGS]
         assert all(torch.equal(text, texts[0]) for text in texts)
-    assert not torch.equal(sample(model, inputs, {}, 0, **warp).sequences, sample(model, inputs, {}, 1, **warp).sequences)
+    assert not torch.equal(
+        sample(model, inputs, {}, 0, **warp).sequences, sample(model, inputs, {}, 1, **warp).sequences
+    )
 
 
 def test_rows_of_the_same_prompt_differ(model):

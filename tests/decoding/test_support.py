@@ -5,14 +5,32 @@ from __future__ import annotations
 import pytest
 import torch
 from models import padded_prompts, tiny_model
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BloomConfig, FalconConfig, GPTNeoConfig, MambaConfig
-from transformers import MptConfig, Qwen3NextConfig, StaticCache, T5Config
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BloomConfig,
+    FalconConfig,
+    GPTNeoConfig,
+    MambaConfig,
+    MptConfig,
+    Qwen3NextConfig,
+    StaticCache,
+    T5Config,
+)
 
 import hf_jacobi
 
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 2}
-T5 = {"vocab_size": 96, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+T5 = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 QWEN3_NEXT = TINY | {
     "intermediate_size": 48,
     "num_attention_heads": 4,
@@ -76,7 +94,9 @@ def test_models_with_alibi(config):
 
 
 def test_attention_with_a_mask_of_its_own():
-    config = GPTNeoConfig(vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])
+    config = GPTNeoConfig(
+        vocab_size=96, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+    )
     refused(AutoModelForCausalLM.from_config(config), "custom mask")
 
 

@@ -106,7 +106,7 @@ class TokenChooser:
         return all(_is_one_of(processor, CONTEXT_FREE + ROW_WISE) for processor in self.processors)
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
-        """Scores of many positions at once, by the context-free processors: float32 `[B, Q, V]` for the same logits."""
+        """Scores of many positions at once, by the context-free processors: float32, of the shape of `logits`."""
         scores = logits.float().flatten(0, -2)
         nothing = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
         for processor in self.context_free:

@@ -32,12 +32,14 @@ class JacobiConfig:
         spawn_ratio (`float`, defaults to 0.85):
             r in (0, 1]: the next block is spawned once this share of the newest one has converged.
         draft_init (`"prompt"`, `"ngram"` or `"repeat"`, defaults to `"ngram"`):
-            First guess for new positions: tokens drawn from the prompt (the paper's), the continuation that the draft's
-            last token has in the n-gram pool (tokens of the prompt where there is none), or the last token again.
+            First guess for new positions: tokens drawn from the prompt (the paper's), the continuation that the
+            draft's last tokens have in the n-gram pool (tokens of the prompt where there is none), or the last token
+            again.
         adaptive (`bool`, *optional*):
             Let the window shrink and grow with the acceptance seen so far, up to `block_size`, so that text the model
             cannot predict in parallel does not pay for large drafts; how far n-grams are followed adapts likewise,
-            up to `block_size` instead of `ngram_size`. Defaults to `True` exactly when `block_size` is left out. Needs `window="sliding"`.
+            up to `block_size` instead of `ngram_size`. Needs `window="sliding"`. Defaults to `True` exactly when
+            `block_size` is left out.
 
     > Parameters that control rejection recycling
 

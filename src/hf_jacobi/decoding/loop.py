@@ -44,7 +44,9 @@ def jacobi_decode(
         `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
     """
     refuse_unsupported(model, generation_config, model_kwargs)
-    call = DecodeCall(model, input_ids, logits_processor, stopping_criteria, generation_config, jacobi_config, model_kwargs)
+    call = DecodeCall(
+        model, input_ids, logits_processor, stopping_criteria, generation_config, jacobi_config, model_kwargs
+    )
     call.prefill()
     call.stream(streamer)
     while model._has_unfinished_sequences(call.finished, synced_gpus, device=input_ids.device):
@@ -100,7 +102,9 @@ class DecodeCall:
         outputs = self.model._prefill(self.input_ids, self.generation_config, kwargs)
         self.home = outputs.past_key_values
         length = self.home.get_seq_length()
-        self.keeps_home = self.generation_config.return_dict_in_generate or getattr(self.home, "_is_user_defined", False)
+        self.keeps_home = self.generation_config.return_dict_in_generate or getattr(
+            self.home, "_is_user_defined", False
+        )
         self.cache = SlotCache.from_prefill(self.home, length, self.keeps_home)
         self.slot_shift = length - self.input_ids.shape[1]
         self.offsets = (kwargs["position_ids"][:, -1] - (length - 1)).tolist()
@@ -114,7 +118,9 @@ class DecodeCall:
             for name, value in kwargs.items()
             if name not in ("past_key_values", "position_ids", "attention_mask", "inputs_embeds", "logits_to_keep")
         }
-        self.accept([TokenTree(row.tokens[-1:] or [0]) for row in self.sequences], outputs.logits[:, -1:].to(self.device))
+        self.accept(
+            [TokenTree(row.tokens[-1:] or [0]) for row in self.sequences], outputs.logits[:, -1:].to(self.device)
+        )
 
     def propose(self) -> list[TokenTree]:
         """What every row tries next; a finished row goes along with one token that leads nowhere."""
@@ -142,9 +148,11 @@ class DecodeCall:
         return self.model(**inputs, return_dict=True).logits.to(self.device)
 
     def accept(self, trees: list[TokenTree], logits: torch.Tensor) -> None:
-        """Commits, per row, the longest path of its tree that the model itself would have written, and one token more."""
+        """Commits, per row, the longest path of its tree that the model would have written, and one token more."""
         starts = [row.length - 1 for row in self.sequences]
-        targets = [[row.length - row.padding + depth for depth in tree.depths] for row, tree in zip(self.sequences, trees)]
+        targets = [
+            [row.length - row.padding + depth for depth in tree.depths] for row, tree in zip(self.sequences, trees)
+        ]
         predictions = self.chooser.predict(logits, [row.row for row in self.sequences], targets)
         unfinished = [not row.finished for row in self.sequences]
         paths: list[list[int]] = [[] for _ in self.sequences]
@@ -179,7 +187,9 @@ class DecodeCall:
                 row.tokens.append(tokens[row.row])
                 paths[row.row].append(nodes[row.row])
             rows = group if len(group) > 1 else live
-            for row, stop in zip(rows, self.stop([row.tokens for row in rows], self.device, self._scores_so_far(group))):
+            for row, stop in zip(
+                rows, self.stop([row.tokens for row in rows], self.device, self._scores_so_far(group))
+            ):
                 row.stopped = row.stopped or stop
             over = all(row.stopped for row in group)
             for row in live:

@@ -47,11 +47,13 @@ class JacobiGenerationMixin:
         `GenerationMixin.generate` with a choice of how text is decoded; every other argument is transformers' own.
 
         Args:
-            decoding (`"ar"` or `"jacobi"`, *optional*): `"ar"` is transformers' own decoding. Left out, it is read from
-                the generation config, and is `"ar"` if that says nothing.
-            jacobi_config ([`JacobiConfig`] or `dict`, *optional*): settings of Jacobi decoding. Left out, they are read
-                from the generation config (`jacobi`).
-            output_trajectory (`bool`, *optional*): with `return_dict_in_generate=True`, also return every draft.
+            decoding (`"ar"` or `"jacobi"`, *optional*):
+                `"ar"` is transformers' own decoding. Left out, it is read from the generation config, and is `"ar"` if
+                that says nothing.
+            jacobi_config ([`JacobiConfig`] or `dict`, *optional*):
+                Settings of Jacobi decoding. Left out, they are read from the generation config (`jacobi`).
+            output_trajectory (`bool`, *optional*):
+                With `return_dict_in_generate=True`, also return every draft.
 
         Returns:
             What `generate` returns: `[B, L]` token ids, or with `return_dict_in_generate=True` a [`JacobiOutput`],
@@ -80,7 +82,7 @@ class JacobiGenerationMixin:
         if decoding != "jacobi":
             if jacobi_config is not None or output_trajectory:
                 raise ValueError(
-                    "`jacobi_config` and `output_trajectory` belong to Jacobi decoding: pass decoding='jacobi' with them."
+                    "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' with them."
                 )
             return plain(**arguments, **kwargs)
         if custom_generate is not None:
@@ -125,7 +127,9 @@ class _StopStrings:
             return
         tokenizer = kwargs.get("tokenizer")
         if tokenizer is None:
-            raise ValueError("`stop_strings` are compared as text: pass the model's tokenizer as `tokenizer` with them.")
+            raise ValueError(
+                "`stop_strings` are compared as text: pass the model's tokenizer as `tokenizer` with them."
+            )
         kwargs.pop("stop_strings", None)
         if generation_config is not None and generation_config.stop_strings is not None:
             arguments["generation_config"] = generation_config = copy.deepcopy(generation_config)
@@ -218,5 +222,7 @@ def _unwrap(model) -> GenerationMixin:
         elif isinstance(getattr(inner, "module", None), torch.nn.Module):
             inner = inner.module
         else:
-            raise TypeError(f"hf_jacobi.enable takes a transformers model that can generate, got {type(model).__name__}.")
+            raise TypeError(
+                f"hf_jacobi.enable takes a transformers model that can generate, got {type(model).__name__}."
+            )
     return inner

@@ -96,8 +96,8 @@ class Trajectory:
         """
         The trajectory of each block of `block_size` tokens: its states from the first guess to the fixed point.
 
-        A state is taken before every forward in which the whole block was committed or in flight; the last state is the
-        text itself. The last block may be short. Made for `window="block"`, whose blocks lie on this grid; with
+        A state is taken before every forward in which the whole block was committed or in flight; the last state is
+        the text itself. The last block may be short. Made for `window="block"`, whose blocks lie on this grid; with
         `"sliding"`, a block's states begin when its last token comes into view.
         """
         result = []

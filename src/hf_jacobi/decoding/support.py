@@ -61,8 +61,8 @@ def _refuse_cache(model, name: str, cache) -> None:
     if not can_roll_back(cache):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise ValueError(
-            f"Jacobi decoding rolls the KV cache back, but {name} has layers whose cache cannot be ({', '.join(kinds)}; "
-            f"linear attention, state-space or indexed): {INSTEAD}."
+            f"Jacobi decoding rolls the KV cache back, but {name} has layers whose cache cannot be "
+            f"({', '.join(kinds)}; linear attention, state-space or indexed): {INSTEAD}."
         )
 
 
@@ -71,8 +71,8 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
     attention = config._attn_implementation
     if attention not in MASKED_ATTENTIONS:
         raise ValueError(
-            f"Jacobi decoding needs an attention that takes a custom mask, but {name} runs {attention!r}: load it with "
-            f"attn_implementation='sdpa' (or 'eager'), or {INSTEAD}."
+            f"Jacobi decoding needs an attention that takes a custom mask, but {name} runs {attention!r}: load it "
+            f"with attn_implementation='sdpa' (or 'eager'), or {INSTEAD}."
         )
     kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
     if kinds:
@@ -86,11 +86,13 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
         )
     positions = model_kwargs.get("position_ids")
     if positions is None or positions.dim() != 2:
-        raise ValueError(f"Jacobi decoding needs position_ids of two dimensions, which {name} does not use: {INSTEAD}.")
+        raise ValueError(
+            f"Jacobi decoding needs position_ids of two dimensions, which {name} does not use: {INSTEAD}."
+        )
     if getattr(config, "alibi", False) or _has_own_mask(model):
         raise ValueError(
-            f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of its "
-            f"own by cache slot: {INSTEAD}."
+            f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of "
+            f"its own by cache slot: {INSTEAD}."
         )
 
 
