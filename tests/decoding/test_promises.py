@@ -273,6 +273,28 @@ def test_a_following_call_continues_from_the_cache(name, rows, first, second):
     assert torch.equal(two_turns((first, second)).sequences, two_turns(("ar", "ar")).sequences)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_following_call_may_pass_the_new_tokens_only(model, rows):
+    inputs = padded_prompts(rows)
+    question = torch.randint(3, VOCABULARY, (rows, 5), generator=torch.Generator().manual_seed(9))
+    texts = []
+    for decoding in ("ar", "jacobi"):
+        with torch.no_grad():
+            cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).past_key_values
+        mask = torch.cat([inputs["attention_mask"], torch.ones_like(question)], 1)
+        texts.append(
+            model.generate(
+                question,
+                attention_mask=mask,
+                past_key_values=cache,
+                max_new_tokens=20,
+                do_sample=False,
+                decoding=decoding,
+            )
+        )
+    assert torch.equal(*texts)
+
+
 def test_the_cache_of_the_caller_is_filled_in_place(model):
     inputs = padded_prompts(1)
     caches = [DynamicCache(config=model.config) for _ in range(2)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import padded_prompts, tiny_model
+from peft import PrefixTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -70,6 +71,11 @@ def test_settings_that_cannot_be_served():
     refused(tiny_model(), "cache_implementation", cache_implementation="static")
     model = tiny_model()
     refused(model, "StaticCache", past_key_values=StaticCache(config=model.config, max_cache_len=64))
+
+
+def test_adapters_with_virtual_tokens():
+    wrapped = get_peft_model(tiny_model(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    refused(wrapped, "PREFIX_TUNING")
 
 
 def test_encoder_decoder_models():

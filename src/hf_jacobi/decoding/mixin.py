@@ -10,6 +10,7 @@ import weakref
 import torch
 from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from .config import JacobiConfig
 from .loop import jacobi_decode
@@ -82,7 +83,7 @@ class JacobiGenerationMixin:
         if decoding != "jacobi":
             if jacobi_config is not None or output_trajectory:
                 raise ValueError(
-                    "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' with them."
+                    "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' too."
                 )
             return plain(**arguments, **kwargs)
         if custom_generate is not None:
@@ -95,11 +96,18 @@ class JacobiGenerationMixin:
             "jacobi_config": JacobiConfig.coerce(jacobi_config),
             "output_trajectory": bool(output_trajectory),
             "streamer": streamer,
-            "synced_gpus": bool(synced_gpus),
+            "synced_gpus": _is_sharded(self) if synced_gpus is None else synced_gpus,
         }
         with _StopStrings(self, generation_config, kwargs, arguments):
             arguments["custom_generate"] = functools.partial(jacobi_decode, **bound)
             return plain(**arguments, **kwargs)
+
+
+def _is_sharded(model) -> bool:
+    """Whether the processes of a group share the model's weights, so that all must run the same forwards."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    return torch.distributed.get_world_size() > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
 def _setting(name: str, generation_config, model):

@@ -21,9 +21,18 @@ class Sequence:
         padding: how many of them are padding.
         config: the settings.
         max_length: length beyond which nothing is tried, `None` if there is none.
+        records: whether to keep every draft.
     """
 
-    def __init__(self, row: int, tokens: list[int], padding: int, config: JacobiConfig, max_length: int | None):
+    def __init__(
+        self,
+        row: int,
+        tokens: list[int],
+        padding: int,
+        config: JacobiConfig,
+        max_length: int | None,
+        records: bool = False,
+    ):
         self.row = row
         self.tokens = list(tokens)
         self.prompt_length = len(tokens)
@@ -33,7 +42,7 @@ class Sequence:
         self.stopped = False  # a criterion has said stop
         self.finished = False  # nothing more is decoded: it stopped, and `generate` pads rows that did
         self.stats = JacobiStats()
-        self.trajectory = Trajectory(self.prompt_length)
+        self.trajectory = Trajectory(self.prompt_length) if records else None
         self.scores: list = []
         self.logits: list = []
         self.pool = NgramPool()
@@ -75,10 +84,11 @@ class Sequence:
         recycled = sum(node >= tree.draft_length for node in path)
         self.stats.count(len(path), len(tree))
         self.stats.recycled_tokens += recycled
-        draft, predicted = tree.tokens[: tree.draft_length], predictions[: tree.draft_length]
-        self.trajectory.steps.append(
-            TrajectoryStep(self.length - len(path) - 1, draft, predicted, list(accepted), recycled)
-        )
+        if self.trajectory:
+            draft, predicted = tree.tokens[: tree.draft_length], predictions[: tree.draft_length]
+            start = self.length - len(path) - 1
+            self.trajectory.steps.append(TrajectoryStep(start, draft, predicted, accepted, recycled))
+            self.trajectory.tokens += accepted
         if self.finished:
             return
         if self.reach:

@@ -42,6 +42,12 @@ def refuse_unsupported(model, generation_config, model_kwargs: dict) -> None:
             f"Jacobi decoding keeps a KV cache of its own, but cache_implementation is "
             f"{generation_config.cache_implementation!r}: drop it, or {INSTEAD}."
         )
+    adapter = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise ValueError(
+            f"Jacobi decoding knows no virtual tokens, but {name} carries a {adapter.peft_type.value} adapter: use an "
+            f"adapter of another kind, such as LoRA, or {INSTEAD}."
+        )
     _refuse_cache(model, name, model_kwargs.get("past_key_values"))
     _refuse_attention(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, model_kwargs)

@@ -1,0 +1,240 @@
+"""The state of one `generate` call: its sequences, their cache, and how their tokens are chosen and stopped."""
+
+from __future__ import annotations
+
+import torch
+
+from .acceptance import GumbelNoise, TokenChooser
+from .attention import AttentionMask
+from .candidates import TokenTree, lay_out
+from .sequence import Sequence
+from .slot_cache import SlotCache
+from .stats import JacobiOutput, JacobiStats
+from .stopping import StopCheck
+
+
+class DecodeCall:
+    """
+    One call. Its arguments are those of `jacobi_decode`; `records` says whether to keep every draft.
+
+    Rows are served one by one, each accepting as many tokens as it can. Where a processor, a stopping criterion or the
+    absence of an end-of-sequence token makes rows depend on each other, all rows form one group that moves in step.
+    """
+
+    def __init__(self, model, input_ids, processors, criteria, generation_config, config, records, model_kwargs):
+        self.model = model
+        self.input_ids = input_ids
+        self.device = input_ids.device
+        self.generation_config = generation_config
+        self.model_kwargs = model_kwargs
+        seed = config.seed
+        if generation_config.do_sample and seed is None:
+            seed = int(torch.randint(2**62, ()))
+        self.chooser = TokenChooser(processors, GumbelNoise(seed) if generation_config.do_sample else None)
+        self.stop = StopCheck(criteria)
+        pad = generation_config._pad_token_tensor
+        self.pad_token = int(pad) if pad is not None else 0
+        padding = [0] * input_ids.shape[0]
+        if (valid := model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
+            padding = (valid[:, valid.shape[1] - input_ids.shape[1] :] == 0).sum(1).tolist()
+        self.sequences = [
+            Sequence(row, tokens, padding[row], config, self.stop.max_length, records)
+            for row, tokens in enumerate(input_ids.tolist())
+        ]
+        self.pads_ended_rows = self.stop.has_eos or len(self.sequences) == 1
+        by_row = self.chooser.is_row_wise and self.stop.is_row_wise and self.pads_ended_rows
+        self.groups = [[sequence] for sequence in self.sequences] if by_row else [self.sequences]
+        self.records = records
+        self.stats = JacobiStats()
+        self.streamed = input_ids.shape[1]
+        self.wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
+        self.wants_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.finished for sequence in self.sequences)
+
+    def prefill(self) -> None:
+        """Runs the prompt through transformers' own prefill, takes its cache over, and commits the first token."""
+        kwargs = self.model_kwargs
+        outputs = self.model._prefill(self.input_ids, self.generation_config, kwargs)
+        self.home = outputs.past_key_values
+        length = self.home.get_seq_length()
+        self.keeps_home = self.generation_config.return_dict_in_generate or getattr(
+            self.home, "_is_user_defined", False
+        )
+        self.cache = SlotCache.from_prefill(self.home, length, self.keeps_home)
+        self.slot_shift = length - self.input_ids.shape[1]
+        self.offsets = (kwargs["position_ids"][:, -1] - (length - 1)).tolist()
+        if len(self.offsets) != len(self.sequences):
+            self.offsets *= len(self.sequences)
+        mask = kwargs.get("attention_mask")
+        self.key_valid = None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
+        self.mask = AttentionMask(self.model.config.get_text_config(decoder=True), self.model.dtype)
+        self.extra_kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in ("past_key_values", "position_ids", "attention_mask", "inputs_embeds", "logits_to_keep")
+        }
+        self.accept(
+            [TokenTree(row.tokens[-1:] or [0]) for row in self.sequences], outputs.logits[:, -1:].to(self.device)
+        )
+
+    def propose(self) -> list[TokenTree]:
+        """What every row tries next; a finished row goes along with one token that leads nowhere."""
+        return [TokenTree([0]) if row.finished else row.propose() for row in self.sequences]
+
+    def forward(self, trees: list[TokenTree]) -> torch.Tensor:
+        """Scores all trees in one forward: logits `[B, Q, V]`. Their keys and values lie in the cache after it."""
+        starts = [row.length - 1 + self.slot_shift for row in self.sequences]
+        return self._score(trees, starts)
+
+    def _score(self, trees: list[TokenTree], starts: list[int]) -> torch.Tensor:
+        step = lay_out(trees, starts, self.offsets, self.key_valid, self.device)
+        end = max(starts) + step.input_ids.shape[1]
+        self.cache.place(step.slots, starts[0] if step.uniform else None, end)
+        mask = None
+        if step.visible is not None:
+            mask = self.mask(step.visible, step.position_ids, step.key_positions)
+        inputs = self.model.prepare_inputs_for_generation(
+            step.input_ids,
+            past_key_values=self.cache,
+            attention_mask=mask,
+            position_ids=step.position_ids,
+            **self.extra_kwargs,
+        )
+        return self.model(**inputs, return_dict=True).logits.to(self.device)
+
+    def accept(self, trees: list[TokenTree], logits: torch.Tensor) -> None:
+        """Commits, per row, the longest path of its tree that the model would have written, and one token more."""
+        starts = [row.length - 1 for row in self.sequences]
+        targets = [
+            [row.length - row.padding + depth for depth in tree.depths] for row, tree in zip(self.sequences, trees)
+        ]
+        predictions = self.chooser.predict(logits, [row.row for row in self.sequences], targets)
+        unfinished = [not row.finished for row in self.sequences]
+        paths: list[list[int]] = [[] for _ in self.sequences]
+        for group in self.groups:
+            self._walk(group, trees, logits, predictions, paths)
+        for row, tree, path, start in zip(self.sequences, trees, paths, starts):
+            if unfinished[row.row]:
+                self.cache.keep_path(row.row, start + self.slot_shift, path)
+                row.commit(tree, path, predictions[row.row])
+            if self.chooser.noise is not None:
+                self.chooser.noise.forget_before(row.row, row.length - row.padding)
+        self.stats.count(sum(map(len, paths)), sum(len(tree) for tree, live in zip(trees, unfinished) if live))
+
+    def _walk(self, group: list[Sequence], trees, logits, predictions, paths) -> None:
+        """
+        Appends tokens to the rows of a group, one position at a time, until a row's token is not in its tree.
+
+        Processors and stopping criteria see every position once, in order, with the text that it would have had.
+        """
+        live = [row for row in group if not row.finished]
+        nodes = {row.row: 0 for row in live}
+        while live:
+            if self.chooser.reads_context:
+                tokens = self._choose(group, logits, nodes)
+            else:
+                tokens = {row.row: predictions[row.row][nodes[row.row]] for row in live}
+                self._record(live, logits, nodes)
+            for row in group:
+                if row.finished and len(group) > 1:
+                    row.tokens.append(self.pad_token)
+            for row in live:
+                row.tokens.append(tokens[row.row])
+                paths[row.row].append(nodes[row.row])
+            rows = group if len(group) > 1 else live
+            for row, stop in zip(
+                rows, self.stop([row.tokens for row in rows], self.device, self._scores_so_far(group))
+            ):
+                row.stopped = row.stopped or stop
+            over = all(row.stopped for row in group)
+            for row in live:
+                row.finished = over or (row.stopped and self.pads_ended_rows)
+            live = [row for row in live if not row.finished]
+            children = {row.row: trees[row.row].children[nodes[row.row]].get(tokens[row.row]) for row in live}
+            if None in children.values():
+                return
+            nodes |= children
+
+    def _choose(self, group: list[Sequence], logits, nodes: dict[int, int]) -> dict[int, int]:
+        """Lets every processor see the text so far, and chooses the next token of each row of a group."""
+        rows = [row.row for row in group]
+        input_ids = torch.tensor([row.tokens for row in group], dtype=torch.long, device=self.device)
+        raw = logits[rows, [nodes.get(row, 0) for row in rows]]
+        tokens, scores = self.chooser.choose(input_ids, raw, rows, [row.length - row.padding for row in group])
+        self._keep(group, raw, scores)
+        return dict(zip(rows, tokens))
+
+    def _record(self, live: list[Sequence], logits, nodes: dict[int, int]) -> None:
+        if self.wants_scores or self.wants_logits:
+            raw = logits[[row.row for row in live], [nodes[row.row] for row in live]]
+            self._keep(live, raw, self.chooser.scores(raw))
+
+    def _keep(self, rows: list[Sequence], raw: torch.Tensor, scores: torch.Tensor) -> None:
+        for row, row_logits, row_scores in zip(rows, raw, scores):
+            if not row.finished:
+                if self.wants_logits:
+                    row.logits.append(row_logits.float().clone())
+                if self.wants_scores:
+                    row.scores.append(row_scores.clone())
+
+    def _scores_so_far(self, group: list[Sequence]):
+        if not (self.wants_scores and self.stop.others):
+            return None
+        return self._columns([row.scores for row in group])
+
+    def _columns(self, rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Per position `[B, V]`; zeros where a row had ended."""
+        like = next(row[0] for row in rows if row)
+        nothing = torch.zeros_like(like)
+        length = max(map(len, rows))
+        return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(length))
+
+    def stream(self, streamer) -> None:
+        """Puts every position that all rows have reached, one `[B]` tensor each, as AR does."""
+        if streamer is None:
+            return
+        reached = min((row.length for row in self.sequences if not row.finished), default=None)
+        if reached is None:
+            reached = max(row.length for row in self.sequences)
+        for position in range(self.streamed, reached):
+            tokens = [row.tokens[position] if position < row.length else self.pad_token for row in self.sequences]
+            streamer.put(torch.tensor(tokens))
+        self.streamed = reached
+
+    def idle_forward(self) -> None:
+        """A forward without use, for the other processes of a sharded model that are not done yet."""
+        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+
+    def output(self):
+        """Pads the rows to one length and returns them, with what else the caller asked for."""
+        length = max(row.length for row in self.sequences)
+        if self.keeps_home:
+            self._settle(length)
+            self.cache.export(self.home, length - 1 + self.slot_shift)
+        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
+        sequences = torch.tensor(padded, dtype=torch.long, device=self.device)
+        if not self.generation_config.return_dict_in_generate:
+            return sequences
+        self.stats.per_sequence = [row.stats for row in self.sequences]
+        self.stats.recycled_tokens = sum(row.stats.recycled_tokens for row in self.sequences)
+        self.stats.blocks_spawned = sum(row.stats.blocks_spawned for row in self.sequences)
+        return JacobiOutput(
+            sequences=sequences,
+            scores=self._columns([row.scores for row in self.sequences]) if self.wants_scores else None,
+            logits=self._columns([row.logits for row in self.sequences]) if self.wants_logits else None,
+            past_key_values=self.home,
+            jacobi_stats=self.stats,
+            trajectory=[row.trajectory for row in self.sequences] if self.records else None,
+        )
+
+    def _settle(self, length: int) -> None:
+        """Caches what AR would have cached behind the end of shorter rows, so that whoever goes on finds it whole."""
+        ends = [row.prompt_length + row.stats.new_tokens - 1 for row in self.sequences]
+        if min(ends) == length - 1:
+            return
+        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
+        trees = [TokenTree(tokens[end : length - 1] or [0]) for tokens, end in zip(padded, ends)]
+        self._score(trees, [end + self.slot_shift for end in ends])
