@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import types
-import weakref
 
 import torch
 from transformers import GenerationMixin
@@ -18,7 +17,6 @@ from .loop import jacobi_decode
 
 DECODINGS = ("ar", "jacobi")
 _transformers_generate = GenerationMixin.generate
-_enabled_models: weakref.WeakSet = weakref.WeakSet()
 
 
 class JacobiGenerationMixin:
@@ -194,28 +192,24 @@ def enable(model=None):
     inner.generate = types.MethodType(JacobiGenerationMixin.generate, inner)
     # A config derived from the model's loses our keys when it is loaded again; one of its own keeps them.
     inner.generation_config._from_model_config = False
-    _enabled_models.add(inner)
     return model
 
 
 def disable(model=None):
     """
-    Undoes `enable`.
+    Undoes `enable`: `disable(model)` what `enable(model)` did, `disable()` what `enable()` did.
 
     Args:
-        model: the model to undo it for. `None`: the process and every model enabled by itself.
+        model: the model to undo it for. `None`: the process; a model enabled by itself stays so.
 
     Returns:
         `model`, as it was passed.
     """
     if model is None:
         GenerationMixin.generate = _transformers_generate
-        for enabled in list(_enabled_models):
-            disable(enabled)
         return None
     inner = _unwrap(model)
     vars(inner).pop("generate", None)
-    _enabled_models.discard(inner)
     return model
 
 
