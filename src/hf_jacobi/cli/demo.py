@@ -173,7 +173,7 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
 def print_report(report: dict) -> None:
     """The comparison as a table, and what to make of it."""
     columns = ("tokens", "forwards", "tokens/forward", "seconds", "tokens/second", "speed-up")
-    print("\n" + " " * 16 + "".join(f"{column:>16}" for column in columns))
+    print("\n\n" + " " * 16 + "".join(f"{column:>16}" for column in columns))
     for decoding, title in TITLES.items():
         row = report[decoding]
         speedup = report["speedup"] if decoding == "jacobi" else 1.0
