@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from contextlib import contextmanager
 
 import torch
 from transformers import GenerationMixin
@@ -73,6 +74,7 @@ class JacobiGenerationMixin:
             "negative_prompt_attention_mask": negative_prompt_attention_mask,
             "custom_generate": custom_generate,
         }
+        arguments = {name: value for name, value in arguments.items() if value is not None}
         plain = functools.partial(_plain_generate(self), self, inputs)
         if custom_generate is None or decoding is not None:
             decoding = decoding or _setting("decoding", generation_config, self) or "ar"
@@ -96,7 +98,7 @@ class JacobiGenerationMixin:
             "streamer": streamer,
             "synced_gpus": _is_sharded(self) if synced_gpus is None else synced_gpus,
         }
-        with _StopStrings(self, generation_config, kwargs, arguments):
+        with _stop_strings_as_criterion(self, arguments, kwargs):
             arguments["custom_generate"] = functools.partial(jacobi_decode, **bound)
             return plain(**arguments, **kwargs)
 
@@ -117,40 +119,35 @@ def _setting(name: str, generation_config, model):
     return None
 
 
-class _StopStrings:
+@contextmanager
+def _stop_strings_as_criterion(model, arguments: dict, kwargs: dict):
     """
-    Turns `stop_strings` into a criterion before transformers looks at them.
+    Turns `stop_strings` into a stopping criterion before transformers looks at them.
 
     transformers builds that criterion itself, but not for a callable `custom_generate`: it drops the tokenizer there.
     """
+    own, of_call = model.generation_config, arguments.get("generation_config")
+    strings = kwargs.pop("stop_strings", None) or _setting("stop_strings", of_call, model)
+    if strings is None:
+        yield
+        return
+    if kwargs.get("tokenizer") is None:
+        raise ValueError("`stop_strings` are compared as text: pass the model's tokenizer as `tokenizer` with them.")
+    criterion = StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings)
+    arguments["stopping_criteria"] = StoppingCriteriaList([criterion, *arguments.get("stopping_criteria", [])])
+    if of_call is not None:
+        arguments["generation_config"] = _without_stop_strings(of_call)
+    model.generation_config = _without_stop_strings(own)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
-    def __init__(self, model, generation_config, kwargs: dict, arguments: dict):
-        self.model = model
-        self.own = model.generation_config
-        strings = kwargs.get("stop_strings") or _setting("stop_strings", generation_config, model)
-        self.replaces = strings is not None and self.own.stop_strings is not None
-        if strings is None:
-            return
-        tokenizer = kwargs.get("tokenizer")
-        if tokenizer is None:
-            raise ValueError(
-                "`stop_strings` are compared as text: pass the model's tokenizer as `tokenizer` with them."
-            )
-        kwargs.pop("stop_strings", None)
-        if generation_config is not None and generation_config.stop_strings is not None:
-            arguments["generation_config"] = generation_config = copy.deepcopy(generation_config)
-            generation_config.stop_strings = None
-        criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
-        arguments["stopping_criteria"] = StoppingCriteriaList([criterion, *(arguments["stopping_criteria"] or [])])
 
-    def __enter__(self):
-        if self.replaces:
-            self.model.generation_config = copy.deepcopy(self.own)
-            self.model.generation_config.stop_strings = None
-
-    def __exit__(self, *_):
-        if self.replaces:
-            self.model.generation_config = self.own
+def _without_stop_strings(generation_config):
+    changed = copy.deepcopy(generation_config)
+    changed.stop_strings = None
+    return changed
 
 
 def _plain_generate(model):
