@@ -8,12 +8,22 @@ import pytest
 
 from hf_jacobi import JacobiConfig
 from hf_jacobi.decoding.adaptive import FIRST_REST, PROBE, AdaptiveReach, AdaptiveWindow
-from hf_jacobi.decoding.blocks import Blocks, FirstGuess
+from hf_jacobi.decoding.blocks import BetterGuess, Blocks, FirstGuess
 from hf_jacobi.decoding.ngram_pool import NgramPool
 
 
+class Zeros:
+    """A first guess that knows nothing."""
+
+    def __call__(self, tokens, count):
+        return [0] * count
+
+    def ngram(self, tokens, count):
+        return []
+
+
 def blocks_of(**settings) -> Blocks:
-    blocks = Blocks(JacobiConfig(**settings), 3, lambda tokens, count: [0] * count)
+    blocks = Blocks(JacobiConfig(**settings), 3, Zeros())
     blocks.advance([9, 9, 9, 10], [])
     return blocks
 
@@ -122,3 +132,21 @@ def test_reach_follows_the_candidates():
     for _ in range(6):
         reach.update(tried=reach.tokens, accepted=0)
     assert reach.tokens == 1
+
+
+def test_the_guess_that_was_right_further_is_tried_next():
+    better = BetterGuess()
+    assert better.choose([1, 2, 3], [7]) == [1, 2, 3], "the model's own where nothing is known"
+    better.update([7])
+    assert better.choose([1, 2, 3], [8]) == [8, 2, 3]
+    for _ in range(3):
+        better.update([1, 2, 9])
+        better.choose([1, 2, 3], [8])
+    assert better.choose([4], [5, 6]) == [4]
+
+
+def test_with_other_first_guesses_n_grams_never_replace_the_draft():
+    pool = NgramPool()
+    pool.extend([5, 6, 7, 8, 5])
+    assert FirstGuess("ngram", [5], pool, "").ngram([5], 3) == [6, 7, 8]
+    assert FirstGuess("prompt", [5], pool, "").ngram([5], 3) == FirstGuess("repeat", [5], pool, "").ngram([5], 3) == []

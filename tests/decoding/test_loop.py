@@ -120,8 +120,9 @@ def test_adaptive_window_grows_where_drafts_are_accepted_and_rests_where_not(per
 def test_recycling_accepts_what_repeats():
     model = hf_jacobi.enable(tiny_model("qwen3"))  # a random model that falls into a cycle
     inputs = padded_prompts(1)
-    with_pool = jacobi(model, inputs, {"block_size": 4, "pool_size": 1}, max_new_tokens=96, eos_token_id=None)
-    without = jacobi(model, inputs, {"block_size": 4, "pool_size": 0}, max_new_tokens=96, eos_token_id=None)
+    config = {"block_size": 4, "draft_init": "prompt"}
+    with_pool = jacobi(model, inputs, config | {"pool_size": 1}, max_new_tokens=96, eos_token_id=None)
+    without = jacobi(model, inputs, config | {"pool_size": 0}, max_new_tokens=96, eos_token_id=None)
     assert torch.equal(with_pool.sequences, without.sequences)
     assert with_pool.jacobi_stats.recycled_tokens > 10
     assert without.jacobi_stats.recycled_tokens == 0

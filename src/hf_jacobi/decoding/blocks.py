@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 
-from .adaptive import AdaptiveWindow
+from .adaptive import MEMORY, AdaptiveWindow
 from .config import JacobiConfig
 from .ngram_pool import NgramPool
 
@@ -32,10 +31,10 @@ class Blocks:
     Args:
         config: the settings.
         start: position of the first token to be decoded.
-        first_guess: `(tokens so far, how many) -> tokens`, the first guess for positions never predicted before.
+        first_guess: the guess for positions never predicted before.
     """
 
-    def __init__(self, config: JacobiConfig, start: int, first_guess: Callable[[list[int], int], list[int]]):
+    def __init__(self, config: JacobiConfig, start: int, first_guess: FirstGuess):
         self.config = config
         self.size = config.block_size
         self.window = AdaptiveWindow(self.size) if config.adaptive else None
@@ -44,6 +43,7 @@ class Blocks:
         self.end = start
         self.draft: list[int] = []
         self.spawned = 0
+        self.better = BetterGuess()
 
     def advance(self, text: list[int], guesses: list[int]) -> None:
         """
@@ -54,6 +54,7 @@ class Blocks:
             guesses: the model's own predictions for the positions after it, in order.
         """
         before = dict(zip(range(self.start, self.end), self.draft))
+        self.better.update(text[self.start + 1 :])
         if self.window:
             self.window.update(agreement(self.draft[1:], text[self.start + 1 :]))
         self.start = len(text) - 1
@@ -69,7 +70,7 @@ class Blocks:
             self.end += self.size
             self.spawned += 1
         length = self.end - self.start
-        draft = draft[:length]
+        draft = [text[-1], *self.better.choose(draft[1:length], self.first_guess.ngram(text, length - 1))]
         if len(draft) < length:
             draft += self.first_guess(text[:-1] + draft, length - len(draft))
         self.draft = draft
@@ -89,6 +90,30 @@ class Blocks:
                 break
             position += 1
         return position - first >= self.config.spawn_ratio * self.size
+
+
+class BetterGuess:
+    """
+    Which of two drafts to try: the model's own rejected predictions, or the n-gram that continues the text.
+
+    Both are compared with every token that is committed, tried or not; the one that was right further, in a running
+    mean, is tried next. A model trained to decode in parallel is drafted by itself, another one by what repeats.
+    """
+
+    def __init__(self):
+        self.own: list[int] = []
+        self.ngram: list[int] = []
+        self.lead = 0.0
+
+    def update(self, committed: list[int]) -> None:
+        """Compares both guesses with the tokens that came instead."""
+        lead = agreement(self.ngram, committed) - agreement(self.own, committed)
+        self.lead = MEMORY * self.lead + (1 - MEMORY) * lead
+
+    def choose(self, own: list[int], ngram: list[int]) -> list[int]:
+        """The guess for the positions after the newest committed token."""
+        self.own, self.ngram = own, ngram
+        return ngram + own[len(ngram) :] if self.lead > 0 else own
 
 
 class FirstGuess:
@@ -112,10 +137,15 @@ class FirstGuess:
         """`count` tokens to follow `tokens`."""
         if self.kind == "repeat" or not self.prompt:
             return [tokens[-1]] * count
+        guess = self.ngram(tokens, count)
+        return guess + self.random.choices(self.prompt, k=count - len(guess))
+
+    def ngram(self, tokens: list[int], count: int) -> list[int]:
+        """Up to `count` tokens that follow `tokens` according to the n-gram pool, if guesses come from there."""
         guess: list[int] = []
         while self.kind == "ngram" and len(guess) < count:
             continuation = self.pool.continuations((tokens[-3:] + guess)[-3:], count - len(guess), 1)
             if not continuation:
                 break
             guess += continuation[0]
-        return guess + self.random.choices(self.prompt, k=count - len(guess))
+        return guess

@@ -34,7 +34,8 @@ class JacobiConfig:
         draft_init (`"prompt"`, `"ngram"` or `"repeat"`, defaults to `"ngram"`):
             First guess for new positions: tokens drawn from the prompt (the paper's), the continuation that the
             draft's last tokens have in the n-gram pool (tokens of the prompt where there is none), or the last token
-            again.
+            again. With `"ngram"`, the pool's continuation also replaces the model's own rejected predictions as the
+            next draft while it turns out right further than they do.
         adaptive (`bool`, *optional*):
             Let the window shrink and grow with the acceptance seen so far, up to `block_size`, so that text the model
             cannot predict in parallel does not pay for large drafts; how far n-grams are followed adapts likewise,
