@@ -24,7 +24,7 @@ class Zeros:
 
 def blocks_of(**settings) -> Blocks:
     blocks = Blocks(JacobiConfig(**settings), 3, Zeros())
-    blocks.advance([9, 9, 9, 10], [])
+    blocks.advance([9, 9, 9, 10], [], 99)
     return blocks
 
 
@@ -36,32 +36,32 @@ def test_a_block_starts_as_one_committed_token_and_first_guesses():
 
 def test_a_block_shrinks_until_it_has_converged_then_the_next_one_starts():
     blocks = blocks_of(block_size=4, window="block")
-    blocks.advance([9, 9, 9, 10, 11], [21, 22, 23])
+    blocks.advance([9, 9, 9, 10, 11], [21, 22, 23], 99)
     assert (blocks.start, blocks.end, blocks.draft) == (4, 7, [11, 21, 22])
-    blocks.advance([9, 9, 9, 10, 11, 12, 13], [31])
+    blocks.advance([9, 9, 9, 10, 11, 12, 13], [31], 99)
     assert (blocks.start, blocks.end, blocks.draft) == (6, 7, [13])
-    blocks.advance([9, 9, 9, 10, 11, 12, 13, 14], [])
+    blocks.advance([9, 9, 9, 10, 11, 12, 13, 14], [], 99)
     assert (blocks.start, blocks.end, blocks.draft) == (7, 11, [14, 0, 0, 0])
 
 
 def test_a_branch_that_ends_inside_the_next_block_leaves_the_grid_as_it_was():
     blocks = blocks_of(block_size=4, window="block")
-    blocks.advance([9, 9, 9, 10, 11, 12, 13, 14, 15], [])
+    blocks.advance([9, 9, 9, 10, 11, 12, 13, 14, 15], [], 99)
     assert (blocks.start, blocks.end, blocks.draft) == (8, 11, [15, 0, 0])
 
 
 def test_a_sliding_window_is_refilled():
     blocks = blocks_of(block_size=4, window="sliding")
-    blocks.advance([9, 9, 9, 10, 11, 12], [22, 23])
+    blocks.advance([9, 9, 9, 10, 11, 12], [22, 23], 99)
     assert (blocks.start, blocks.end, blocks.draft) == (5, 9, [12, 22, 23, 0])
 
 
 @pytest.mark.parametrize("window", ["block", "sliding"])
 def test_a_block_is_spawned_once_the_newest_has_converged_far_enough(window):
     blocks = blocks_of(block_size=4, window=window, max_blocks=2, spawn_ratio=0.75)
-    blocks.advance([9, 9, 9, 10, 11], [21, 22])
+    blocks.advance([9, 9, 9, 10, 11], [21, 22], 99)
     assert blocks.spawned == 0
-    blocks.advance([9, 9, 9, 10, 11, 12], [22] if window == "block" else [22, 0, 0])
+    blocks.advance([9, 9, 9, 10, 11, 12], [22] if window == "block" else [22, 0, 0], 99)
     assert blocks.spawned == 1
     assert blocks.end - blocks.start > 4
 
@@ -71,7 +71,7 @@ def test_no_more_than_max_blocks_are_in_flight():
     text = [9, 9, 9, 10]
     for token in range(50):
         text = [*text, token]
-        blocks.advance(text, [0] * 10)
+        blocks.advance(text, [0] * 10, 99)
         assert blocks.end - blocks.start <= 3 * 2
     assert blocks.spawned > 0
 
@@ -150,3 +150,9 @@ def test_with_other_first_guesses_n_grams_never_replace_the_draft():
     pool.extend([5, 6, 7, 8, 5])
     assert FirstGuess("ngram", [5], pool, "").ngram([5], 3) == [6, 7, 8]
     assert FirstGuess("prompt", [5], pool, "").ngram([5], 3) == FirstGuess("repeat", [5], pool, "").ngram([5], 3) == []
+
+
+def test_a_draft_is_never_longer_than_there_is_room_for():
+    blocks = Blocks(JacobiConfig(block_size=10**9), 3, Zeros())
+    blocks.advance([9, 9, 9, 10], [], 5)
+    assert blocks.draft == [10, 0, 0, 0, 0]

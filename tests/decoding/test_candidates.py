@@ -50,7 +50,9 @@ def test_a_tree_scores_each_path_as_a_plain_forward_would():
         cache = SlotCache.from_prefill(home, 12, keep=False)
         step = lay_out(trees, [12] * 3, [-amount for amount in padding], mask.bool(), torch.device("cpu"))
         cache.place(step.slots, 12, 12 + step.input_ids.shape[1])
-        visible = AttentionMask(model.config, torch.float32)(step.visible, step.position_ids, step.key_positions)
+        visible = AttentionMask(model.config, torch.float32, torch.tensor(padding))(
+            step.visible, step.places, step.key_places
+        )
         logits = model(
             step.input_ids, attention_mask=visible, position_ids=step.position_ids, past_key_values=cache
         ).logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -50,7 +51,13 @@ def test_unknown_settings_are_named():
 
 
 def test_the_window_adapts_itself_unless_a_size_is_given():
-    assert JacobiConfig().adaptive and JacobiConfig().block_size == 16
-    assert not JacobiConfig(block_size=32).adaptive
-    assert JacobiConfig(block_size=32, adaptive=True).adaptive
-    assert not JacobiConfig(window="block").adaptive
+    assert JacobiConfig().adapts and JacobiConfig().size == 16
+    assert not JacobiConfig(block_size=32).adapts
+    assert JacobiConfig(block_size=32, adaptive=True).adapts
+    assert not JacobiConfig(window="block").adapts
+
+
+def test_what_was_left_out_stays_left_out():
+    assert dataclasses.replace(JacobiConfig(), window="block") == JacobiConfig(window="block")
+    assert not dataclasses.replace(JacobiConfig(), block_size=64).adapts
+    assert not JacobiConfig.from_dict(JacobiConfig().to_dict() | {"window": "block"}).adapts

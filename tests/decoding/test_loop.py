@@ -6,6 +6,7 @@ import pytest
 import torch
 from fixtures import permuted_copy_batch
 from models import ARCHITECTURES, padded_prompts, tiny_model
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
 from hf_jacobi import JacobiConfig
@@ -184,6 +185,29 @@ def test_trajectory_of_a_block_runs_from_its_first_guess_to_the_text():
         agreeing = [next((i for i, pair in enumerate(zip(s, states[-1])) if pair[0] != pair[1]), 8) for s in states]
         assert agreeing == sorted(agreeing), "the converged prefix never shrinks"
         assert agreeing[0] >= 1 and (len(states) == 1 or agreeing[0] < 8)
+
+
+class Nothing(LogitsProcessor):
+    """Any processor that is not transformers' own makes the rows of a batch move in step."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+@pytest.mark.parametrize("processors", [[], [Nothing()]])
+@pytest.mark.parametrize("seed", range(4))
+def test_trajectories_of_a_batch_are_those_of_its_texts(processors, seed):
+    model, inputs = hf_jacobi.enable(tiny_model("olmo")), padded_prompts(3, seed=seed)
+    eos = [2, 17, 24, 39, 40, 41, 50]
+    kwargs = {"max_new_tokens": 60, "eos_token_id": eos, "logits_processor": LogitsProcessorList(processors)}
+    out = jacobi(model, inputs, {"block_size": 16}, output_trajectory=True, **kwargs)
+    for row, (trajectory, stats) in enumerate(zip(out.trajectory, out.jacobi_stats.per_sequence)):
+        text = out.sequences[row].tolist()
+        assert trajectory.tokens == text[12 : 12 + stats.new_tokens]
+        assert trajectory.tokens[-1] in eos or stats.new_tokens == 60
+        for step in trajectory.steps:
+            assert text[step.start + 1 :][: len(step.accepted)] == step.accepted
+            assert step.draft[0] == text[step.start]
 
 
 def test_no_trajectory_unless_asked_for():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import gc
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ def test_enable_is_for_this_model_only_and_disable_undoes_it():
     with pytest.raises(ValueError, match="decoding"):
         other.generate(**padded_prompts(1), **GREEDY, decoding="jacobi")
     assert hf_jacobi.disable(model) is model
-    assert "generate" not in vars(model)
+    assert type(model) is LlamaForCausalLM
     with pytest.raises(ValueError, match="decoding"):
         model.generate(**padded_prompts(1), **GREEDY, decoding="jacobi")
 
@@ -58,7 +60,41 @@ def test_a_model_that_is_enabled_can_be_copied_and_pickled(tmp_path):
     assert twin.generate.__self__ is twin
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert not is_jacobi(loaded) and is_jacobi(hf_jacobi.enable(loaded), decoding="jacobi")
+    assert is_jacobi(loaded, decoding="jacobi")
+    assert type(hf_jacobi.disable(loaded)) is LlamaForCausalLM
+
+
+def test_an_enabled_model_is_freed_at_once():
+    model = hf_jacobi.enable(tiny_model())
+    alive = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+class Overriding(LlamaForCausalLM):
+    """A model with a `generate` of its own, as Whisper has."""
+
+    def generate(self, input_ids=None, **kwargs):
+        assert "assistant_model" not in kwargs, "only what was given is passed on"
+        return super().generate(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("enabled", ["model", "process", "both"])
+def test_models_that_override_generate(enabled):
+    model = tiny_model()
+    model.__class__ = Overriding
+    expected = model.generate(**padded_prompts(1), **GREEDY)
+    if enabled != "model":
+        hf_jacobi.enable()
+    if enabled != "process":
+        hf_jacobi.enable(model)
+    assert torch.equal(model.generate(**padded_prompts(1), **GREEDY), expected)
+    out = model.generate(**padded_prompts(1), **GREEDY, decoding="jacobi", return_dict_in_generate=True)
+    assert isinstance(out, JacobiOutput) and torch.equal(out.sequences, expected)
 
 
 def test_enable_refuses_what_cannot_generate():
@@ -134,6 +170,8 @@ def test_bad_arguments_are_refused():
         model.generate(**inputs, decoding="ar", output_trajectory=True)
     with pytest.raises(ValueError, match="assistant_model"):
         model.generate(**inputs, decoding="jacobi", assistant_model=tiny_model())
+    with pytest.raises(ValueError, match="return_dict_in_generate"):
+        model.generate(**inputs, decoding="jacobi", output_trajectory=True)
     with pytest.raises(ValueError, match="custom_generate"):
         model.generate(**inputs, decoding="jacobi", custom_generate=lambda *_: None)
     with pytest.raises(ValueError, match="block_sise"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -347,3 +348,67 @@ def test_bfloat16_and_float16_run():
         out = model.generate(**padded_prompts(3), max_new_tokens=20, do_sample=False, decoding="jacobi")
         assert out.shape[1] == 32
         assert re.fullmatch(r"torch\.\w+16", str(model.dtype))
+
+
+@pytest.mark.parametrize("name", ["llama4", "mistral-window", "llama"])
+def test_padding_inside_the_prompt(name):
+    model = hf_jacobi.enable(tiny_model(name))
+    inputs = padded_prompts(3)
+    inputs["attention_mask"][0, 4:6] = 0  # as between the turns of a batch of conversations
+    for config in CONFIGS:
+        expected, out = both(model, inputs, config)
+        assert torch.equal(out.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_drafts_stay_within_the_position_table(name):
+    sizes = {"n_positions": 40, "max_position_embeddings": 40}
+    model = hf_jacobi.enable(tiny_model(name, **sizes))
+    inputs = padded_prompts(1)
+    text = model.generate(**inputs, max_new_tokens=28, do_sample=False, eos_token_id=None)[0, 12:].tolist()
+    end = next(token for index, token in enumerate(text) if index > 20 and token not in text[:index])
+    for config in ({"block_size": 32}, {"block_size": 16, "max_blocks": 3, "pool_size": 4}):
+        expected, out = both(model, inputs, config, max_new_tokens=100, eos_token_id=end)
+        assert torch.equal(out.sequences, expected.sequences)
+
+
+def test_token_types():
+    model = hf_jacobi.enable(tiny_model("gpt2"))
+    inputs = padded_prompts(2)
+    types = torch.zeros_like(inputs["input_ids"])
+    types[:, -1] = 5
+    expected, out = both(model, inputs | {"token_type_ids": types}, {"block_size": 16}, eos_token_id=None)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert not torch.equal(out.sequences, both(model, inputs, {}, eos_token_id=None)[0].sequences)
+
+
+def test_threads_with_stop_strings_on_one_model(tokenizer):
+    model, inputs = hf_jacobi.enable(tiny_model("olmo")), padded_prompts(1)
+    text = model.generate(**inputs, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    model.generation_config.stop_strings = [tokenizer.decode(text[0, 20:22])]
+    kwargs = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "tokenizer": tokenizer}
+    expected = model.generate(**inputs, **kwargs)
+    with ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(model.generate, **inputs, **kwargs, decoding="jacobi") for _ in range(16)]
+        assert all(torch.equal(call.result(), expected) for call in calls)
+    assert expected.shape[1] <= 22
+
+
+def test_max_time_ends_all_rows_of_a_batch_at_once(model):
+    inputs = padded_prompts(3)
+    out = model.generate(**inputs, max_new_tokens=100_000, max_time=0.3, eos_token_id=95, decoding="jacobi")
+    for row in out[:, 12:].tolist():
+        assert 0 not in row or 95 in row, "no padding behind a row that had not ended"
+
+
+def test_criteria_of_the_user_see_the_scores_that_ar_shows_them(model):
+    shown = []
+
+    class Watching(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            shown.append((input_ids.shape, len(scores), scores[-1].argmax(-1).tolist()))
+            return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+    kwargs = {"stopping_criteria": StoppingCriteriaList([Watching()]), "output_scores": True, "eos_token_id": None}
+    both(model, padded_prompts(3), {"block_size": 8}, max_new_tokens=20, **kwargs)
+    assert shown[:20] == shown[20:] and len(shown) == 40

@@ -6,6 +6,7 @@ import pytest
 import torch
 from fixtures import permuted_copy_batch
 from models import padded_prompts, tiny_model
+from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
 from hf_jacobi.decoding.acceptance import GumbelNoise
@@ -41,6 +42,34 @@ def test_the_text_depends_on_the_seed_alone(model, rows, warp):
     assert not torch.equal(
         sample(model, inputs, {}, 0, **warp).sequences, sample(model, inputs, {}, 1, **warp).sequences
     )
+
+
+class Nothing(LogitsProcessor):
+    """A processor that does nothing, which nobody can know beforehand."""
+
+    def __call__(self, input_ids, scores):
+        return scores
+
+
+def test_a_processor_that_does_nothing_changes_nothing(model):
+    inputs = padded_prompts(1)
+    plain = sample(model, inputs, {"block_size": 8}, 0, top_k=0)
+    processed = sample(model, inputs, {"block_size": 8}, 0, top_k=0, logits_processor=LogitsProcessorList([Nothing()]))
+    assert torch.equal(plain.sequences, processed.sequences)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_sampled_logits_and_scores_are_the_models_own(model, rows):
+    inputs = padded_prompts(rows)
+    kwargs = {"top_k": 0, "temperature": 0.5, "output_logits": True, "output_scores": True, "eos_token_id": None}
+    for config in CONFIGS:
+        out = sample(model, inputs, config, 0, **kwargs)
+        mask = torch.cat([inputs["attention_mask"], torch.ones(rows, 32, dtype=torch.long)], 1)
+        with torch.no_grad():
+            positions = (mask.cumsum(1) - 1).clamp_min(0)
+            expected = model(out.sequences, attention_mask=mask, position_ids=positions).logits[:, 11:-1]
+        torch.testing.assert_close(torch.stack(out.logits, 1), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(torch.stack(out.scores, 1), expected / 0.5, atol=1e-4, rtol=1e-4)
 
 
 def test_rows_of_the_same_prompt_differ(model):
@@ -116,8 +145,9 @@ def exact_two_token_distribution(model, inputs, temperature, top_k, top_p):
     return first[:, None] * second
 
 
+@pytest.mark.parametrize("processor", [{}, {"logits_processor": LogitsProcessorList([Nothing()])}])
 @pytest.mark.parametrize("warp", [(1.0, 96, 1.0), (0.7, 8, 1.0), (1.3, 40, 0.8)])
-def test_samples_follow_the_exact_distribution(warp):
+def test_samples_follow_the_exact_distribution(warp, processor):
     model = hf_jacobi.enable(tiny_model("llama", seed=2))
     temperature, top_k, top_p = warp
     with torch.no_grad():  # a flatter distribution, so that many continuations are likely
@@ -137,6 +167,7 @@ def test_samples_follow_the_exact_distribution(warp):
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            **processor,
         ).sequences[:, -2:]
         counts += torch.bincount(out[:, 0] * 96 + out[:, 1], minlength=exact.numel())
     assert counts[exact == 0].sum() == 0, "a continuation that the processors rule out was drawn"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from models import padded_prompts, tiny_model
-from peft import PrefixTuningConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoConfig,
     MambaConfig,
     MptConfig,
+    OpenAIGPTConfig,
     Qwen3NextConfig,
     StaticCache,
     T5Config,
@@ -78,6 +79,26 @@ def test_adapters_with_virtual_tokens():
     refused(wrapped, "PREFIX_TUNING")
 
 
+def test_adapters_that_switch_on_within_a_text():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    refused(get_peft_model(tiny_model(), config), "activated LoRA")
+
+
+def test_gradient_checkpointing_in_training_mode():
+    model = tiny_model().train()
+    model.gradient_checkpointing_enable()
+    refused(model, "gradient checkpointing")
+
+
+def test_token_healing():
+    refused(tiny_model(), "token_healing", token_healing=True)
+
+
+def test_models_without_a_cache():
+    config = OpenAIGPTConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4)
+    refused(AutoModelForCausalLM.from_config(config), "has none")
+
+
 def test_encoder_decoder_models():
     refused(AutoModelForSeq2SeqLM.from_config(T5Config(**T5)), "encoder-decoder")
 
@@ -122,5 +143,16 @@ def test_rotary_embeddings_that_change_on_the_way():
     }
     model = tiny_model("phi3", rope_parameters=rope, original_max_position_embeddings=16, max_position_embeddings=64)
     refused(model, "position 16")
+    embeds = {"inputs_embeds": model.get_input_embeddings()(padded_prompts(2)["input_ids"])}
+    refused(model, "position 16", inputs=embeds)
+    refused(tiny_model("llama", rope_parameters=rope | {"factor": 4.0}), "position 16")
+    refused(
+        tiny_model(
+            "llama",
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+            max_position_embeddings=16,
+        ),
+        "position 16",
+    )
     short = model.generate(**padded_prompts(1), max_new_tokens=4, do_sample=False, decoding="jacobi")
     assert torch.equal(short, model.generate(**padded_prompts(1), max_new_tokens=4, do_sample=False))

@@ -107,7 +107,7 @@ class TokenChooser:
 
     def scores(self, logits: torch.Tensor) -> torch.Tensor:
         """Scores of many positions at once, by the context-free processors: float32, of the shape of `logits`."""
-        scores = logits.float().flatten(0, -2)
+        scores = logits.to(torch.float32, copy=True).flatten(0, -2)  # a copy: noise is added in place
         nothing = torch.empty(scores.shape[0], 0, dtype=torch.long, device=scores.device)
         for processor in self.context_free:
             scores = processor(nothing, scores)
@@ -123,7 +123,8 @@ class TokenChooser:
             positions: per row, the position of the token that each node predicts, the other key of its noise.
 
         Returns:
-            `[B][Q]` tokens, on the host: this is the one place where a step waits for the device.
+            `[B][Q]` tokens, on the host. Unless processors read context, this is where a step waits for the device,
+            and the only place.
         """
         if not self.context_free and self.noise is None:
             return logits.argmax(-1).tolist()

@@ -15,14 +15,16 @@ class AttentionMask:
     Builds the 4D masks of a model.
 
     A 4D mask switches off whatever mask the model would have made itself, so windows are applied here, measured in
-    positions: branches of a row share positions, and slots would count them twice.
+    places in the sequence: branches of a row share them, and slots would count them twice.
 
     Args:
         config: the text configuration of the model.
         dtype: the dtype that the model computes in.
+        left_padding: `[B]`, how much padding a row begins with; chunks are counted from its end.
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype):
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, left_padding: torch.Tensor):
+        self.left_padding = left_padding
         self.additive = config._attn_implementation == "eager"  # eager adds the mask: a boolean one would do nothing
         self.dtype = dtype
         self.sliding_window = getattr(config, "sliding_window", None)
@@ -35,26 +37,27 @@ class AttentionMask:
             return "sliding_attention"
         return "chunked_attention" if self.chunk_size is not None else "full_attention"
 
-    def __call__(self, visible, query_positions, key_positions) -> torch.Tensor | dict[str, torch.Tensor]:
+    def __call__(self, visible, query_places, key_places) -> torch.Tensor | dict[str, torch.Tensor]:
         """
         Args:
             visible: `[B, Q, S]` bool.
-            query_positions: `[B, Q]`.
-            key_positions: `[B, S]`.
+            query_places: `[B, Q]`, the index in its sequence of each token.
+            key_places: `[B, S]`, the index of the token in each slot.
 
         Returns:
             `[B, 1, Q, S]`, boolean for sdpa and additive for eager attention, or a dict of them by layer type.
         """
         kinds = self.layer_types or [self.single_kind()]
-        masks = {kind: self._finish(self._restrict(visible, query_positions, key_positions, kind)) for kind in kinds}
+        masks = {kind: self._finish(self._restrict(visible, query_places, key_places, kind)) for kind in kinds}
         return masks if self.layer_types else masks[kinds[0]]
 
-    def _restrict(self, visible, query_positions, key_positions, kind: str) -> torch.Tensor:
-        query, key = query_positions.unsqueeze(2), key_positions.unsqueeze(1)
+    def _restrict(self, visible, query_places, key_places, kind: str) -> torch.Tensor:
+        query, key = query_places.unsqueeze(2), key_places.unsqueeze(1)
         if kind == "sliding_attention":
             return visible & (query - key < self.sliding_window)
         if kind == "chunked_attention":
-            return visible & (query // self.chunk_size == key // self.chunk_size)
+            start = self.left_padding.view(-1, 1, 1)
+            return visible & ((query - start) // self.chunk_size == (key - start) // self.chunk_size)
         return visible
 
     def _finish(self, visible: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,8 @@ class Blocks:
 
     def __init__(self, config: JacobiConfig, start: int, first_guess: FirstGuess):
         self.config = config
-        self.size = config.block_size
-        self.window = AdaptiveWindow(self.size) if config.adaptive else None
+        self.size = config.size
+        self.window = AdaptiveWindow(self.size) if config.adapts else None
         self.first_guess = first_guess
         self.start = start
         self.end = start
@@ -45,13 +45,14 @@ class Blocks:
         self.spawned = 0
         self.better = BetterGuess()
 
-    def advance(self, text: list[int], guesses: list[int]) -> None:
+    def advance(self, text: list[int], guesses: list[int], room: int) -> None:
         """
         Moves on to the newest committed token.
 
         Args:
             text: all committed tokens; the last one becomes `draft[0]`.
             guesses: the model's own predictions for the positions after it, in order.
+            room: how many tokens the draft may have at most.
         """
         before = dict(zip(range(self.start, self.end), self.draft))
         self.better.update(text[self.start + 1 :])
@@ -69,7 +70,7 @@ class Blocks:
         if converged and self._in_flight() < self.config.max_blocks:
             self.end += self.size
             self.spawned += 1
-        length = self.end - self.start
+        length = min(self.end - self.start, room)
         draft = [text[-1], *self.better.choose(draft[1:length], self.first_guess.ngram(text, length - 1))]
         if len(draft) < length:
             draft += self.first_guess(text[:-1] + draft, length - len(draft))

@@ -38,7 +38,7 @@ class DecodeCall:
         if (valid := model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
             padding = (valid[:, valid.shape[1] - input_ids.shape[1] :] == 0).sum(1).tolist()
         self.sequences = [
-            Sequence(row, tokens, padding[row], config, self.stop.max_length, records)
+            Sequence(row, tokens, padding[row], config, self.stop.max_length, self._last_index(row), records)
             for row, tokens in enumerate(input_ids.tolist())
         ]
         self.pads_ended_rows = self.stop.has_eos or len(self.sequences) == 1
@@ -47,8 +47,16 @@ class DecodeCall:
         self.records = records
         self.stats = JacobiStats()
         self.streamed = input_ids.shape[1]
+        self.shown_scores: tuple[torch.Tensor, ...] = ()
         self.wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
         self.wants_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+
+    def _last_index(self, row: int) -> int | None:
+        """The index in the sequence of the last position of the model's position table."""
+        last = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        positions = self.model_kwargs["position_ids"]
+        here = int(positions[min(row, positions.shape[0] - 1), -1])
+        return None if last is None else self.input_ids.shape[1] - 1 + last - 1 - here
 
     @property
     def finished(self) -> bool:
@@ -70,12 +78,10 @@ class DecodeCall:
             self.offsets *= len(self.sequences)
         mask = kwargs.get("attention_mask")
         self.key_valid = None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
-        self.mask = AttentionMask(self.model.config.get_text_config(decoder=True), self.model.dtype)
-        self.extra_kwargs = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in ("past_key_values", "position_ids", "attention_mask", "inputs_embeds", "logits_to_keep")
-        }
+        left_padding = torch.zeros(len(self.sequences), dtype=torch.long, device=self.device)
+        if self.key_valid is not None:
+            left_padding = (self.key_valid.cumsum(1) == 0).sum(1)
+        self.mask = AttentionMask(self.model.config.get_text_config(decoder=True), self.model.dtype, left_padding)
         self.accept(
             [TokenTree(row.tokens[-1:] or [0]) for row in self.sequences], outputs.logits[:, -1:].to(self.device)
         )
@@ -95,15 +101,25 @@ class DecodeCall:
         self.cache.place(step.slots, starts[0] if step.uniform else None, end)
         mask = None
         if step.visible is not None:
-            mask = self.mask(step.visible, step.position_ids, step.key_positions)
+            mask = self.mask(step.visible, step.places, step.key_places)
         inputs = self.model.prepare_inputs_for_generation(
             step.input_ids,
             past_key_values=self.cache,
             attention_mask=mask,
             position_ids=step.position_ids,
-            **self.extra_kwargs,
+            **self._other_kwargs(step.input_ids.shape[1]),
         )
         return self.model(**inputs, return_dict=True).logits.to(self.device)
+
+    def _other_kwargs(self, width: int) -> dict:
+        """What else the caller gave the model; token types of new tokens are those that AR would give them."""
+        ours = ("past_key_values", "position_ids", "attention_mask", "inputs_embeds", "logits_to_keep")
+        others = {name: value for name, value in self.model_kwargs.items() if name not in ours}
+        for name in ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
+            if others.get(name) is not None:
+                newest = others[name][:, -1:].expand(-1, width)
+                others[name] = newest if name == "token_type_ids" else torch.zeros_like(newest)
+        return others
 
     def accept(self, trees: list[TokenTree], logits: torch.Tensor) -> None:
         """Commits, per row, the longest path of its tree that the model would have written, and one token more."""
@@ -119,7 +135,7 @@ class DecodeCall:
         for row, tree, path, start in zip(self.sequences, trees, paths, starts):
             if unfinished[row.row]:
                 self.cache.keep_path(row.row, start + self.slot_shift, path)
-                row.commit(tree, path, predictions[row.row])
+                row.commit(tree, start, path, predictions[row.row])
             if self.chooser.noise is not None:
                 self.chooser.noise.forget_before(row.row, row.length - row.padding)
         self.stats.count(sum(map(len, paths)), sum(len(tree) for tree, live in zip(trees, unfinished) if live))
@@ -145,9 +161,7 @@ class DecodeCall:
                 row.tokens.append(tokens[row.row])
                 paths[row.row].append(nodes[row.row])
             rows = group if len(group) > 1 else live
-            for row, stop in zip(
-                rows, self.stop([row.tokens for row in rows], self.device, self._scores_so_far(group))
-            ):
+            for row, stop in zip(rows, self.stop([row.tokens for row in rows], self.device, self._scores_so_far())):
                 row.stopped = row.stopped or stop
             over = all(row.stopped for row in group)
             for row in live:
@@ -180,17 +194,20 @@ class DecodeCall:
                 if self.wants_scores:
                     row.scores.append(row_scores.clone())
 
-    def _scores_so_far(self, group: list[Sequence]):
-        if not (self.wants_scores and self.stop.others):
+    def _scores_so_far(self) -> tuple[torch.Tensor, ...] | None:
+        """What AR passes to criteria of the user's as `scores`; they are asked about all rows at once."""
+        if self.stop.is_row_wise or not self.wants_scores:
             return None
-        return self._columns([row.scores for row in group])
+        rows = [row.scores for row in self.sequences]
+        self.shown_scores += self._columns(rows, len(self.shown_scores))
+        return self.shown_scores
 
-    def _columns(self, rows: list[list[torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-        """Per position `[B, V]`; zeros where a row had ended."""
+    def _columns(self, rows: list[list[torch.Tensor]], first: int = 0) -> tuple[torch.Tensor, ...]:
+        """Per position from `first` on `[B, V]`; zeros where a row had ended."""
         like = next(row[0] for row in rows if row)
         nothing = torch.zeros_like(like)
         length = max(map(len, rows))
-        return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(length))
+        return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(first, length))
 
     def stream(self, streamer) -> None:
         """Puts every position that all rows have reached, one `[B]` tensor each, as AR does."""
@@ -208,11 +225,12 @@ class DecodeCall:
         """A forward without use, for the other processes of a sharded model that are not done yet."""
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
 
-    def output(self):
+    def output(self, synced_gpus: bool):
         """Pads the rows to one length and returns them, with what else the caller asked for."""
         length = max(row.length for row in self.sequences)
         if self.keeps_home:
-            self._settle(length)
+            if not self._settle(length) and synced_gpus:
+                self.idle_forward()  # in place of the forward that another process may need
             self.cache.export(self.home, length - 1 + self.slot_shift)
         padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
         sequences = torch.tensor(padded, dtype=torch.long, device=self.device)
@@ -230,11 +248,17 @@ class DecodeCall:
             trajectory=[row.trajectory for row in self.sequences] if self.records else None,
         )
 
-    def _settle(self, length: int) -> None:
-        """Caches what AR would have cached behind the end of shorter rows, so that whoever goes on finds it whole."""
+    def _settle(self, length: int) -> bool:
+        """
+        Caches what AR would have cached behind the end of shorter rows, so that whoever goes on finds it whole.
+
+        Returns:
+            whether that took a forward: all rows may be of one length.
+        """
         ends = [row.prompt_length + row.stats.new_tokens - 1 for row in self.sequences]
         if min(ends) == length - 1:
-            return
+            return False
         padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
         trees = [TokenTree(tokens[end : length - 1] or [0]) for tokens, end in zip(padded, ends)]
         self._score(trees, [end + self.slot_shift for end in ends])
+        return True

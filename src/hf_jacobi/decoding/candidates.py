@@ -67,16 +67,19 @@ class StepInputs:
         input_ids: `[B, Q]`.
         position_ids: `[B, Q]`, counted as the model does, without the left padding.
         slots: `[B, Q]`, the cache slot of each token.
-        visible: `[B, Q, S]` bool, which slots each token may attend to; `None` when every token may see all (Q = 1).
-        key_positions: `[B, S]`, the position of the token in each slot.
+        places: `[B, Q]`, the index in its sequence of each token.
+        visible: `[B, Q, S]` bool, which slots each token may attend to; `None` when each sees all there are (one token
+            a row, no padding, rows of equal length).
+        key_places: `[B, S]`, the index of the token in each slot; `None` with `visible`.
         uniform: whether all sequences write the same slots.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     slots: torch.Tensor
+    places: torch.Tensor
     visible: torch.Tensor | None
-    key_positions: torch.Tensor | None
+    key_places: torch.Tensor | None
     uniform: bool
 
 
@@ -99,8 +102,9 @@ def lay_out(
     uniform = len(set(starts)) == 1
     start = torch.tensor(starts, device=device).unsqueeze(1)
     slots = start + torch.arange(width, device=device)
-    positions = torch.tensor(depths, device=device) + (start + torch.tensor(offsets, device=device).unsqueeze(1))
-    visible = key_positions = None
+    places = start + torch.tensor(depths, device=device)
+    positions = places + torch.tensor(offsets, device=device).unsqueeze(1)
+    visible = key_places = None
     if width > 1 or key_valid is not None or not uniform:
         total = max(starts) + width
         within = torch.arange(total, device=device) - start  # [B, S], slot relative to node 0
@@ -112,9 +116,8 @@ def lay_out(
         if key_valid is not None:
             committed[:, : key_valid.shape[1]] &= key_valid
         visible = tree_part | committed.unsqueeze(1)
-        slot_positions = within + start + torch.tensor(offsets, device=device).unsqueeze(1)
-        key_positions = torch.where(in_tree, positions.gather(1, index), slot_positions)
-    return StepInputs(torch.tensor(ids, device=device), positions, slots, visible, key_positions, uniform)
+        key_places = torch.where(in_tree, places.gather(1, index), within + start)
+    return StepInputs(torch.tensor(ids, device=device), positions, slots, places, visible, key_places, uniform)
 
 
 def _ancestors(tree: TokenTree, width: int) -> np.ndarray:

@@ -84,16 +84,26 @@ class JacobiConfig:
     seed: int | None = None
 
     def __post_init__(self):
-        if self.adaptive is None:
-            self.adaptive = self.block_size is None and self.window == "sliding"
-        if self.block_size is None:
-            self.block_size = DEFAULT_BLOCK_SIZE
         self.validate()
+
+    @property
+    def size(self) -> int:
+        """n: `block_size`, or its default where that is left out."""
+        return DEFAULT_BLOCK_SIZE if self.block_size is None else self.block_size
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the window adapts itself: `adaptive`, or its default where that is left out."""
+        if self.adaptive is None:
+            return self.block_size is None and self.window == "sliding"
+        return self.adaptive
 
     def validate(self) -> None:
         """Raises `ValueError` for the first value that is out of range."""
         for name, least in (("block_size", 1), ("max_blocks", 1), ("pool_size", 0), ("ngram_size", 1)):
             value = getattr(self, name)
+            if name == "block_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"JacobiConfig: `{name}` must be an integer of at least {least}, got {value!r}.")
         if self.window not in WINDOWS:
@@ -105,10 +115,10 @@ class JacobiConfig:
             raise ValueError(f"JacobiConfig: `spawn_ratio` must lie in (0, 1], got {ratio!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ValueError(f"JacobiConfig: `seed` must be an integer or None, got {self.seed!r}.")
-        for name in ("adaptive", "pool_prompt"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"JacobiConfig: `{name}` must be True or False, got {getattr(self, name)!r}.")
-
+        if not isinstance(self.pool_prompt, bool):
+            raise ValueError(f"JacobiConfig: `pool_prompt` must be True or False, got {self.pool_prompt!r}.")
+        if self.adaptive is not None and not isinstance(self.adaptive, bool):
+            raise ValueError(f"JacobiConfig: `adaptive` must be True, False or None, got {self.adaptive!r}.")
         if self.adaptive and self.window != "sliding":
             raise ValueError("JacobiConfig: `adaptive=True` moves a sliding window: set window='sliding' with it.")
 

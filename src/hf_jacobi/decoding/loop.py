@@ -37,7 +37,9 @@ def jacobi_decode(
     Returns:
         `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
     """
-    refuse_unsupported(model, generation_config, model_kwargs)
+    refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
+    if output_trajectory and not generation_config.return_dict_in_generate:
+        raise ValueError("`output_trajectory=True` returns drafts beside text: pass return_dict_in_generate=True too.")
     call = DecodeCall(
         model,
         input_ids,
@@ -60,4 +62,4 @@ def jacobi_decode(
         call.stream(streamer)
     if streamer is not None:
         streamer.end()
-    return call.output()
+    return call.output(synced_gpus)

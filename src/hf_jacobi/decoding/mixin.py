@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
-from contextlib import contextmanager
+import inspect
 
 import torch
 from transformers import GenerationMixin
@@ -17,27 +16,15 @@ from .loop import jacobi_decode
 
 
 DECODINGS = ("ar", "jacobi")
-_transformers_generate = GenerationMixin.generate
+_plain_generate = GenerationMixin.generate  # transformers' own, while `enable()` has ours in its place
 
 
 class JacobiGenerationMixin:
-    """Adds `decoding`, `jacobi_config` and `output_trajectory` to a model's `generate`."""
+    """Adds `decoding`, `jacobi_config` and `output_trajectory` to the `generate` of the class it is mixed into."""
 
-    @torch.no_grad()
     def generate(
         self,
-        inputs=None,
-        generation_config=None,
-        logits_processor=None,
-        stopping_criteria=None,
-        prefix_allowed_tokens_fn=None,
-        synced_gpus=None,
-        assistant_model=None,
-        streamer=None,
-        negative_prompt_ids=None,
-        negative_prompt_attention_mask=None,
-        custom_generate=None,
-        *,
+        *args,
         decoding: str | None = None,
         jacobi_config: JacobiConfig | dict | None = None,
         output_trajectory: bool | None = None,
@@ -62,45 +49,52 @@ class JacobiGenerationMixin:
         Raises:
             `ValueError`: an argument is out of range, or Jacobi decoding cannot serve the model or the mode.
         """
-        arguments = {
-            "generation_config": generation_config,
-            "logits_processor": logits_processor,
-            "stopping_criteria": stopping_criteria,
-            "prefix_allowed_tokens_fn": prefix_allowed_tokens_fn,
-            "synced_gpus": synced_gpus,
-            "assistant_model": assistant_model,
-            "streamer": streamer,
-            "negative_prompt_ids": negative_prompt_ids,
-            "negative_prompt_attention_mask": negative_prompt_attention_mask,
-            "custom_generate": custom_generate,
-        }
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-        plain = functools.partial(_plain_generate(self), self, inputs)
-        if custom_generate is None or decoding is not None:
-            decoding = decoding or _setting("decoding", generation_config, self) or "ar"
-        if decoding not in (*DECODINGS, None):
-            raise ValueError(f"`decoding` must be one of {DECODINGS}, got {decoding!r}.")
-        if decoding != "jacobi":
-            if jacobi_config is not None or output_trajectory:
-                raise ValueError(
-                    "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' too."
-                )
-            return plain(**arguments, **kwargs)
-        if custom_generate is not None:
-            raise ValueError("`custom_generate` and decoding='jacobi' are two ways to decode: pass one of them.")
-        if assistant_model is not None:
-            raise ValueError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
-        if jacobi_config is None:
-            jacobi_config = _setting("jacobi", generation_config, self)
-        bound = {
-            "jacobi_config": JacobiConfig.coerce(jacobi_config),
-            "output_trajectory": bool(output_trajectory),
-            "streamer": streamer,
-            "synced_gpus": _is_sharded(self) if synced_gpus is None else synced_gpus,
-        }
-        with _stop_strings_as_criterion(self, arguments, kwargs):
-            arguments["custom_generate"] = functools.partial(jacobi_decode, **bound)
-            return plain(**arguments, **kwargs)
+        own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
+        return _generate(super().generate, self, args, kwargs, **own)
+
+
+@functools.wraps(_plain_generate)
+def _generate_of_process(self, *args, decoding=None, jacobi_config=None, output_trajectory=None, **kwargs):
+    """What `enable()` puts in the place of `GenerationMixin.generate`."""
+    plain = functools.partial(_plain_generate, self)
+    if isinstance(self, JacobiGenerationMixin):  # enabled by itself, so it was decided before
+        return plain(*args, **kwargs)
+    own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
+    return _generate(plain, self, args, kwargs, **own)
+
+
+def _generate(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, output_trajectory):
+    """Decides between `plain`, the `generate` that was there before, and Jacobi decoding through its door."""
+    of_call = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    if decoding is None:
+        decoding = "ar" if kwargs.get("custom_generate") else _setting("decoding", of_call, model) or "ar"
+    if decoding not in DECODINGS:
+        raise ValueError(f"`decoding` must be one of {DECODINGS}, got {decoding!r}.")
+    if decoding == "ar":
+        if jacobi_config is not None or output_trajectory:
+            raise ValueError(
+                "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' too."
+            )
+        return plain(*args, **kwargs)
+    names = list(inspect.signature(_plain_generate).parameters)[1:]
+    kwargs = dict(zip(names, args)) | kwargs
+    if kwargs.get("custom_generate") is not None:
+        raise ValueError("`custom_generate` and decoding='jacobi' are two ways to decode: pass one of them.")
+    if kwargs.get("assistant_model") is not None:
+        raise ValueError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
+    if kwargs.get("token_healing", _setting("token_healing", of_call, model)):
+        raise ValueError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
+    if jacobi_config is None:
+        jacobi_config = _setting("jacobi", of_call, model)
+    synced_gpus = kwargs.get("synced_gpus")
+    bound = {
+        "jacobi_config": JacobiConfig.coerce(jacobi_config),
+        "output_trajectory": bool(output_trajectory),
+        "streamer": kwargs.get("streamer"),
+        "synced_gpus": _is_sharded(model) if synced_gpus is None else synced_gpus,
+    }
+    _turn_stop_strings_into_a_criterion(model, kwargs)
+    return plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound))
 
 
 def _is_sharded(model) -> bool:
@@ -119,44 +113,27 @@ def _setting(name: str, generation_config, model):
     return None
 
 
-@contextmanager
-def _stop_strings_as_criterion(model, arguments: dict, kwargs: dict):
+def _turn_stop_strings_into_a_criterion(model, kwargs: dict) -> None:
     """
-    Turns `stop_strings` into a stopping criterion before transformers looks at them.
+    Replaces `stop_strings`, wherever they stand, by a stopping criterion in the arguments of the call.
 
     transformers builds that criterion itself, but not for a callable `custom_generate`: it drops the tokenizer there.
     """
-    own, of_call = model.generation_config, arguments.get("generation_config")
-    strings = kwargs.pop("stop_strings", None) or _setting("stop_strings", of_call, model)
+    of_call = kwargs.get("generation_config")
+    strings = kwargs.get("stop_strings") or _setting("stop_strings", of_call, model)
     if strings is None:
-        yield
         return
     if kwargs.get("tokenizer") is None:
         raise ValueError("`stop_strings` are compared as text: pass the model's tokenizer as `tokenizer` with them.")
     criterion = StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings)
-    arguments["stopping_criteria"] = StoppingCriteriaList([criterion, *arguments.get("stopping_criteria", [])])
-    if of_call is not None:
-        arguments["generation_config"] = _without_stop_strings(of_call)
-    model.generation_config = _without_stop_strings(own)
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-def _without_stop_strings(generation_config):
-    changed = copy.deepcopy(generation_config)
-    changed.stop_strings = None
-    return changed
-
-
-def _plain_generate(model):
-    """The `generate` that the class of `model` has without this package."""
-    for cls in type(model).__mro__:
-        if cls is not JacobiGenerationMixin and "generate" in vars(cls):
-            function = vars(cls)["generate"]
-            return _transformers_generate if function is JacobiGenerationMixin.generate else function
-    raise TypeError(f"{type(model).__name__} has no `generate`.")
+    kwargs["stopping_criteria"] = StoppingCriteriaList([criterion, *(kwargs.get("stopping_criteria") or [])])
+    if getattr(of_call, "stop_strings", None) is not None:
+        kwargs["generation_config"] = copy.deepcopy(of_call)
+        kwargs["generation_config"].stop_strings = None
+    if model.generation_config.stop_strings is not None:
+        kwargs["stop_strings"] = None  # an argument, even None, comes before the model's own
+    else:
+        kwargs.pop("stop_strings", None)
 
 
 def enable(model=None):
@@ -182,11 +159,15 @@ def enable(model=None):
     >>> model.generate(**inputs, decoding="jacobi", max_new_tokens=256)
     ```
     """
+    global _plain_generate
     if model is None:
-        GenerationMixin.generate = JacobiGenerationMixin.generate
+        if GenerationMixin.generate is not _generate_of_process:
+            _plain_generate = GenerationMixin.generate
+            GenerationMixin.generate = _generate_of_process
         return None
     inner = _unwrap(model)
-    inner.generate = types.MethodType(JacobiGenerationMixin.generate, inner)
+    if not isinstance(inner, JacobiGenerationMixin):
+        inner.__class__ = _enabled_class(type(inner))
     # A config derived from the model's loses our keys when it is loaded again; one of its own keeps them.
     inner.generation_config._from_model_config = False
     return model
@@ -203,11 +184,35 @@ def disable(model=None):
         `model`, as it was passed.
     """
     if model is None:
-        GenerationMixin.generate = _transformers_generate
+        if GenerationMixin.generate is _generate_of_process:
+            GenerationMixin.generate = _plain_generate
         return None
     inner = _unwrap(model)
-    vars(inner).pop("generate", None)
+    inner.__class__ = getattr(type(inner), "_disabled_class", type(inner))
     return model
+
+
+@functools.cache
+def _enabled_class(cls: type) -> type:
+    """
+    The class of an enabled model: `cls` with `JacobiGenerationMixin` before it, under its own name.
+
+    A class of its own, rather than an attribute of the model, leaves no reference cycle that would keep the weights
+    of a deleted model in memory; the name is what transformers writes into `config.json`.
+    """
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names |= {"_disabled_class": cls, "__reduce_ex__": _reduce_enabled}
+    return type(cls.__name__, (JacobiGenerationMixin, cls), names)
+
+
+def _reduce_enabled(model, protocol):
+    """Pickles an enabled model as one of its own class that is enabled when it is loaded."""
+    return _new_enabled, (type(model)._disabled_class,), model.__dict__
+
+
+def _new_enabled(cls: type):
+    enabled = _enabled_class(cls)
+    return enabled.__new__(enabled)
 
 
 def _unwrap(model) -> GenerationMixin:

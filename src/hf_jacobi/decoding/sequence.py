@@ -21,6 +21,8 @@ class Sequence:
         padding: how many of them are padding.
         config: the settings.
         max_length: length beyond which nothing is tried, `None` if there is none.
+        last_position: the last index that the model has a position for, `None` if there is none. Text may go beyond
+            it if the model lets it, but drafts do not, as they may be cut short before.
         records: whether to keep every draft.
     """
 
@@ -31,6 +33,7 @@ class Sequence:
         padding: int,
         config: JacobiConfig,
         max_length: int | None,
+        last_position: int | None = None,
         records: bool = False,
     ):
         self.row = row
@@ -38,6 +41,7 @@ class Sequence:
         self.prompt_length = len(tokens)
         self.config = config
         self.max_length = max_length
+        self.last_position = last_position
         self.padding = padding
         self.stopped = False  # a criterion has said stop
         self.finished = False  # nothing more is decoded: it stopped, and `generate` pads rows that did
@@ -51,7 +55,7 @@ class Sequence:
             self.pool.extend(prompt)
         guess = FirstGuess(config.draft_init, prompt, self.pool, f"{config.seed or 0}/{row}")
         self.candidates: list[list[int]] = []
-        self.reach = AdaptiveReach(config.block_size) if config.adaptive else None
+        self.reach = AdaptiveReach(config.size) if config.adapts else None
         self.blocks = Blocks(config, self.prompt_length, guess)
 
     @property
@@ -59,10 +63,18 @@ class Sequence:
         """Number of tokens, padding included."""
         return len(self.tokens)
 
+    @property
+    def room(self) -> int:
+        """How many tokens may be tried next, the newest committed one included."""
+        rooms = [self.max_length - self.length] if self.max_length is not None else []
+        if self.last_position is not None and self.length <= self.last_position:
+            rooms.append(self.last_position - self.length + 1)
+        return max(1, min(rooms, default=self.config.size * self.config.max_blocks))
+
     def propose(self) -> TokenTree:
-        """The tokens to score next: the draft, and candidates out of the pool, none beyond `max_length`."""
-        room = len(self.blocks.draft) if self.max_length is None else self.max_length - self.length
-        tree = TokenTree(self.blocks.draft[:room])
+        """The tokens to score next: the draft, and candidates out of the pool, none beyond where text may go."""
+        room = self.room
+        tree = TokenTree(self.blocks.draft)
         length, limit = self.config.ngram_size, self.config.pool_size
         if self.reach:
             length, limit = self.reach.tokens, min(limit, self.reach.tokens)
@@ -71,22 +83,22 @@ class Sequence:
             tree.add_branch(candidate)
         return tree
 
-    def commit(self, tree: TokenTree, path: list[int], predictions: list[int]) -> None:
+    def commit(self, tree: TokenTree, start: int, path: list[int], predictions: list[int]) -> None:
         """
         Takes in what a forward brought, after its tokens were appended: the pool and the blocks move on.
 
         Args:
             tree: what was scored.
+            start: index in the sequence of node 0.
             path: the accepted nodes, node 0 first; one token was appended for each.
             predictions: the model's prediction at each node.
         """
-        accepted = self.tokens[-len(path) :]
+        accepted = self.tokens[start + 1 : start + 1 + len(path)]
         recycled = sum(node >= tree.draft_length for node in path)
         self.stats.count(len(path), len(tree))
         self.stats.recycled_tokens += recycled
         if self.trajectory:
             draft, predicted = tree.tokens[: tree.draft_length], predictions[: tree.draft_length]
-            start = self.length - len(path) - 1
             self.trajectory.steps.append(TrajectoryStep(start, draft, predicted, accepted, recycled))
             self.trajectory.tokens += accepted
         if self.finished:
@@ -99,5 +111,5 @@ class Sequence:
         guesses = guesses_after(tree.children, tree.draft_length, tree.depths, predictions, path[-1])
         self.pool.extend(accepted)
         self.pool.recycle(guesses)
-        self.blocks.advance(self.tokens, guesses)
+        self.blocks.advance(self.tokens, guesses, self.room)
         self.stats.blocks_spawned = self.blocks.spawned

@@ -135,10 +135,12 @@ class SlotCache(Cache):
         moves = [(start + node, start + index) for index, node in enumerate(path) if node != index]
         if not moves:
             return
-        source, target = torch.tensor(moves).T
+        on_device: dict[torch.device, torch.Tensor] = {}
         for layer in self.layers:
             if layer.is_initialized:
-                layer.move(row, source.to(layer.device), target.to(layer.device))
+                if layer.device not in on_device:
+                    on_device[layer.device] = torch.tensor(moves, device=layer.device)
+                layer.move(row, *on_device[layer.device].T)
 
     def export(self, cache: Cache, length: int) -> Cache:
         """Writes the first `length` slots back into `cache`, the `DynamicCache` that the prefill filled."""

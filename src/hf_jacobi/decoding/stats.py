@@ -65,7 +65,8 @@ class TrajectoryStep:
     Attributes:
         start: index in the sequence of the first token of the draft.
         draft: the tokens tried: the newest committed one, then the guesses.
-        predictions: the model's prediction after each of them, as long as `draft`.
+        predictions: the model's prediction after each of them, as long as `draft`; where logits processors read the
+            text, a guess that leaves these out.
         accepted: the tokens committed by this forward.
         recycled: how many of those came from a candidate of the n-gram pool.
     """
@@ -84,7 +85,7 @@ class Trajectory:
 
     Attributes:
         prompt_length: number of tokens before the first generated one, padding included.
-        steps: one entry per decode forward.
+        steps: one entry per forward, the prefill first.
         tokens: the generated tokens.
     """
 

@@ -43,8 +43,10 @@ class StopCheck:
 
     @property
     def is_row_wise(self) -> bool:
-        """Whether rows can be asked one by one; a criterion of the user's may look at the whole batch."""
-        return all(type(criterion) is criteria_module.StopStringCriteria for criterion in self.others)
+        """Whether rows can be asked one by one: time ends all rows at once, and the user's own may look at all."""
+        kinds = {type(criterion) for criterion in self.others}
+        kinds = {type(criterion) for criterion in self.others}
+        return self.deadline is None and kinds <= {criteria_module.StopStringCriteria}
 
     def __call__(self, texts: list[list[int]], device: torch.device, scores: tuple | None) -> list[bool]:
         """
@@ -61,5 +63,5 @@ class StopCheck:
         done = [full or text[-1] in self.eos for text in texts]
         if self.others:
             stop = self.others(torch.tensor(texts, device=device), scores)
-            done = [a or b for a, b in zip(done, stop.tolist())]
+            done = [ended or stopped for ended, stopped in zip(done, stop.tolist())]
         return done

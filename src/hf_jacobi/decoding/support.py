@@ -14,9 +14,13 @@ from .slot_cache import can_roll_back
 INSTEAD = "use decoding='ar'"
 
 
-def refuse_unsupported(model, generation_config, model_kwargs: dict) -> None:
+def refuse_unsupported(model, generation_config, prompt_length: int, model_kwargs: dict) -> None:
     """
     Checks that this call can be decoded exactly.
+
+    Args:
+        model, generation_config, model_kwargs: as `generate` prepared them.
+        prompt_length: number of prompt tokens that `max_length` counts (none of `inputs_embeds`).
 
     Raises:
         `ValueError`: with the cause and the way out.
@@ -42,18 +46,35 @@ def refuse_unsupported(model, generation_config, model_kwargs: dict) -> None:
             f"Jacobi decoding keeps a KV cache of its own, but cache_implementation is "
             f"{generation_config.cache_implementation!r}: drop it, or {INSTEAD}."
         )
+    if model.training and getattr(model, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "Jacobi decoding verifies drafts against the KV cache, which gradient checkpointing switches off in "
+            f"training mode: call model.eval() first, or {INSTEAD}."
+        )
+    _refuse_adapters(model, name)
+    _refuse_cache(model, name, model_kwargs.get("past_key_values"))
+    _refuse_attention(model, name, model_kwargs)
+    _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
+
+
+def _refuse_adapters(model, name: str) -> None:
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+        raise ValueError(
+            f"Jacobi decoding cannot tell an activated LoRA which tokens it applies to, but {name} carries one: use "
+            f"plain LoRA, or {INSTEAD}."
+        )
     adapter = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise ValueError(
             f"Jacobi decoding knows no virtual tokens, but {name} carries a {adapter.peft_type.value} adapter: use an "
             f"adapter of another kind, such as LoRA, or {INSTEAD}."
         )
-    _refuse_cache(model, name, model_kwargs.get("past_key_values"))
-    _refuse_attention(model, name, model_kwargs)
-    _refuse_rope(model, name, generation_config, model_kwargs)
 
 
 def _refuse_cache(model, name: str, cache) -> None:
+    if "past_key_values" not in inspect.signature(model.forward).parameters and not model._is_stateful:
+        raise ValueError(f"Jacobi decoding verifies drafts against the KV cache, but {name} has none: {INSTEAD}.")
     if model._is_stateful or not model._supports_default_dynamic_cache() or cache is None:
         raise ValueError(
             f"Jacobi decoding rolls the KV cache back, but {name} keeps a recurrent state (a linear-attention or "
@@ -102,20 +123,24 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
         )
 
 
-def _refuse_rope(model, name: str, generation_config, model_kwargs: dict) -> None:
+def _refuse_rope(model, name: str, generation_config, prompt_length: int, model_kwargs: dict) -> None:
     """Rotary embeddings that change with the length: a draft beyond the switch would change the tokens before it."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {part.get("rope_type") for part in rope.values() if isinstance(part, dict)}
-    if kinds.isdisjoint({"longrope", "dynamic"}):
-        return
-    switch = getattr(config, "original_max_position_embeddings", None) or config.max_position_embeddings
-    prompt = int(model_kwargs["position_ids"].max()) + 1
-    if generation_config.max_length > switch and ("dynamic" in kinds or prompt <= switch):
-        raise ValueError(
-            f"Jacobi decoding cannot cross position {switch}, where the rotary embedding of {name} changes, but "
-            f"max_length is {generation_config.max_length}: lower max_new_tokens, or {INSTEAD}."
+    first = int(model_kwargs["position_ids"].max()) + 1
+    last = first + generation_config.max_length - prompt_length
+    for part in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = part.get("rope_type")
+        switch = (
+            part.get("original_max_position_embeddings")
+            or getattr(config, "original_max_position_embeddings", None)
+            or config.max_position_embeddings
         )
+        if last > switch and (kind == "dynamic" or (kind == "longrope" and first <= switch)):
+            raise ValueError(
+                f"Jacobi decoding cannot cross position {switch}, where the rotary embedding of {name} changes, but "
+                f"this text may reach position {last}: lower max_new_tokens, or {INSTEAD}."
+            )
 
 
 def _has_own_mask(model) -> bool:
