@@ -66,9 +66,10 @@ class Sequence:
     @property
     def room(self) -> int:
         """How many tokens may be tried next, the newest committed one included."""
+        newest = self.length - 1
         rooms = [self.max_length - self.length] if self.max_length is not None else []
-        if self.last_position is not None and self.length <= self.last_position:
-            rooms.append(self.last_position - self.length + 1)
+        if self.last_position is not None and newest <= self.last_position:
+            rooms.append(self.last_position - newest + 1)
         return max(1, min(rooms, default=self.config.size * self.config.max_blocks))
 
     def propose(self) -> TokenTree:
