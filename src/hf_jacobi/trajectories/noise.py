@@ -1,0 +1,83 @@
+"""The noise schedule: how much of each block of a window is still wrong, and which trajectory state comes nearest."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+
+NoiseSchedule = str | Callable[[int, int, random.Random], float]
+SCHEDULES = ("linear", "random", "reverse", "constant")
+
+
+def converged_prefix(state: Sequence[int], fixed_point: Sequence[int]) -> int:
+    """How many tokens of a state, from its first on, are those of the fixed point."""
+    count = 0
+    for token, final in zip(state, fixed_point):
+        if token != final:
+            break
+        count += 1
+    return count
+
+
+def noise_level(state: Sequence[int], fixed_point: Sequence[int]) -> float:
+    """The unconverged share of a state, (n - converged prefix) / n: 0 at the fixed point, at most 1."""
+    return (len(fixed_point) - converged_prefix(state, fixed_point)) / len(fixed_point)
+
+
+def noise_targets(
+    schedule: NoiseSchedule,
+    window_size: int,
+    min_noise: float = 0.0,
+    max_noise: float = 1.0,
+    generator: random.Random | None = None,
+) -> list[float]:
+    """
+    The noise level aimed at for each block of a window (paper, section 3.2).
+
+    Args:
+        schedule: `"linear"` (from `min_noise` to `max_noise`, progressive: the paper's best), `"reverse"` (from
+            `max_noise` to `min_noise`), `"random"` (uniform between them, each block by itself), `"constant"`
+            (`max_noise` throughout), or a callable `(index, window_size, generator) -> level`.
+        window_size: w, the number of blocks.
+        min_noise, max_noise: the range, within 0 to 1. A callable is not bound to it.
+        generator: where `"random"` draws from.
+
+    Returns:
+        `window_size` levels. A window of one block gets `max_noise` where a schedule would begin and end at once.
+
+    Raises:
+        `ValueError`: an unknown schedule, a window of no blocks, or levels outside 0 to 1.
+    """
+    if window_size < 1:
+        raise ValueError(f"`window_size` must be at least 1, got {window_size}.")
+    if not 0.0 <= min_noise <= max_noise <= 1.0:
+        raise ValueError(f"noise must satisfy 0 <= min_noise <= max_noise <= 1, got {min_noise} and {max_noise}.")
+    generator = generator or random.Random(0)
+    if callable(schedule):
+        targets = [float(schedule(index, window_size, generator)) for index in range(window_size)]
+        if not all(0.0 <= target <= 1.0 for target in targets):
+            raise ValueError(f"`noise_schedule` must return levels from 0 to 1, it returned {targets}.")
+        return targets
+    if schedule == "random":
+        return [generator.uniform(min_noise, max_noise) for _ in range(window_size)]
+    if schedule == "constant" or (window_size == 1 and schedule in SCHEDULES):
+        return [max_noise] * window_size
+    step = (max_noise - min_noise) / (window_size - 1) if window_size > 1 else 0.0
+    if schedule == "linear":
+        return [min_noise + step * index for index in range(window_size)]
+    if schedule == "reverse":
+        return [max_noise - step * index for index in range(window_size)]
+    raise ValueError(f"`noise_schedule` must be one of {SCHEDULES} or a callable, got {schedule!r}.")
+
+
+def nearest_state(states: Sequence[Sequence[int]], target: float) -> int:
+    """
+    The index of the state whose noise level is nearest to `target`, the noisier of two that are equally near.
+
+    Args:
+        states: a block's trajectory, the last state being its fixed point.
+        target: a noise level.
+    """
+    levels = [noise_level(state, states[-1]) for state in states]
+    return min(range(len(states)), key=lambda index: (abs(levels[index] - target), -levels[index], index))
