@@ -1,5 +1,7 @@
 """Makes a Hugging Face causal language model decode many tokens per forward."""
 
+import importlib
+
 from .decoding import (
     JacobiConfig,
     JacobiGenerationMixin,
@@ -23,4 +25,18 @@ __all__ = [
     "TrajectoryStep",
     "disable",
     "enable",
+    "pack_trajectories",
 ]
+
+# What needs more than torch and transformers is imported when it is first asked for.
+_LATER = {"pack_trajectories": "trajectories"}
+
+
+def __getattr__(name: str):
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_LATER[name]}", __name__)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[train]'") from error
+    return getattr(module, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
+import hf_jacobi
 from hf_jacobi.trajectories import pack_trajectories
 
 
@@ -35,6 +36,10 @@ def _no_shared_cache(tmp_path, monkeypatch):
 def test_worked_example():
     for trajectories in ([ROW], Dataset.from_list([ROW])):
         assert pack_trajectories(trajectories, window_size=2)[:] == {name: [value] for name, value in PACKED.items()}
+
+
+def test_it_stands_at_the_top_level():
+    assert hf_jacobi.pack_trajectories is pack_trajectories
 
 
 def test_several_samples_share_a_row_clean_halves_first():
