@@ -21,7 +21,9 @@ class DecodeCall:
     absence of an end-of-sequence token makes rows depend on each other, all rows form one group that moves in step.
     """
 
-    def __init__(self, model, input_ids, processors, criteria, generation_config, config, records, model_kwargs):
+    def __init__(
+        self, model, input_ids, processors, criteria, generation_config, config, records, fills_cache, model_kwargs
+    ):
         self.model = model
         self.input_ids = input_ids
         self.device = input_ids.device
@@ -45,6 +47,7 @@ class DecodeCall:
         by_row = self.chooser.is_row_wise and self.stop.is_row_wise and self.pads_ended_rows
         self.groups = [[sequence] for sequence in self.sequences] if by_row else [self.sequences]
         self.records = records
+        self.keeps_home = generation_config.return_dict_in_generate or fills_cache
         self.stats = JacobiStats()
         self.streamed = input_ids.shape[1]
         self.shown_scores: tuple[torch.Tensor, ...] = ()
@@ -68,9 +71,6 @@ class DecodeCall:
         outputs = self.model._prefill(self.input_ids, self.generation_config, kwargs)
         self.home = outputs.past_key_values
         length = self.home.get_seq_length()
-        self.keeps_home = self.generation_config.return_dict_in_generate or getattr(
-            self.home, "_is_user_defined", False
-        )
         self.cache = SlotCache.from_prefill(self.home, length, self.keeps_home)
         self.slot_shift = length - self.input_ids.shape[1]
         self.offsets = (kwargs["position_ids"][:, -1] - (length - 1)).tolist()

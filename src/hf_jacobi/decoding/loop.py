@@ -20,6 +20,7 @@ def jacobi_decode(
     output_trajectory: bool = False,
     streamer=None,
     synced_gpus: bool = False,
+    fills_cache: bool = False,
     **model_kwargs,
 ):
     """
@@ -33,6 +34,7 @@ def jacobi_decode(
         output_trajectory: whether to return every draft.
         streamer: gets the committed tokens, in the portions in which AR would put them.
         synced_gpus: whether to go on running forwards until every process of the group is done.
+        fills_cache: whether the caller passed a cache, which is to hold the new tokens, too.
 
     Returns:
         `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
@@ -48,6 +50,7 @@ def jacobi_decode(
         generation_config,
         jacobi_config,
         output_trajectory,
+        fills_cache,
         model_kwargs,
     )
     call.prefill()

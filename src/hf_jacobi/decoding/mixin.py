@@ -92,6 +92,7 @@ def _generate(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         "output_trajectory": bool(output_trajectory),
         "streamer": kwargs.get("streamer"),
         "synced_gpus": _is_sharded(model) if synced_gpus is None else synced_gpus,
+        "fills_cache": kwargs.get("past_key_values") is not None,
     }
     _turn_stop_strings_into_a_criterion(model, kwargs)
     return plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound))
