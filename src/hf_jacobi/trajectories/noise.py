@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+from ..decoding.blocks import agreement
+
 
 NoiseSchedule = str | Callable[[int, int, random.Random], float]
 SCHEDULES = ("linear", "random", "reverse", "constant")
@@ -12,12 +14,7 @@ SCHEDULES = ("linear", "random", "reverse", "constant")
 
 def converged_prefix(state: Sequence[int], fixed_point: Sequence[int]) -> int:
     """How many tokens of a state, from its first on, are those of the fixed point."""
-    count = 0
-    for token, final in zip(state, fixed_point):
-        if token != final:
-            break
-        count += 1
-    return count
+    return agreement(list(state), list(fixed_point))
 
 
 def noise_level(state: Sequence[int], fixed_point: Sequence[int]) -> float:
