@@ -150,7 +150,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--prompts", type=int, default=12, help=f"how many of the {len(CHAT)} prompts (default: 12)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--only", nargs="*", choices=[name for name in CONFIGS if name != "ar"], metavar="CONFIG")
+    parser.add_argument("--only", nargs="*", choices=[name for name in CONFIGS if name != "ar"])
     parser.add_argument("--output", default="benchmarks/results/decoding.json")
     result = run(parser.parse_args())
     print(table(result))

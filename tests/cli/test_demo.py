@@ -12,6 +12,7 @@ from models import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+import hf_jacobi
 from hf_jacobi import cli
 from hf_jacobi.cli.models import demo_checkpoint
 
@@ -53,8 +54,17 @@ def test_plain_lines_when_not_a_terminal(checkpoint, capsys):
     assert jacobi.startswith(ar.strip())
 
 
+def test_version_and_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"hf-jacobi {hf_jacobi.__version__}"
+    assert cli.main([]) == 2
+    assert "demo" in capsys.readouterr().out
+
+
 def test_bad_input_gets_one_clear_sentence(checkpoint, capsys):
     assert cli.main(["demo", "--model", checkpoint + "-missing"]) == 2
+    assert "there is no folder" in capsys.readouterr().err
     assert cli.main(["demo", "--model", checkpoint, "--pool-size", "-1"]) == 2
     assert "pool_size" in capsys.readouterr().err
     assert cli.main(["demo", "--model", checkpoint, "--prompt", ""]) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .. import __version__
 from . import demo
 
 
@@ -14,10 +15,14 @@ COMMANDS = (demo,)
 def main(argv: list[str] | None = None) -> int:
     """Runs `hf-jacobi COMMAND ...`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="hf-jacobi", description="Decode many tokens per forward.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"hf-jacobi {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(commands)
     arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 2
     try:
         return arguments.run(arguments)
     except (ValueError, OSError, ImportError) as error:

