@@ -39,10 +39,14 @@ class DecodeCall:
         padding = [0] * input_ids.shape[0]
         if (valid := model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
             padding = (valid[:, valid.shape[1] - input_ids.shape[1] :] == 0).sum(1).tolist()
-        self.sequences = [
-            Sequence(row, tokens, padding[row], config, self.stop.max_length, self._last_index(row), records)
-            for row, tokens in enumerate(input_ids.tolist())
-        ]
+        table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        self.prompt_ends = model_kwargs["position_ids"][:, -1].expand(input_ids.shape[0]).tolist()
+        self.sequences = []
+        for row, tokens in enumerate(input_ids.tolist()):
+            last_index = None if table is None else len(tokens) - 1 + table - 1 - self.prompt_ends[row]
+            self.sequences.append(
+                Sequence(row, tokens, padding[row], config, self.stop.max_length, last_index, records)
+            )
         self.pads_ended_rows = self.stop.has_eos or len(self.sequences) == 1
         by_row = self.chooser.is_row_wise and self.stop.is_row_wise and self.pads_ended_rows
         self.groups = [[sequence] for sequence in self.sequences] if by_row else [self.sequences]
@@ -53,13 +57,6 @@ class DecodeCall:
         self.shown_scores: tuple[torch.Tensor, ...] = ()
         self.wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
         self.wants_logits = generation_config.return_dict_in_generate and generation_config.output_logits
-
-    def _last_index(self, row: int) -> int | None:
-        """The index in the sequence of the last position of the model's position table."""
-        last = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        positions = self.model_kwargs["position_ids"]
-        here = int(positions[min(row, positions.shape[0] - 1), -1])
-        return None if last is None else self.input_ids.shape[1] - 1 + last - 1 - here
 
     @property
     def finished(self) -> bool:
@@ -73,9 +70,7 @@ class DecodeCall:
         length = self.home.get_seq_length()
         self.cache = SlotCache.from_prefill(self.home, length, self.keeps_home)
         self.slot_shift = length - self.input_ids.shape[1]
-        self.offsets = (kwargs["position_ids"][:, -1] - (length - 1)).tolist()
-        if len(self.offsets) != len(self.sequences):
-            self.offsets *= len(self.sequences)
+        self.offsets = [position - (length - 1) for position in self.prompt_ends]
         mask = kwargs.get("attention_mask")
         self.key_valid = None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
         left_padding = torch.zeros(len(self.sequences), dtype=torch.long, device=self.device)

@@ -67,8 +67,6 @@ class SlotLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
-
 
 class SlotPlan:
     """Where the next forward writes: `slots` `[batch, query]`, or `first` to `end` when all rows write the same."""

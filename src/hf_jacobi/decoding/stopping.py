@@ -45,7 +45,6 @@ class StopCheck:
     def is_row_wise(self) -> bool:
         """Whether rows can be asked one by one: time ends all rows at once, and the user's own may look at all."""
         kinds = {type(criterion) for criterion in self.others}
-        kinds = {type(criterion) for criterion in self.others}
         return self.deadline is None and kinds <= {criteria_module.StopStringCriteria}
 
     def __call__(self, texts: list[list[int]], device: torch.device, scores: tuple | None) -> list[bool]:
