@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
 VOCABULARY = 96
@@ -135,3 +138,17 @@ def padded_prompts(rows: int, length: int = 12, seed: int = 0) -> dict[str, torc
         input_ids[row, :padding] = 0
         attention_mask[row, :padding] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def tiny_tokenizer(template: bool = True):
+    """A tokenizer of `VOCABULARY` words, "w3 w4 ..."; ids 0 to 2 are padding, beginning and end."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{token}": token for token in range(3, VOCABULARY)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    if template:
+        fast.chat_template = (
+            "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w5{% endif %}"
+        )
+    return fast

@@ -23,13 +23,14 @@ __all__ = [
     "JacobiStats",
     "Trajectory",
     "TrajectoryStep",
+    "collect_trajectories",
     "disable",
     "enable",
     "pack_trajectories",
 ]
 
 # What needs more than torch and transformers is imported when it is first asked for.
-_LATER = {"pack_trajectories": "trajectories"}
+_LATER = {"collect_trajectories": "trajectories", "pack_trajectories": "trajectories"}
 
 
 def __getattr__(name: str):

@@ -58,17 +58,23 @@ class GumbelNoise:
 
     The token argmax(log-probability + noise) is an exact sample of the distribution (the Gumbel-max trick), and one
     that is drawn twice with the same noise tends to come out the same, so drafts converge.
+
+    Args:
+        seed: the seed.
+        keys: what stands for each row in the key of its noise, if not its index in the batch.
     """
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int, keys: list[str] | None = None):
         self.seed = seed
+        self.keys = keys
         self._drawn: dict[tuple[int, int], torch.Tensor] = {}
 
     def at(self, row: int, position: int, like: torch.Tensor) -> torch.Tensor:
         """The noise of a position, float32 `[vocabulary]`, on the device of `like` `[..., vocabulary]`."""
         key = (row, position)
         if key not in self._drawn:
-            digest = hashlib.blake2b(f"{self.seed}/{row}/{position}".encode(), digest_size=8).digest()
+            name = f"{self.seed}/{self.keys[row] if self.keys else row}/{position}"
+            digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
             generator = torch.Generator(device=like.device).manual_seed(int.from_bytes(digest, "little", signed=True))
             exponential = torch.empty(like.shape[-1], device=like.device).exponential_(generator=generator)
             self._drawn[key] = -exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_()
@@ -127,13 +133,13 @@ class TokenChooser:
             and the only place.
         """
         if not self.context_free and self.noise is None:
-            return logits.argmax(-1).tolist()
+            return logits.max(-1).indices.tolist()  # what argmax gives, at a third of its time in bfloat16 on a CPU
         scores = self.scores(logits)
         if self.noise is not None:
             for index, (row, targets) in enumerate(zip(rows, positions)):
                 for column, position in enumerate(targets):
                     scores[index, column] += self.noise.at(row, position, scores)
-        return scores.argmax(-1).tolist()
+        return scores.max(-1).indices.tolist()
 
     def _processors_for(self, rows: list[int]):
         """The processors for some rows of the batch; one row by itself has its own share of what they know per row."""

@@ -15,14 +15,25 @@ from .stopping import StopCheck
 
 class DecodeCall:
     """
-    One call. Its arguments are those of `jacobi_decode`; `records` says whether to keep every draft.
+    One call. Its arguments are those of `jacobi_decode`; `records` says whether to keep every draft, `row_keys` under
+    which names rows draw their noise.
 
     Rows are served one by one, each accepting as many tokens as it can. Where a processor, a stopping criterion or the
     absence of an end-of-sequence token makes rows depend on each other, all rows form one group that moves in step.
     """
 
     def __init__(
-        self, model, input_ids, processors, criteria, generation_config, config, records, fills_cache, model_kwargs
+        self,
+        model,
+        input_ids,
+        processors,
+        criteria,
+        generation_config,
+        config,
+        model_kwargs,
+        records=False,
+        fills_cache=False,
+        row_keys=None,
     ):
         self.model = model
         self.input_ids = input_ids
@@ -32,7 +43,7 @@ class DecodeCall:
         seed = config.seed
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
-        self.chooser = TokenChooser(processors, GumbelNoise(seed) if generation_config.do_sample else None)
+        self.chooser = TokenChooser(processors, GumbelNoise(seed, row_keys) if generation_config.do_sample else None)
         self.stop = StopCheck(criteria)
         pad = generation_config._pad_token_tensor
         self.pad_token = int(pad) if pad is not None else 0
@@ -97,12 +108,19 @@ class DecodeCall:
         mask = None
         if step.visible is not None:
             mask = self.mask(step.visible, step.places, step.key_places)
+        return self.run(step.input_ids, step.position_ids, mask, self.cache)
+
+    def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask, cache: SlotCache) -> torch.Tensor:
+        """
+        One forward: logits `[B, Q, V]` of `input_ids` and `position_ids` `[B, Q]`, whose keys and values go where
+        `cache` was told to `place` them; `mask` as `AttentionMask` makes it, or `None`.
+        """
         inputs = self.model.prepare_inputs_for_generation(
-            step.input_ids,
-            past_key_values=self.cache,
+            input_ids,
+            past_key_values=cache,
             attention_mask=mask,
-            position_ids=step.position_ids,
-            **self._other_kwargs(step.input_ids.shape[1]),
+            position_ids=position_ids,
+            **self._other_kwargs(input_ids.shape[1]),
         )
         return self.model(**inputs, return_dict=True).logits.to(self.device)
 

@@ -39,9 +39,9 @@ def jacobi_decode(
     Returns:
         `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
     """
-    refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
     if output_trajectory and not generation_config.return_dict_in_generate:
         raise ValueError("`output_trajectory=True` returns drafts beside text: pass return_dict_in_generate=True too.")
+    refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
     call = DecodeCall(
         model,
         input_ids,
@@ -49,13 +49,19 @@ def jacobi_decode(
         stopping_criteria,
         generation_config,
         jacobi_config,
-        output_trajectory,
-        fills_cache,
         model_kwargs,
+        records=output_trajectory,
+        fills_cache=fills_cache,
     )
+    run_to_end(call, streamer, synced_gpus)
+    return call.output(synced_gpus)
+
+
+def run_to_end(call: DecodeCall, streamer=None, synced_gpus: bool = False) -> None:
+    """Decodes until every row has finished; the arguments are those of `jacobi_decode`."""
     call.prefill()
     call.stream(streamer)
-    while model._has_unfinished_sequences(call.finished, synced_gpus, device=input_ids.device):
+    while call.model._has_unfinished_sequences(call.finished, synced_gpus, device=call.device):
         if call.finished:
             call.idle_forward()
             continue
@@ -65,4 +71,3 @@ def jacobi_decode(
         call.stream(streamer)
     if streamer is not None:
         streamer.end()
-    return call.output(synced_gpus)

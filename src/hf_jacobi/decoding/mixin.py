@@ -166,7 +166,7 @@ def enable(model=None):
             _plain_generate = GenerationMixin.generate
             GenerationMixin.generate = _generate_of_process
         return None
-    inner = _unwrap(model)
+    inner = unwrap(model)
     if not isinstance(inner, JacobiGenerationMixin):
         inner.__class__ = _enabled_class(type(inner))
     # A config derived from the model's loses our keys when it is loaded again; one of its own keeps them.
@@ -188,7 +188,7 @@ def disable(model=None):
         if GenerationMixin.generate is _generate_of_process:
             GenerationMixin.generate = _plain_generate
         return None
-    inner = _unwrap(model)
+    inner = unwrap(model)
     inner.__class__ = getattr(type(inner), "_disabled_class", type(inner))
     return model
 
@@ -216,7 +216,7 @@ def _new_enabled(cls: type):
     return enabled.__new__(enabled)
 
 
-def _unwrap(model) -> GenerationMixin:
+def unwrap(model) -> GenerationMixin:
     """The model inside wrappers such as PEFT's, `torch.compile`'s or DDP's."""
     inner = model
     while not isinstance(inner, GenerationMixin):

@@ -114,6 +114,16 @@ class SlotCache(Cache):
                 source.reset()
         return slots
 
+    def of_rows(self, rows: list[int], length: int) -> SlotCache:
+        """A cache of its own that holds the first `length` slots of some rows."""
+        part = SlotCache(len(self.layers))
+        for source, target in zip(self.layers, part.layers):
+            if source.is_initialized:
+                target.lazy_initialization(source.keys, source.values)
+                target.keys = source.keys[rows, :, :length]
+                target.values = source.values[rows, :, :length]
+        return part
+
     def place(self, slots: torch.Tensor, first: int | None, end: int) -> None:
         """
         Says where the tokens of the next forward are written.

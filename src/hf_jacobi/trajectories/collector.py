@@ -1,0 +1,256 @@
+"""Completes prompts with a model, and records every state of every block of its text."""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+
+from ..decoding.call import DecodeCall
+from ..decoding.config import JacobiConfig
+from ..decoding.loop import run_to_end
+from ..decoding.mixin import unwrap
+from ..decoding.support import refuse_unsupported
+from .cleaning import clean
+from .prompts import Prompt
+from .refine import Block, refine_blocks
+
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+IGNORED = (
+    "repetition_penalty",
+    "encoder_repetition_penalty",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "exponential_decay_length_penalty",
+    "min_length",
+    "min_new_tokens",
+)
+
+
+@dataclass(frozen=True)
+class CollectSettings:
+    """What the content of a trajectory data set depends on, beside model and prompts; see `collect_trajectories`."""
+
+    block_size: int
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int
+    prompt_column: str | None
+    as_chat: bool
+    max_prompt_length: int | None
+    repetition: str
+    overlong: str
+    empty: str
+    shard_size: int
+
+    def __post_init__(self):
+        for name, least in (("block_size", 2), ("max_new_tokens", 1), ("shard_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        for name, choices in (
+            ("repetition", ("cut", "drop", "keep")),
+            ("overlong", ("keep", "drop")),
+            ("empty", ("drop", "keep")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+        if not self.do_sample and any(value is not None for value in (self.temperature, self.top_k, self.top_p)):
+            raise ValueError("`temperature`, `top_k` and `top_p` are for sampled text: pass do_sample=True with them.")
+
+
+class Collector:
+    """Completes prompts with one model and refines their blocks; the arguments are those of `collect_trajectories`."""
+
+    def __init__(self, model, tokenizer, settings: CollectSettings, batch_size: int, positions_per_forward: int):
+        self.model = unwrap(model)
+        self.settings = settings
+        self.batch_size = batch_size
+        self.positions_per_forward = positions_per_forward
+        self.generation_config = generation_config_for(self.model, tokenizer, settings)
+        eos = self.generation_config.eos_token_id
+        self.eos_tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        table = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        room = [limit for limit in (settings.max_prompt_length, table and table - settings.max_new_tokens) if limit]
+        self.longest_prompt = min(room, default=None)
+
+    def collect(self, prompts: list[Prompt], advance) -> tuple[list[dict], dict[str, float]]:
+        """
+        The trajectories of some prompts, in their order, and what was counted.
+
+        Args:
+            prompts: the prompts.
+            advance: called with numbers of prompts and blocks as they are done.
+        """
+        start = time.perf_counter()
+        counts: Counter = Counter(prompts=len(prompts))
+        usable = [prompt for prompt in prompts if self._fits(prompt, counts)]
+        advance(len(prompts) - len(usable), 0)
+        usable.sort(key=lambda prompt: len(prompt.ids))
+        rows: dict[int, dict] = {}
+        for index in range(0, len(usable), self.batch_size):
+            batch = usable[index : index + self.batch_size]
+            blocks = counts["blocks"]
+            rows |= self._complete(batch, counts)
+            advance(len(batch), counts["blocks"] - blocks)
+        counts["seconds"] = time.perf_counter() - start
+        return [rows[number] for number in sorted(rows)], dict(counts)
+
+    def _fits(self, prompt: Prompt, counts: Counter) -> bool:
+        if not prompt.ids:
+            counts["empty_prompts"] += 1
+        elif self.longest_prompt is not None and len(prompt.ids) > self.longest_prompt:
+            counts["long_prompts"] += 1
+        else:
+            return True
+        return False
+
+    def _complete(self, batch: list[Prompt], counts: Counter) -> dict[int, dict]:
+        """Completes a batch of prompts, by number of the prompt."""
+        width = max(len(prompt.ids) for prompt in batch)
+        pad = self.generation_config.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt.ids)) + prompt.ids for prompt in batch])
+        mask = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
+        with _evaluating(self.model, self.generation_config):
+            return self.model.generate(
+                input_ids=ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                custom_generate=functools.partial(self._decode, batch=batch, counts=counts),
+            )
+
+    def _decode(
+        self,
+        model,
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        generation_config,
+        *,
+        batch,
+        counts,
+        **model_kwargs,
+    ) -> dict[int, dict]:
+        """What `generate` calls in place of its own decoding: decodes the batch, then refines all of its blocks."""
+        refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
+        # Token by token: at these batch sizes a forward is busy without drafts.
+        config = JacobiConfig(block_size=1, pool_size=0, seed=self.settings.seed)
+        keys = [str(prompt.number) for prompt in batch]
+        call = DecodeCall(
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            config,
+            model_kwargs,
+            row_keys=keys,
+        )
+        run_to_end(call)
+        rows = {}
+        blocks: list[Block] = []
+        for prompt, sequence in zip(batch, call.sequences):
+            text = sequence.tokens[sequence.prompt_length :][: sequence.stats.new_tokens]
+            kept = clean(
+                text,
+                self.eos_tokens,
+                repetition=self.settings.repetition,
+                overlong=self.settings.overlong,
+                empty=self.settings.empty,
+                counts=counts,
+            )
+            if kept is None:
+                continue
+            own = first_guesses(kept, sequence.row, sequence.prompt_length, prompt, self.settings)
+            blocks += own
+            rows[prompt.number] = {
+                "prompt_id": prompt.name,
+                "prompt_ids": prompt.ids,
+                "completion_ids": kept,
+                "block_size": self.settings.block_size,
+                "trajectories": [block.states for block in own],
+                "ended": kept[-1] in self.eos_tokens,
+            }
+        refine_blocks(call, blocks, self.positions_per_forward)
+        counts.update(
+            sequences=len(rows),
+            tokens=sum(len(block.final) for block in blocks),
+            blocks=len(blocks),
+            states=sum(len(block.states) for block in blocks),
+        )
+        return rows
+
+
+def first_guesses(text: list[int], row: int, start: int, prompt: Prompt, settings: CollectSettings) -> list[Block]:
+    """
+    The blocks of a completion, each with its first guess: tokens drawn from the prompt.
+
+    Args:
+        text: the completion.
+        row: its row in the batch.
+        start: index in that row of its first token.
+        prompt: the prompt; its number and the seed decide what is drawn.
+        settings: the settings.
+    """
+    size = settings.block_size
+    blocks = []
+    for offset in range(0, len(text), size):
+        final = text[offset : offset + size]
+        drawn = random.Random(f"{settings.seed}/{prompt.number}/{offset // size}").choices(prompt.ids, k=len(final))
+        blocks.append(Block(row, start + offset, final, [drawn]))
+    return blocks
+
+
+def generation_config_for(model, tokenizer, settings: CollectSettings) -> GenerationConfig:
+    """
+    How text is chosen: as the settings say, with the special tokens and, when sampling, the model's own defaults.
+
+    Whatever else the model's generation config asks for (such as a repetition penalty) is left out, with a warning
+    where it would change the text: a trajectory is what the model itself predicts.
+    """
+    own = model.generation_config
+    values = {name: getattr(own, name, None) for name in TOKENS}
+    if values["eos_token_id"] is None:
+        values["eos_token_id"] = tokenizer.eos_token_id
+    if values["pad_token_id"] is None:
+        eos = values["eos_token_id"]
+        first_eos = eos[0] if isinstance(eos, list) else eos
+        values["pad_token_id"] = next((token for token in (tokenizer.pad_token_id, first_eos) if token is not None), 0)
+    if settings.do_sample:
+        values |= {name: getattr(own, name, None) for name in SAMPLING}
+        given = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+        values |= {name: value for name, value in given.items() if value is not None}
+    asked = own.to_diff_dict() if own is not None else {}
+    ignored = [f"{name}={asked[name]!r}" for name in IGNORED if asked.get(name) is not None]
+    if ignored:
+        warnings.warn(f"trajectories are the model's own predictions, without {', '.join(ignored)}.", stacklevel=2)
+    return GenerationConfig(do_sample=settings.do_sample, max_new_tokens=settings.max_new_tokens, **values)
+
+
+@contextmanager
+def _evaluating(model, generation_config: GenerationConfig) -> Iterator[None]:
+    """The model in evaluation mode and with another generation config, which `generate` would fill up from its own."""
+    before, training = model.generation_config, model.training
+    model.generation_config = generation_config
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+        model.train(training)

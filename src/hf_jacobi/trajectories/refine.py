@@ -1,0 +1,186 @@
+"""The trajectories of all blocks of finished sequences: many blocks, of many sequences, refined in one forward."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from ..decoding.attention import AttentionMask
+from ..decoding.blocks import agreement
+from ..decoding.call import DecodeCall
+
+
+@dataclass
+class Block:
+    """
+    A block of a finished sequence on its way from the first guess to the tokens that are already known.
+
+    Attributes:
+        row: the row of the batch.
+        start: index in the sequence, padding included, of its first token.
+        final: its tokens, the fixed point.
+        states: its trajectory so far, the first guess first.
+    """
+
+    row: int
+    start: int
+    final: list[int]
+    states: list[list[int]] = field(default_factory=list)
+    right: int = 0  # converged tokens of the newest state
+
+    def __post_init__(self):
+        self.right = agreement(self.states[-1], self.final)
+        self._finish_without_forward()
+
+    @property
+    def done(self) -> bool:
+        return self.right == len(self.final)
+
+    @property
+    def queries(self) -> list[int]:
+        """
+        The tokens whose predictions the next state needs: from the first wrong one to the last but one.
+
+        Those before it are the text itself, so their keys and values are in the cache, and the token that they predict
+        is the text's, too.
+        """
+        return self.states[-1][self.right : -1]
+
+    def advance(self, predictions: list[int]) -> None:
+        """Appends the next state, given the predictions made at the queries."""
+        self.states.append(self.final[: self.right + 1] + predictions)
+        self.right = agreement(self.states[-1], self.final)
+        self._finish_without_forward()
+
+    def _finish_without_forward(self) -> None:
+        if self.right == len(self.final) - 1:
+            self.states.append(self.final)
+            self.right += 1
+
+
+def refine_blocks(call: DecodeCall, blocks: list[Block], positions_per_forward: int) -> int:
+    """
+    Runs Jacobi iterations on blocks of sequences that have been decoded, until every one has converged.
+
+    All blocks in flight go through one forward: each sees the text before it, out of the cache that decoding left,
+    and itself, as if it were alone (DESIGN of the noise-aware mask with a window of one block).
+
+    Args:
+        call: a call that has finished; its cache, mask and way of choosing tokens are used.
+        blocks: the blocks, which get their states.
+        positions_per_forward: how many tokens a forward may score, beyond one block per row.
+
+    Returns:
+        the number of forwards.
+    """
+    by_row: dict[int, deque[Block]] = {}
+    for block in blocks:
+        if not block.done:
+            by_row.setdefault(block.row, deque()).append(block)
+    rows = sorted(by_row, key=lambda row: sum(len(block.final) for block in by_row[row]), reverse=True)
+    forwards = 0
+    while rows:
+        longest = sum(len(block.final) for block in by_row[rows[0]])
+        count = max(1, positions_per_forward // longest)
+        group, rows = rows[:count], rows[count:]
+        forwards += _refine_rows(call, [by_row[row] for row in group], positions_per_forward // len(group))
+    return forwards
+
+
+def _refine_rows(call: DecodeCall, waiting: list[deque[Block]], share: int) -> int:
+    """Refines the blocks of some rows, at most `share` tokens of each at a time."""
+    rows = [blocks[0].row for blocks in waiting]
+    length = max(blocks[-1].start + len(blocks[-1].final) for blocks in waiting) - 1
+    cache = call.cache.of_rows(rows, length)
+    mask = AttentionMask(
+        call.model.config.get_text_config(decoder=True), call.model.dtype, call.mask.left_padding[rows]
+    )
+    flying: list[list[Block]] = [[] for _ in rows]
+    forwards = 0
+    while True:
+        for blocks, queue in zip(flying, waiting):
+            while queue and (not blocks or _positions(blocks) + len(queue[0].final) <= share):
+                blocks.append(queue.popleft())
+        if not any(flying):
+            return forwards
+        step = lay_out_blocks(flying, length, call.device)
+        valid = None if call.key_valid is None else call.key_valid[rows]
+        visible = step.visible(valid)
+        end = length + step.ids.shape[1]
+        slots = torch.arange(length, end, device=call.device).expand(len(rows), -1)
+        cache.place(slots, length, end)
+        offsets = torch.tensor([call.offsets[row] for row in rows], device=call.device).unsqueeze(1)
+        positions = (step.places + offsets).clamp(min=0)  # what pads a row has none
+        logits = call.run(step.ids, positions, mask(visible, step.places, step.key_places()), cache)
+        predictions = call.chooser.predict(logits, rows, (positions + 1).tolist())
+        forwards += 1
+        for row, blocks in enumerate(flying):
+            taken = 0
+            for block in blocks:
+                count = len(block.queries)
+                block.advance(predictions[row][taken : taken + count])
+                taken += count
+            flying[row] = [block for block in blocks if not block.done]
+
+
+def _positions(blocks: list[Block]) -> int:
+    return sum(len(block.queries) for block in blocks)
+
+
+@dataclass
+class BlockStep:
+    """
+    One forward over the blocks in flight. B rows, Q queries each (rows with fewer are padded), T slots of text.
+
+    Attributes:
+        ids, places: `[B, Q]`, the tokens and their indices in their sequences.
+        limits: `[B, Q]`, how many slots of text each may attend to.
+        numbers: `[B, Q]`, which block each belongs to, -1 for padding.
+        length: T.
+    """
+
+    ids: torch.Tensor
+    places: torch.Tensor
+    limits: torch.Tensor
+    numbers: torch.Tensor
+    length: int
+
+    def visible(self, key_valid: torch.Tensor | None) -> torch.Tensor:
+        """`[B, Q, T + Q]` bool: the text before the block's first wrong token, and the block from there to itself."""
+        slots = torch.arange(self.length, device=self.ids.device)
+        text = slots < self.limits.unsqueeze(2)
+        if key_valid is not None:
+            text[:, :, : key_valid.shape[1]] &= key_valid.unsqueeze(1)
+        width = self.ids.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.ids.device).tril()
+        own = (self.numbers.unsqueeze(2) == self.numbers.unsqueeze(1)) & causal
+        return torch.cat([text, own], dim=2)
+
+    def key_places(self) -> torch.Tensor:
+        """`[B, T + Q]`, the index in its sequence of the token in each slot."""
+        slots = torch.arange(self.length, device=self.ids.device).expand(self.ids.shape[0], -1)
+        return torch.cat([slots, self.places], dim=1)
+
+
+def lay_out_blocks(flying: list[list[Block]], length: int, device: torch.device) -> BlockStep:
+    """Lays the queries of the blocks in flight of each row side by side."""
+    columns: list[list[list[int]]] = [[], [], [], []]
+    for blocks in flying:
+        ids, places, limits, numbers = [], [], [], []
+        for number, block in enumerate(blocks):
+            queries = block.queries
+            first = block.start + block.right
+            ids += queries
+            places += range(first, first + len(queries))
+            limits += [first] * len(queries)
+            numbers += [number] * len(queries)
+        for column, values in zip(columns, (ids, places, limits, numbers)):
+            column.append(values)
+    width = max(map(len, columns[0]))
+    tensors = []
+    for column, filler in zip(columns, (0, 0, 0, -1)):
+        padded = [values + [filler] * (width - len(values)) for values in column]
+        tensors.append(torch.tensor(padded, device=device))
+    return BlockStep(*tensors, length)

@@ -1,0 +1,78 @@
+"""What a collection of trajectories came to: counts, and the figures that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass
+class CollectReport:
+    """
+    Counts of a trajectory data set, and how long it took.
+
+    Attributes:
+        prompts: prompts read.
+        long_prompts, empty_prompts: of these, dropped for their length, or for having no token.
+        empty, repetitive, overlong: completions of nothing but an end; that ended in a loop; that reached the limit.
+        sequences: completions kept.
+        tokens, blocks, states: of those.
+        seconds: time spent completing and refining, added up over processes.
+    """
+
+    prompts: int = 0
+    long_prompts: int = 0
+    empty_prompts: int = 0
+    empty: int = 0
+    repetitive: int = 0
+    overlong: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    blocks: int = 0
+    states: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def from_counts(cls, counts: Mapping[str, float]) -> CollectReport:
+        """The report of counts that `Collector` made."""
+        return cls(**{field.name: counts.get(field.name, 0) for field in fields(cls)})
+
+    @property
+    def blocks_per_second(self) -> float:
+        """Blocks refined in each second, decoding included."""
+        return self.blocks / self.seconds if self.seconds else 0.0
+
+    @property
+    def iterations_per_block(self) -> float:
+        """Jacobi iterations from first guess to fixed point, in the mean."""
+        return (self.states - self.blocks) / self.blocks if self.blocks else 0.0
+
+    @property
+    def tokens_per_iteration(self) -> float:
+        """Tokens that each iteration settled in the mean: what vanilla Jacobi decoding of this text comes to."""
+        iterations = self.states - self.blocks
+        return self.tokens / iterations if iterations else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All counts and figures, JSON-serializable."""
+        names = ("blocks_per_second", "iterations_per_block", "tokens_per_iteration")
+        return asdict(self) | {name: getattr(self, name) for name in names}
+
+    def table(self) -> str:
+        """The report for the terminal."""
+        lines = [
+            ("prompts", f"{self.prompts}"),
+            ("  too long, or empty", f"{self.long_prompts}, {self.empty_prompts}"),
+            ("completions kept", f"{self.sequences}"),
+            ("  empty", f"{self.empty}"),
+            ("  ending in a loop", f"{self.repetitive}"),
+            ("  without an end", f"{self.overlong}"),
+            ("tokens", f"{self.tokens}"),
+            ("blocks", f"{self.blocks}"),
+            ("iterations per block", f"{self.iterations_per_block:.2f}"),
+            ("tokens per iteration", f"{self.tokens_per_iteration:.2f}"),
+            ("seconds", f"{self.seconds:.1f}"),
+            ("blocks per second", f"{self.blocks_per_second:.2f}"),
+        ]
+        return "\n".join(f"{name:24}{value:>12}" for name, value in lines)
