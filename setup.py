@@ -14,7 +14,15 @@ EXTRAS = {
     "train": ["peft>=0.19", "trl>=1.0", "datasets>=4.0", "accelerate>=1.10"],
     "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8"],
     "flash": ["flash-attn>=2.7"],
-    "test": ["pytest>=8", "hypothesis>=6.100", "peft>=0.19", "datasets>=4.0", "rich>=13"],
+    "test": [
+        "pytest>=8",
+        "hypothesis>=6.100",
+        "peft>=0.19",
+        "datasets>=4.0",
+        "accelerate>=1.10",
+        "matplotlib>=3.8",
+        "rich>=13",
+    ],
     "dev": ["ruff>=0.14", "mypy>=1.13", "pre-commit>=4"],
 }
 

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from datasets import Dataset
+from examples import PACKED, ROW
 
 import hf_jacobi
 from hf_jacobi.trajectories import pack_trajectories
-
-
-# Two prompt tokens, blocks of two tokens, the last one short.
-ROW = {
-    "prompt_ids": [1, 2],
-    "completion_ids": [11, 12, 13, 14, 15],
-    "block_size": 2,
-    "trajectories": [[[11, 90], [11, 12]], [[13, 91], [13, 14]], [[92], [15]]],
-}
-# window_size=2, linear: levels 0 and 1 over each window, so block 0 is clean, block 1 noisy, block 2 clean.
-PACKED = {
-    "input_ids": [1, 2, 11, 12, 13, 14, 15, 11, 12, 13, 91, 15],
-    "position_ids": [0, 1, 2, 3, 4, 5, 6, 2, 3, 4, 5, 6],
-    "block_ids": [-1, -1, -1, -1, -1, -1, -1, 0, 0, 1, 1, 2],
-    "window_start": [0, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2, 6],
-    "labels": [-100, -100, 11, 12, 13, 14, 15, -100, -100, -100, -100, -100],
-    "seq_ids": [0] * 12,
-    "twin_ids": [-1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 5, -1],
-}
 
 
 @pytest.fixture(autouse=True)
@@ -93,3 +79,57 @@ def test_bad_input_is_refused():
         pack_trajectories([{"prompt_ids": [1], "trajectories": [], "block_size": 2}])
     with pytest.raises(ValueError, match="max_length=5"):
         pack_trajectories([ROW], max_length=5)
+
+
+def test_a_folder_holds_the_same_rows_and_is_gone_on_with(tmp_path):
+    rows = [ROW | {"prompt_ids": [number]} for number in range(5)]
+    expected = pack_trajectories(rows, 2, "random", seed=3)[:]
+    packed = pack_trajectories(rows, 2, "random", seed=3, output_dir=tmp_path / "out", shard_size=2)
+    assert packed[:] == expected
+    (tmp_path / "out" / "packed-00001.parquet").unlink()  # as if the work had been interrupted
+    kept = (tmp_path / "out" / "packed-00000.parquet").stat().st_mtime_ns
+    assert pack_trajectories(rows, 2, "random", seed=3, output_dir=tmp_path / "out", shard_size=2)[:] == expected
+    assert (tmp_path / "out" / "packed-00000.parquet").stat().st_mtime_ns == kept
+    with pytest.raises(ValueError, match="window_size 2, now 3"):
+        pack_trajectories(rows, 3, "random", seed=3, output_dir=tmp_path / "out", shard_size=2)
+    with pytest.raises(ValueError, match="other data"):
+        pack_trajectories(rows[1:], 2, "random", seed=3, output_dir=tmp_path / "out", shard_size=2)
+
+
+def test_a_schedule_of_ones_own_is_part_of_the_settings(tmp_path):
+    pack_trajectories([ROW], 2, lambda index, size, generator: 0.5, output_dir=tmp_path / "out")
+    pack_trajectories([ROW], 2, lambda index, size, generator: 0.5, output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match="noise_schedule"):
+        pack_trajectories([ROW], 2, lambda index, size, generator: 0.6, output_dir=tmp_path / "out")
+
+
+MEMORY = """
+import resource, sys
+sys.path.insert(0, {path!r})
+import datasets
+datasets.config.HF_DATASETS_CACHE = {cache!r}
+from hf_jacobi.trajectories import pack_trajectories
+from hf_jacobi.trajectories.shards import ShardFolder
+from hf_jacobi.trajectories.upstream import RawTrajectories
+class Rows:
+    def __init__(self, count): self.count = count
+    def __iter__(self):
+        states = [[[block + right] * 16 for right in range(8)] for block in range(16)]
+        for number in range(self.count):
+            yield {{"prompt_ids": [number % 500] * 64, "completion_ids": [s[-1][0] for s in states for _ in range(16)],
+                   "block_size": 16, "trajectories": states}}
+def peak(count, **settings):
+    pack_trajectories(Rows(count), 4, max_length=2048, **settings)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+first = peak(600), peak(600, output_dir={out!r} + "/few")
+last = peak(6000), peak(6000, output_dir={out!r} + "/many")
+print(max(last) - max(first))
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Ten times the data, 150 MB of packed rows, in less than 60 MB more."""
+    path = str(Path(hf_jacobi.__file__).parents[1])
+    code = MEMORY.format(path=path, cache=str(tmp_path / "cache"), out=str(tmp_path))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(run.stdout) < 60

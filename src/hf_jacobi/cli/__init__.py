@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
-from . import collect, demo
+from . import collect, demo, pack
 
 
-COMMANDS = (demo, collect)
+COMMANDS = (demo, collect, pack)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -46,8 +46,6 @@ def add_parser(commands) -> None:
 
 def run(arguments) -> int:
     """Runs the command."""
-    import itertools
-
     from accelerate import PartialState
     from transformers.utils import logging
 
@@ -58,7 +56,7 @@ def run(arguments) -> int:
     processes = PartialState()
     rows = open_prompts(arguments.dataset, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
-        rows = list(itertools.islice(rows, arguments.max_prompts))
+        rows = rows.select(range(min(arguments.max_prompts, len(rows))))
     model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
     others = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run")
     settings = {name: value for name, value in vars(arguments).items() if name not in others}

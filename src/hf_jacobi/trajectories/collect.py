@@ -16,9 +16,9 @@ from tqdm.auto import tqdm
 
 from ..decoding.mixin import unwrap
 from .collector import Collector, CollectSettings
-from .prompts import digest_of, encode_prompt, in_shards, open_prompts
+from .prompts import digest_of, encode_prompt, open_prompts
 from .report import CollectReport
-from .shards import ShardFolder, counts_in
+from .shards import ShardFolder, counts_in, in_shards
 
 
 TRAJECTORY_FEATURES = Features(

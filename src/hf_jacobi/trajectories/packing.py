@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, List, Value
+from datasets.fingerprint import Hasher
+from tqdm.auto import tqdm
 
 from .noise import NoiseSchedule, converged_prefix, nearest_state, noise_targets
+from .shards import ShardFolder, in_shards
+from .statistics import packing_statistics
 
 
 COLUMNS = ("input_ids", "position_ids", "block_ids", "window_start", "labels", "seq_ids", "twin_ids")
@@ -51,47 +59,82 @@ class Sample:
         return len(self.clean) + len(self.noisy)
 
 
-def make_sample(
-    row: dict,
-    window_size: int,
-    schedule: NoiseSchedule,
-    min_noise: float,
-    max_noise: float,
-    max_length: int | None,
-    generator: random.Random,
-) -> Sample | None:
+def lay_out_sample(
+    prompt: list[int], blocks: list[tuple[list[int], list[int]]], size: int, window_size: int
+) -> Sample:
     """
-    Lays out one trajectory row, cut at a block boundary to `max_length` tokens; `None` if not even one block fits.
+    Lays out one sequence.
 
-    Args: as `pack_trajectories`; `row` is a row of a trajectory data set.
+    Args:
+        prompt: its prompt.
+        blocks: for each block a noisy state and the clean tokens, of equal length.
+        size: n, the length of every block but the last.
+        window_size: w, blocks of a window.
     """
-    prompt, completion, size = row["prompt_ids"], row["completion_ids"], row["block_size"]
-    blocks = row["trajectories"]
-    if max_length is not None:
-        length = len(prompt)
-        fitting = 0
-        for states in blocks:
-            length += 2 * len(states[-1])
-            if length > max_length:
-                break
-            fitting += 1
-        blocks = blocks[:fitting]
-    if not blocks:
-        return None
     clean, noisy = Half(), Half()
-    completion = completion[: sum(len(states[-1]) for states in blocks)]
-    for position, token in enumerate([*prompt, *completion]):
+    text = [token for _, final in blocks for token in final]
+    for position, token in enumerate([*prompt, *text]):
         clean.append(token, position, -1, 0, token if position >= len(prompt) else -100, -1)
-    for index, states in enumerate(blocks):
-        if index % window_size == 0:
-            targets = noise_targets(schedule, window_size, min_noise, max_noise, generator)
-            start = len(prompt) + index * size
-        state, final = states[nearest_state(states, targets[index % window_size])], states[-1]
+    for index, (state, final) in enumerate(blocks):
+        start = len(prompt) + index * size
+        window_start = len(prompt) + index // window_size * window_size * size
         right = converged_prefix(state, final)
         for offset, token in enumerate(state):
-            position = len(prompt) + index * size + offset
-            noisy.append(token, position, index, start, -100, position if offset >= right else -1)
+            position = start + offset
+            noisy.append(token, position, index, window_start, -100, position if offset >= right else -1)
     return Sample(clean, noisy)
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """How trajectories are packed; see `pack_trajectories`."""
+
+    window_size: int
+    noise_schedule: NoiseSchedule
+    min_noise: float
+    max_noise: float
+    max_length: int | None
+    pack_samples: bool
+    seed: int
+
+    def __post_init__(self):
+        noise_targets(self.noise_schedule, self.window_size, self.min_noise, self.max_noise, random.Random(self.seed))
+        if self.pack_samples and self.max_length is None:
+            raise ValueError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"`max_length` must be at least 1, got {self.max_length}.")
+
+    def described(self) -> dict[str, Any]:
+        """The settings, JSON-serializable: a schedule that is a function stands there as a digest of it."""
+        schedule = Hasher.hash(self.noise_schedule) if callable(self.noise_schedule) else self.noise_schedule
+        return vars(self) | {"noise_schedule": schedule}
+
+
+def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sample | None:
+    """
+    Lays out one trajectory row, cut at a block boundary to `max_length`; `None` if not even one block fits.
+
+    Args:
+        row: a row of a trajectory data set.
+        number: its place, which with the seed decides what the `"random"` schedule draws.
+        settings: the settings.
+    """
+    generator = random.Random(f"{settings.seed}/{number}")
+    prompt = row["prompt_ids"]
+    room = None if settings.max_length is None else settings.max_length - len(prompt)
+    blocks: list[tuple[list[int], list[int]]] = []
+    for index, states in enumerate(row["trajectories"]):
+        place = index % settings.window_size
+        if place == 0:
+            targets = noise_targets(
+                settings.noise_schedule, settings.window_size, settings.min_noise, settings.max_noise, generator
+            )
+        if room is not None:
+            room -= 2 * len(states[-1])
+            if room < 0:
+                break
+        blocks.append((states[nearest_state(states, targets[place])], states[-1]))
+    return lay_out_sample(prompt, blocks, row["block_size"], settings.window_size) if blocks else None
 
 
 def join_samples(samples: list[Sample]) -> dict[str, list[int]]:
@@ -113,9 +156,7 @@ def fill_rows(samples: Iterable[Sample], max_length: int) -> Iterator[list[Sampl
     """
     Bin packing, first fit by falling length within a buffer of `BUFFER` samples: rows of at most `max_length` tokens.
     """
-    buffer: list[Sample] = []
-
-    def flush() -> Iterator[list[Sample]]:
+    for _, buffer in in_shards(samples, BUFFER):
         rows: list[list[Sample]] = []
         for sample in sorted(buffer, key=len, reverse=True):
             for row in rows:
@@ -124,14 +165,18 @@ def fill_rows(samples: Iterable[Sample], max_length: int) -> Iterator[list[Sampl
                     break
             else:
                 rows.append([sample])
-        buffer.clear()
         yield from rows
 
-    for sample in samples:
-        buffer.append(sample)
-        if len(buffer) == BUFFER:
-            yield from flush()
-    yield from flush()
+
+def packed_rows(
+    trajectories: Iterable[dict], settings: PackSettings, first: int = 0
+) -> Iterator[dict[str, list[int]]]:
+    """The training rows of trajectories whose places count from `first`."""
+    laid_out = (make_sample(row, number, settings) for number, row in enumerate(trajectories, start=first))
+    samples = (sample for sample in laid_out if sample is not None)
+    groups = fill_rows(samples, settings.max_length) if settings.pack_samples else ([sample] for sample in samples)
+    for group in groups:
+        yield join_samples(group)
 
 
 def pack_trajectories(
@@ -144,13 +189,17 @@ def pack_trajectories(
     max_length: int | None = None,
     pack_samples: bool = False,
     seed: int = 0,
+    output_dir: str | Path | None = None,
+    shard_size: int = 256,
+    progress: bool = False,
 ) -> Dataset:
     """
     Turns trajectories into training rows for Jacobi Forcing (paper, section 3.2).
 
     A row is `[prompt | completion | noisy block 0 | noisy block 1 | ...]`. The first half is ordinary causal text;
     each noisy block is the state of that block's trajectory whose noise level is nearest to the level that the
-    schedule aims at for its place in the window.
+    schedule aims at for its place in the window. Rows are made and written one after the other, so that the size of
+    the data set does not matter to memory.
 
     Args:
         trajectories: rows with `prompt_ids`, `completion_ids`, `block_size` and `trajectories` (per block a list of
@@ -161,6 +210,10 @@ def pack_trajectories(
             first block fits.
         pack_samples: put several samples into a row, up to `max_length`.
         seed: of the `"random"` schedule; each sample draws by itself, so the result does not depend on the others.
+        output_dir: where Parquet files are written as they are made; started again, packing goes on where it was
+            interrupted. Left out, the rows go to the cache of `datasets`.
+        shard_size: trajectories per file of `output_dir`.
+        progress: whether to show a progress bar, for `output_dir`.
 
     Returns:
         A `datasets.Dataset` with one entry per token in each column:
@@ -171,28 +224,39 @@ def pack_trajectories(
         the row of the clean token at the same position, else -1).
 
     Raises:
-        `ValueError`: a column is missing, an argument is out of range, or no sample fits.
+        `ValueError`: a column is missing, an argument is out of range, no sample fits, or `output_dir` holds other
+            work.
     """
-    noise_targets(noise_schedule, window_size, min_noise, max_noise, random.Random(seed))
-    if pack_samples and max_length is None:
-        raise ValueError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
-
+    settings = PackSettings(window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed)
     columns = next(iter(trajectories), {})
     if missing := [column for column in TRAJECTORY_COLUMNS if column not in columns]:
         raise ValueError(f"trajectories lack {missing}: their columns are {list(TRAJECTORY_COLUMNS)}.")
+    if output_dir is not None:
+        packed = _pack_into(output_dir, trajectories, settings, shard_size, progress)
+        if not len(packed):
+            raise ValueError(_nothing_fits(max_length))
+        return packed
+    if next(packed_rows(trajectories, settings), None) is None:
+        raise ValueError(_nothing_fits(max_length))
+    return Dataset.from_generator(lambda: packed_rows(trajectories, settings), features=PACKED_FEATURES)
 
-    def samples() -> Iterator[Sample]:
-        for number, row in enumerate(trajectories):
-            generator = random.Random(f"{seed}/{number}")
-            sample = make_sample(row, window_size, noise_schedule, min_noise, max_noise, max_length, generator)
-            if sample is not None:
-                yield sample
 
-    def rows() -> Iterator[dict[str, list[int]]]:
-        groups = fill_rows(samples(), max_length) if pack_samples else ([sample] for sample in samples())
-        for group in groups:
-            yield join_samples(group)
+def _nothing_fits(max_length: int | None) -> str:
+    return f"no sample fits into max_length={max_length}, not even with one block: raise it."
 
-    if next(rows(), None) is None:
-        raise ValueError(f"no sample fits into max_length={max_length}, not even with one block: raise it.")
-    return Dataset.from_generator(rows, features=PACKED_FEATURES)
+
+def _pack_into(output_dir, trajectories, settings: PackSettings, shard_size: int, progress: bool) -> Dataset:
+    """Writes the shards that are missing in a folder, and returns all of it."""
+    files = ShardFolder(output_dir, "packed", PACKED_FEATURES, settings.described() | {"shard_size": shard_size})
+    finished = files.finished()
+    total = len(trajectories) if hasattr(trajectories, "__len__") else None
+    with tqdm(total=total, unit=" samples", desc="packing", disable=not progress) as bar:
+        for shard, piece in in_shards(trajectories, shard_size):
+            digest = hashlib.blake2b(json.dumps(piece).encode(), digest_size=16).hexdigest()
+            if shard in finished:
+                files.check(shard, digest)
+            else:
+                rows = list(packed_rows(piece, settings, first=shard * shard_size))
+                files.write(shard, rows, packing_statistics(rows).counts(), digest)
+            bar.update(len(piece))
+    return files.dataset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,15 +72,15 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
     if path.is_file():
         if path.suffix not in BUILDERS:
             raise ValueError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
-        return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train", streaming=True)
+        return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             loaded = load_from_disk(str(path))
             return loaded[split] if isinstance(loaded, dict) else loaded
-        return load_dataset(str(path), split=split, streaming=True)
+        return load_dataset(str(path), split=split)
     if source.startswith(("/", ".", "~")) or path.suffix in BUILDERS:
         raise OSError(f"there is no file or folder {source}.")
-    return load_dataset(source, name, split=split, streaming=True)
+    return load_dataset(source, name, split=split)
 
 
 def prompt_column(row: dict[str, Any], column: str | None) -> str:
@@ -145,16 +145,3 @@ def digest_of(rows: list[dict[str, Any]], column: str | None) -> str:
     """A digest of the prompts of some rows, by which a run that goes on knows that they are still the same."""
     prompts = [(row[prompt_column(row, column)], [row.get(key) for key in ID_COLUMNS]) for row in rows]
     return hashlib.blake2b(json.dumps(prompts, default=str).encode(), digest_size=16).hexdigest()
-
-
-def in_shards(rows: Iterable[dict[str, Any]], size: int) -> Iterator[tuple[int, list[dict[str, Any]]]]:
-    """Consecutive pieces of `size` rows, numbered; the last may be short."""
-    piece: list[dict[str, Any]] = []
-    number = 0
-    for row in rows:
-        piece.append(row)
-        if len(piece) == size:
-            yield number, piece
-            number, piece = number + 1, []
-    if piece:
-        yield number, piece

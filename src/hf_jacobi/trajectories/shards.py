@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.parquet
@@ -16,6 +16,7 @@ from datasets import Dataset, Features
 
 SETTINGS = ".hf_jacobi.json"  # hidden, so that `load_dataset(folder)` sees Parquet files alone
 METADATA = b"hf_jacobi"
+Row = TypeVar("Row")
 
 
 class ShardFolder:
@@ -143,3 +144,16 @@ def counts_in(folder: str | Path, name: str) -> Counter:
     for path in files:
         total.update(_note(path)["counts"])
     return total
+
+
+def in_shards(rows: Iterable[Row], size: int) -> Iterator[tuple[int, list[Row]]]:
+    """Consecutive pieces of `size` rows, numbered; the last may be short."""
+    piece: list[Row] = []
+    number = 0
+    for row in rows:
+        piece.append(row)
+        if len(piece) == size:
+            yield number, piece
+            number, piece = number + 1, []
+    if piece:
+        yield number, piece

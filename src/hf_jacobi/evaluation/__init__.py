@@ -1,0 +1,1 @@
+"""How well it does: pictures. Needs what the extra `eval` brings."""

@@ -1,0 +1,68 @@
+"""Pictures of the library's own outputs, in plain matplotlib. Each function draws into axes and returns them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.patches import Patch, Rectangle
+
+from ..trajectories.statistics import BINS, PackingStatistics
+
+
+PROMPT, COMPLETION, RIGHT, WRONG, PADDING = "#d9d9d9", "#9ecae1", "#a1d99b", "#fdae6b", "#ffffff"
+SHOWN = ("input_ids", "position_ids", "block_ids", "window_start", "labels", "seq_ids", "twin_ids")
+
+
+def noise_levels(statistics: PackingStatistics, axes: Axes | None = None) -> Axes:
+    """
+    How noisy the blocks of packed rows are: a histogram of noise levels.
+
+    Args:
+        statistics: what `packing_statistics` counted.
+        axes: where to draw; new axes if left out.
+    """
+    axes = axes or pyplot.figure(figsize=(6, 3.5)).subplots()
+    shares = [count / max(1, statistics.blocks) for count in (statistics.converged_blocks, *statistics.histogram)]
+    centers = [-0.05] + [(index + 0.5) / BINS for index in range(BINS)]
+    axes.bar(centers, shares, width=0.09, color=[RIGHT] + [WRONG] * BINS)
+    axes.set_xticks([-0.05, *(index / BINS for index in range(BINS + 1))])
+    axes.set_xticklabels(["0", "", *(f"{index / BINS:.1f}" for index in range(1, BINS + 1))])
+    axes.set(xlabel="noise level of the block (0: converged)", ylabel="share of blocks")
+    axes.set_title(f"{statistics.blocks:,} noisy blocks, {statistics.converged_share:.0%} converged")
+    return axes
+
+
+def packed_row(row: dict[str, Sequence[int]], axes: Axes | None = None) -> Axes:
+    """
+    A packed row, token by token: what each column holds, and which tokens are prompt, text, right or wrong noise.
+
+    Args:
+        row: a row of what `pack_trajectories` returns; a short one, as every token is written out.
+        axes: where to draw; new axes if left out.
+    """
+    length = len(row["input_ids"])
+    axes = axes or pyplot.figure(figsize=(1.2 + 0.48 * length, 0.42 * (len(SHOWN) + 2))).subplots()
+    for index in range(length):
+        for line, column in enumerate(SHOWN):
+            color = _kind(row, index) if line == 0 else "white"
+            axes.add_patch(Rectangle((index, -line), 1, 1, facecolor=color, edgecolor="#888888", linewidth=0.5))
+            value = row[column][index]
+            axes.text(index + 0.5, 0.5 - line, "·" if value == -100 else value, ha="center", va="center", fontsize=8)
+    for line, column in enumerate(SHOWN):
+        axes.text(-0.2, 0.5 - line, column, ha="right", va="center", fontsize=8, family="monospace")
+    kinds = {"prompt": PROMPT, "completion": COMPLETION, "noisy, right so far": RIGHT, "noisy, has a twin": WRONG}
+    handles = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in kinds.items()]
+    axes.legend(handles=handles, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=8)
+    axes.set(xlim=(-3.2, length), ylim=(1 - len(SHOWN), 1))
+    axes.axis("off")
+    return axes
+
+
+def _kind(row: dict[str, Sequence[int]], index: int) -> str:
+    if row["seq_ids"][index] < 0:
+        return PADDING
+    if row["block_ids"][index] < 0:
+        return PROMPT if row["labels"][index] == -100 else COMPLETION
+    return RIGHT if row["twin_ids"][index] < 0 else WRONG

@@ -1,0 +1,55 @@
+"""`hf-jacobi collect` and `hf-jacobi pack`, from prompts to training rows."""
+
+import json
+
+import pytest
+from datasets import load_dataset
+from models import tiny_model, tiny_tokenizer
+
+from hf_jacobi.cli import main
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "messages": [{"role": "user", "content": f"w{i + 3} w9"}]} for i in range(5)]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    collect = ["collect", "--model", str(checkpoint), "--dataset", str(prompts), "--output-dir", str(tmp_path / "t")]
+    assert main([*collect, "--block-size", "8", "--max-new-tokens", "24", "--max-prompts", "4"]) == 0
+    assert "completions kept" in capsys.readouterr().out
+    trajectories = load_dataset(str(tmp_path / "t"), split="train")
+    assert trajectories["prompt_id"] == ["p0", "p1", "p2", "p3"]
+
+    pack = ["pack", "--trajectories", str(tmp_path / "t"), "--output-dir", str(tmp_path / "p"), "--window-size", "2"]
+    plot = []
+    if _has_matplotlib():
+        plot = ["--plot", str(tmp_path / "noise.png")]
+    assert main([*pack, *plot]) == 0
+    assert "noisy blocks" in capsys.readouterr().out
+    packed = load_dataset(str(tmp_path / "p"), split="train")
+    assert len(packed) == 4
+    assert bool(plot) == (tmp_path / "noise.png").exists()
+
+
+def test_mistakes_are_answered_in_a_sentence(checkpoint, tmp_path, capsys):
+    collect = ["collect", "--model", str(checkpoint), "--output-dir", str(tmp_path / "t"), "--dataset"]
+    assert main([*collect, "no.jsonl"]) == 2
+    assert "there is no file or folder no.jsonl" in capsys.readouterr().err
+    assert main(["pack", "--trajectories", str(checkpoint.parent), "--output-dir", str(tmp_path / "p")]) == 2
+
+
+def _has_matplotlib() -> bool:
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        return True
+    except ImportError:
+        return False
