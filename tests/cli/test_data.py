@@ -42,7 +42,7 @@ def test_mistakes_are_answered_in_a_sentence(checkpoint, tmp_path, capsys):
     collect = ["collect", "--model", str(checkpoint), "--output-dir", str(tmp_path / "t"), "--dataset"]
     assert main([*collect, "no.jsonl"]) == 2
     assert "there is no file or folder no.jsonl" in capsys.readouterr().err
-    assert main(["pack", "--trajectories", str(checkpoint.parent), "--output-dir", str(tmp_path / "p")]) == 2
+    assert main(["pack", "--trajectories", str(tmp_path / "no"), "--output-dir", str(tmp_path / "p")]) == 2
 
 
 def _has_matplotlib() -> bool:

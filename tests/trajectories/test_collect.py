@@ -285,10 +285,15 @@ from models import tiny_model, tiny_tokenizer
 import hf_jacobi.trajectories.collector as collector
 from hf_jacobi.trajectories import collect_trajectories
 slow = collector.Collector._complete
-collector.Collector._complete = lambda *a: (time.sleep({pause}), slow(*a))[1]
+done = []
+def complete(self, batch, counts):
+    time.sleep({pause})
+    done.extend(prompt.number for prompt in batch)
+    return slow(self, batch, counts)
+collector.Collector._complete = complete
 prompts = open({prompts!r}).read().splitlines()
 rows = collect_trajectories(tiny_model(), tiny_tokenizer(), prompts, 8, 30, 2, {out!r}, shard_size=2, progress=False)
-print("rows", len(rows))
+print(f"rows {{len(rows)}} made {{sorted(done)}}", flush=True)
 """
 
 
@@ -327,12 +332,13 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
 
 
 def test_two_processes_share_the_work(tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     run = subprocess.run(
         [*launch, *script(tmp_path, "shared")], env=environment(tmp_path), capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("rows 12") == 2
+    shares = ["rows 12 made [0, 1, 4, 5, 8, 9]", "rows 12 made [2, 3, 6, 7, 10, 11]"]
+    assert sorted(line for line in run.stdout.splitlines() if "rows" in line) == shares
     assert load_dataset(str(tmp_path / "shared"), split="train")[:] == collect(tiny_model(), texts(12))[:]
 
 

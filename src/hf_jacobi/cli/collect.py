@@ -46,14 +46,13 @@ def add_parser(commands) -> None:
 
 def run(arguments) -> int:
     """Runs the command."""
-    from accelerate import PartialState
     from transformers.utils import logging
 
-    from ..trajectories.collect import collect_trajectories, read_report
+    from ..trajectories.collect import collect_trajectories, process_state, read_report
     from ..trajectories.prompts import open_prompts
 
     logging.set_verbosity_error()
-    processes = PartialState()
+    processes = process_state()
     rows = open_prompts(arguments.dataset, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))

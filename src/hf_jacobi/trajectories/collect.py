@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
@@ -121,7 +122,7 @@ def collect_trajectories(
     for name, value in (("batch_size", batch_size), ("positions_per_forward", positions_per_forward)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
-    processes = PartialState()
+    processes = process_state()
     if output_dir is None:
         if processes.num_processes > 1:
             raise ValueError("several processes write into one folder: pass `output_dir`.")
@@ -141,7 +142,7 @@ def collect_trajectories(
 
 def _fill(files, model, tokenizer, rows, settings, batch_size, positions_per_forward, progress) -> None:
     """Writes the shards that are missing: those of this process."""
-    processes = PartialState()
+    processes = process_state()
     finished = [files.finished() if processes.is_main_process else None]
     if processes.num_processes > 1:
         broadcast_object_list(finished)
@@ -166,6 +167,11 @@ def _fill(files, model, tokenizer, rows, settings, batch_size, positions_per_for
             ]
             files.write(shard, *collector.collect(prompts, bar.advance), digest=digest)
     processes.wait_for_everyone()
+
+
+def process_state() -> PartialState:
+    """The processes that were launched together, as `accelerate` sees them; on a CPU it has to be told to look."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 class Progress:
