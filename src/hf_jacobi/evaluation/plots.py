@@ -55,7 +55,7 @@ def packed_row(row: dict[str, Sequence[int]], axes: Axes | None = None) -> Axes:
     kinds = {"prompt": PROMPT, "completion": COMPLETION, "noisy, right so far": RIGHT, "noisy, has a twin": WRONG}
     handles = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in kinds.items()]
     axes.legend(handles=handles, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=8)
-    axes.set(xlim=(-3.2, length), ylim=(1 - len(SHOWN), 1))
+    axes.set(xlim=(-3.2, length + 0.05), ylim=(0.95 - len(SHOWN), 1.05))
     axes.axis("off")
     return axes
 
