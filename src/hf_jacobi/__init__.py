@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "JacobiConfig",
+    "JacobiForcingConfig",
+    "JacobiForcingTrainer",
     "JacobiGenerationMixin",
     "JacobiOutput",
     "JacobiStats",
@@ -30,7 +32,12 @@ __all__ = [
 ]
 
 # What needs more than torch and transformers is imported when it is first asked for.
-_LATER = {"collect_trajectories": "trajectories", "pack_trajectories": "trajectories"}
+_LATER = {
+    "JacobiForcingConfig": "training",
+    "JacobiForcingTrainer": "training",
+    "collect_trajectories": "trajectories",
+    "pack_trajectories": "trajectories",
+}
 
 
 def __getattr__(name: str):

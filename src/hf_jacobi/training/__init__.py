@@ -1,0 +1,7 @@
+"""How a model learns to decode in parallel. Needs what the extra `train` brings."""
+
+from .config import JacobiForcingConfig
+from .trainer import JacobiForcingTrainer
+
+
+__all__ = ["JacobiForcingConfig", "JacobiForcingTrainer"]

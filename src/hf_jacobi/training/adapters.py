@@ -1,0 +1,55 @@
+"""PEFT adapters: for every token, or for drafts alone (activated LoRA on the noisy tokens, which stand last)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+
+from .config import JacobiForcingConfig
+from .mask import RowTensors
+
+
+def add_adapter(model, peft_config, args: JacobiForcingConfig):
+    """
+    The model with an adapter, if there is to be one.
+
+    Args:
+        model: the model.
+        peft_config: the adapter's configuration; `None` leaves the model as it is.
+        args: the training arguments.
+
+    Raises:
+        `ValueError`: a draft-only adapter is asked for that is no LoRA, or none at all.
+    """
+    if peft_config is None:
+        if args.adapter_scope == "draft" and not _has_adapter(model):
+            raise ValueError("adapter_scope='draft' trains an adapter: pass a `peft_config` with it.")
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if args.adapter_scope == "draft":
+        if not isinstance(peft_config, LoraConfig):
+            raise ValueError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
+        peft_config = copy.copy(peft_config)
+        # What makes PEFT apply it to the last tokens of a row. The tokens themselves are never looked for.
+        peft_config.alora_invocation_tokens = peft_config.alora_invocation_tokens or [0]
+        peft_config.task_type = "CAUSAL_LM"
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
+    elif args.gradient_checkpointing:
+        model.enable_input_require_grads()
+    return get_peft_model(model, peft_config)
+
+
+def _has_adapter(model) -> bool:
+    return bool(getattr(model, "peft_config", None))
+
+
+def draft_offsets(args: JacobiForcingConfig, rows: RowTensors) -> dict[str, Any]:
+    """What PEFT is told of a batch: how many tokens at the end of each row a draft-only adapter applies to."""
+    if args.adapter_scope != "draft":
+        return {}
+    noisy: torch.Tensor = (rows.block_ids >= 0).sum(1)
+    return {"alora_offsets": noisy.tolist()}

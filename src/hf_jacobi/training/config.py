@@ -1,0 +1,100 @@
+"""`JacobiForcingConfig`: how a model is trained to decode in parallel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..decoding.config import JacobiConfig
+from .losses import CONSISTENCY_LOSSES
+
+
+ADAPTER_SCOPES = ("all", "draft")
+
+
+@dataclass
+class JacobiForcingConfig(TrainingArguments):
+    """
+    Arguments of [`JacobiForcingTrainer`]: those of `transformers.TrainingArguments`, and
+
+    > Parameters that control the loss
+
+    Args:
+        ar_loss_weight (`float`, defaults to 1.0):
+            Lambda, the weight of the autoregressive loss beside the consistency loss (paper, section 3.2). What a model
+            unlearns, a larger one keeps.
+        consistency_loss (`str`, defaults to `"soft"`):
+            `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"` or `"hard"`; see `losses.consistency_loss`.
+        temperature (`float`, defaults to 1.0):
+            T of the consistency loss.
+        within_block (`bool`, defaults to `False`):
+            Leave out the last token of each noisy block, whose prediction belongs to the next block, as the authors'
+            code does.
+        loss_chunk_size (`int`, defaults to 512):
+            Tokens whose logits are held in memory at a time.
+
+    `label_smoothing_factor` applies to the autoregressive loss.
+
+    > Parameters that control the model
+
+    Args:
+        model_init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained`, when the model is given by name.
+        adapter_scope (`"all"` or `"draft"`, defaults to `"all"`):
+            With a `peft_config`: whether the adapter applies to every token, or to noisy ones alone. With `"draft"`
+            the text comes from the untouched base model, so it stays what it was, token for token; the adapter only
+            drafts.
+
+    > Parameters that control decoding, while evaluating and in the saved checkpoint
+
+    Args:
+        block_size (`int`, *optional*):
+            n that the data is expected to have; refused if it has another one. Left out, any.
+        jacobi_config (`dict`, *optional*):
+            Settings of `JacobiConfig` that the saved checkpoint decodes with. Left out: blocks as long as those of the
+            data, a sliding window.
+        eval_prompts (`int`, defaults to 8):
+            How many prompts of the evaluation set are decoded at each evaluation, for tokens per forward and for the
+            agreement with the text of the model as it was before training; 0 for none.
+        eval_max_new_tokens (`int`, defaults to 128):
+            How far.
+
+    Raises:
+        `ValueError`: a value is out of range.
+    """
+
+    ar_loss_weight: float = field(default=1.0, metadata={"help": "weight of the autoregressive loss (lambda)"})
+    consistency_loss: str = field(default="soft", metadata={"help": f"one of {', '.join(CONSISTENCY_LOSSES)}"})
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the consistency loss"})
+    within_block: bool = field(default=False, metadata={"help": "leave out the last token of each noisy block"})
+    loss_chunk_size: int = field(default=512, metadata={"help": "tokens whose logits are held at a time"})
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "arguments of from_pretrained, as JSON"}
+    )
+    adapter_scope: str = field(default="all", metadata={"help": "all, or draft: the adapter sees noisy tokens alone"})
+    block_size: int | None = field(default=None, metadata={"help": "block size that the data is expected to have"})
+    jacobi_config: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "settings that the checkpoint decodes with, as JSON"}
+    )
+    eval_prompts: int = field(default=8, metadata={"help": "prompts decoded at each evaluation"})
+    eval_max_new_tokens: int = field(default=128, metadata={"help": "how far they are decoded"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "has no effect: every column is used"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two logs"})
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.consistency_loss not in CONSISTENCY_LOSSES:
+            raise ValueError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {self.consistency_loss!r}.")
+        if self.adapter_scope not in ADAPTER_SCOPES:
+            raise ValueError(f"`adapter_scope` must be one of {ADAPTER_SCOPES}, got {self.adapter_scope!r}.")
+        if self.temperature <= 0:
+            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.ar_loss_weight < 0:
+            raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
+        for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        JacobiConfig.coerce(self.jacobi_config)
+        self.remove_unused_columns = False

@@ -1,0 +1,108 @@
+"""Runs the losses inside a model's own forward, so that every wrapper around it (DDP, FSDP, PEFT) does its part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from ..decoding.mixin import unwrap
+
+
+def forward_as(model: nn.Module, method: Callable[..., Any], **inputs) -> Any:
+    """
+    Calls `model(**inputs)` with the forward of the causal language model inside it replaced by `method`, once.
+
+    Args:
+        model: the model, wrapped or not.
+        method: called with the causal language model and `inputs`.
+        inputs: what the wrappers see; PEFT takes its own out.
+
+    Returns:
+        what `method` returns.
+    """
+    inner = unwrap(model)
+    original = inner.__dict__.get("forward")
+
+    def restore() -> None:
+        if original is None:
+            inner.__dict__.pop("forward", None)
+        else:
+            inner.__dict__["forward"] = original
+
+    def redirected(*args, **kwargs):
+        restore()  # before `method`, which may call the model itself
+        return method(inner, *args, **kwargs)
+
+    inner.__dict__["forward"] = redirected
+    try:
+        return model(**inputs)
+    finally:
+        restore()
+
+
+def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
+    """`[B, L, H]`, what the model's head reads: the output of the decoder without the head."""
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+class Head:
+    """
+    From hidden states to logits as a model computes them, its scalings and caps included.
+
+    Args:
+        model: the causal language model.
+
+    Raises:
+        `ValueError`: its logits come about in a way that is not known here.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        config = model.config.get_text_config(decoder=True)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+        self.factor = 1.0
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            self.factor *= scale
+        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            self.factor /= scale
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[N, H]` to `[N, V]`."""
+        logits = self.model.get_output_embeddings()(hidden)
+        if self.factor != 1.0:
+            logits = logits * self.factor
+        if self.cap is not None:
+            logits = torch.tanh(logits / self.cap) * self.cap
+        return logits
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """
+        Compares with the model's own logits on a few tokens.
+
+        Raises:
+            `ValueError`: they differ.
+        """
+        model, training = self.model, self.model.training
+        if is_deepspeed_zero3_enabled():  # no process has the weights yet
+            return
+        attention = model.config.get_text_config(decoder=True)._attn_implementation
+        if attention == "flex_attention":  # not worth compiling for
+            model.set_attn_implementation("sdpa")
+        model.eval()
+        tokens = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+        own = model(input_ids=tokens, use_cache=False).logits[0].float()
+        ours = self(hidden_states(model, input_ids=tokens)[0]).float()
+        model.train(training)
+        if attention == "flex_attention":
+            model.set_attn_implementation(attention)
+        if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max() + 1e-6), rtol=1e-2):
+            raise ValueError(
+                f"the logits of {type(model).__name__} are not those of its output embeddings applied to its hidden "
+                "states, so that Jacobi Forcing cannot compute them in chunks: please report the model."
+            )

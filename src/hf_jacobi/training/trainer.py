@@ -1,0 +1,285 @@
+"""`JacobiForcingTrainer`: a `transformers.Trainer` that teaches a model to decode in parallel."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+
+from ..decoding.config import JacobiConfig
+from ..decoding.mixin import unwrap
+from ..hub.card import training_card
+from .adapters import add_adapter, draft_offsets
+from .callbacks import DecodingCallback
+from .checks import block_size_of, check_data, check_tokenizer
+from .collator import PackedCollator
+from .config import JacobiForcingConfig
+from .forward import Head, forward_as, hidden_states
+from .losses import Targets, Terms, find_targets, sum_losses
+from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
+
+
+class JacobiForcingTrainer(Trainer):
+    """
+    Trains a causal language model on packed trajectories (paper, section 3.2).
+
+    Args:
+        model (`PreTrainedModel`, `PeftModel` or `str`):
+            The model, or the name or folder of one, which is loaded with `args.model_init_kwargs`.
+        args ([`JacobiForcingConfig`], *optional*):
+            The arguments.
+        train_dataset, eval_dataset (`datasets.Dataset`, *optional*):
+            What [`pack_trajectories`] returns.
+        processing_class (`PreTrainedTokenizerBase`, *optional*):
+            The tokenizer; loaded beside the model when left out.
+        peft_config (`PeftConfig`, *optional*):
+            Trains an adapter of this kind instead of the whole model.
+        data_collator, callbacks, optimizers, others:
+            As in `transformers.Trainer`.
+
+    Raises:
+        `ValueError`: the data are not packed, do not fit the model or the tokenizer, or the model cannot be trained
+            so; with what to do about it.
+
+    Example:
+
+    ```python
+    >>> trainer = JacobiForcingTrainer(
+    ...     model="HuggingFaceTB/SmolLM2-135M-Instruct",
+    ...     args=JacobiForcingConfig(output_dir="out", learning_rate=1e-5),
+    ...     train_dataset=packed,
+    ... )
+    >>> trainer.train()
+    ```
+    """
+
+    _tag_names = ("jacobi-forcing", "hf_jacobi")
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the counts of all micro-batches
+
+    def __init__(
+        self,
+        model: PreTrainedModel | torch.nn.Module | str,
+        args: JacobiForcingConfig | None = None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        peft_config=None,
+        data_collator=None,
+        **others,
+    ):
+        if args is None:
+            args = JacobiForcingConfig(output_dir="jacobi-forcing")
+        self.base_name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        if isinstance(model, str):
+            model = load_model(model, args.model_init_kwargs)
+        elif args.model_init_kwargs:
+            raise ValueError("`model_init_kwargs` is for a model that is given by name: drop it, or pass the name.")
+        if processing_class is None and self.base_name:
+            processing_class = AutoTokenizer.from_pretrained(self.base_name)
+        inner = unwrap(model)
+        refuse_untrainable(inner)
+        self.head = Head(inner)
+        self.head.check()
+        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        for name, dataset in datasets.items():
+            if dataset is not None:
+                check_data(name, dataset, inner, args.block_size)
+        self.block_size = block_size_of(next((data for data in datasets.values() if data is not None), None))
+        if processing_class is not None:
+            check_tokenizer(processing_class, inner)
+        model = add_adapter(model, peft_config, args)
+        if data_collator is None:
+            pad = getattr(processing_class, "pad_token_id", None) or 0
+            flex = inner.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
+            data_collator = PackedCollator(pad, FLEX_MULTIPLE if flex else 1)
+        self._sums = {"train": Counter(), "eval": Counter()}
+        self._since = time.perf_counter()
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=data_collator,
+            **others,
+        )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
+                "`accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES."
+            )
+        inner.generation_config._from_model_config = False  # one derived from the model's would lose our keys
+        inner.generation_config.decoding = "jacobi"
+        inner.generation_config.jacobi = self.jacobi_config.to_dict()
+        if eval_dataset is not None and args.eval_prompts:
+            self.add_callback(DecodingCallback(self))
+
+    @property
+    def jacobi_config(self) -> JacobiConfig:
+        """What the checkpoint decodes with: the settings of the arguments, else blocks like those of the data."""
+        if self.args.jacobi_config is not None:
+            return JacobiConfig.coerce(self.args.jacobi_config)
+        return JacobiConfig(block_size=self.block_size)
+
+    # The loss
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Also counts the tokens of both losses over all micro-batches of a step and all processes, `[2]`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = torch.zeros(2, dtype=torch.long, device=device)
+        for batch in batches:
+            counts += self._targets(batch).counts.to(device)
+        return batches, self.accelerator.reduce(counts, "sum")
+
+    def _targets(self, batch: dict[str, torch.Tensor]) -> Targets:
+        return find_targets(batch, self.args.within_block)
+
+    def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
+        """
+        Consistency loss + lambda times autoregressive loss (paper, section 3.2), each the mean over its tokens.
+
+        Args:
+            model: the model, wrapped or not.
+            inputs: a collated batch.
+            return_outputs: whether to return the `Terms` too.
+            num_items_in_batch: `[2]`, the counts to divide by; of this batch alone if left out.
+        """
+        targets = self._targets(inputs)
+        with self.accelerator.autocast():
+            terms = self.sum_losses(model, inputs, targets)
+        counts = targets.counts if num_items_in_batch is None else num_items_in_batch
+        ar_count, consistency_count = counts.clamp(min=1)
+        loss = terms.consistency / consistency_count + self.args.ar_loss_weight * terms.ar / ar_count
+        self._count("train" if self.model.training else "eval", inputs, targets, terms)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
+        return (loss, terms) if return_outputs else loss
+
+    def sum_losses(self, model, batch: dict[str, torch.Tensor], targets: Targets) -> Terms:
+        """Runs a batch through the model: the sums of its losses."""
+        rows = RowTensors.of(batch)
+        enabled = torch.is_autocast_enabled(self.accelerator.device.type)
+        dtype = torch.get_autocast_dtype(self.accelerator.device.type) if enabled else self.head.model.dtype
+        mask = training_mask(rows, self.head.model.config.get_text_config(decoder=True), dtype)
+
+        def method(inner, input_ids, attention_mask, position_ids, **ignored) -> Terms:
+            hidden = hidden_states(
+                inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            )
+            return sum_losses(
+                self.head,
+                hidden,
+                targets,
+                kind=self.args.consistency_loss,
+                temperature=self.args.temperature,
+                label_smoothing=self.args.label_smoothing_factor,
+                chunk_size=self.args.loss_chunk_size,
+            )
+
+        return forward_as(
+            model,
+            method,
+            input_ids=batch["input_ids"],
+            attention_mask=mask,
+            position_ids=batch["position_ids"],
+            **draft_offsets(self.args, rows),
+        )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """The loss of a batch of the evaluation set, and nothing else: logits of whole rows would fill the memory."""
+        with torch.no_grad():
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        return loss.detach(), None, None
+
+    # What is logged
+
+    def _count(self, mode: str, batch: dict[str, torch.Tensor], targets: Targets, terms: Terms) -> None:
+        self._sums[mode].update(
+            consistency=terms.consistency.detach(),
+            ar=terms.ar.detach(),
+            right=terms.right.detach(),
+            noisy=len(targets.noisy),
+            clean=len(targets.clean),
+            tokens=(batch["seq_ids"] >= 0).sum(),
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the means since the last log: both losses, the share of noisy positions predicted right, tokens/s."""
+        mode = "train" if self.model.training else "eval"
+        means = self._means(mode)
+        if mode == "eval":
+            means = {f"eval_{name}": value for name, value in means.items() if name != "tokens_per_second"}
+        super().log({**logs, **means}, start_time)
+
+    def _means(self, mode: str) -> dict[str, float]:
+        """The means of everything counted in a mode over all processes; counting starts over."""
+        names = ("consistency", "ar", "right", "noisy", "clean", "tokens")
+        local = torch.tensor([float(self._sums[mode][name]) for name in names], dtype=torch.float64)
+        if self.accelerator.device.type == "mps":
+            local = local.float()
+        sums = dict(zip(names, self.accelerator.reduce(local.to(self.accelerator.device), "sum").tolist()))
+        elapsed, self._since = time.perf_counter() - self._since, time.perf_counter()
+        self._sums[mode].clear()
+        if not sums["tokens"]:
+            return {}
+        return {
+            "consistency_loss": sums["consistency"] / max(1.0, sums["noisy"]),
+            "ar_loss": sums["ar"] / max(1.0, sums["clean"]),
+            "noisy_accuracy": sums["right"] / max(1.0, sums["noisy"]),
+            "tokens_per_second": sums["tokens"] / elapsed,
+        }
+
+    # What is saved
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """Also writes how the checkpoint decodes beside an adapter, which has no generation config of its own."""
+        super()._save(output_dir, state_dict)
+        folder = output_dir if output_dir is not None else self.args.output_dir
+        unwrap(self.model).generation_config.save_pretrained(folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the model, how it decodes, the tokenizer, and a model card."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            self._write_card(Path(output_dir if output_dir is not None else self.args.output_dir))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes the model card into `args.output_dir`; `push_to_hub` calls it."""
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir), kwargs.get("model_name"), kwargs.get("dataset_name"))
+
+    def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        card = training_card(
+            name=model_name or Path(self.args.output_dir).name,
+            base=self.base_name,
+            dataset=dataset_name,
+            tags=list(self._tag_names),
+            args=self.args,
+            jacobi=self.jacobi_config,
+            history=self.state.log_history,
+            adapter=unwrap(self.model) is not self.accelerator.unwrap_model(self.model),
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_model(name: str, init_kwargs: dict[str, Any] | str | None) -> PreTrainedModel:
+    """
+    The model of a name or folder, with FlexAttention where that can train (a GPU), if nothing else was asked for.
+
+    Args:
+        name: a folder or a Hub id.
+        init_kwargs: arguments of `from_pretrained`, possibly as JSON.
+    """
+    settings = dict(json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {})
+    if settings.get("attn_implementation") is None and torch.cuda.is_available():
+        try:
+            return AutoModelForCausalLM.from_pretrained(name, **settings | {"attn_implementation": "flex_attention"})
+        except ValueError:  # a model that does not support it
+            pass
+    return AutoModelForCausalLM.from_pretrained(name, **settings)

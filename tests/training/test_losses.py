@@ -1,0 +1,110 @@
+"""Losses against loops in plain Python, and their memory."""
+
+import math
+
+import pytest
+import torch
+from rows import packed
+
+from hf_jacobi.training.collator import PackedCollator
+from hf_jacobi.training.losses import CONSISTENCY_LOSSES, consistency_loss, find_targets, sum_losses
+
+
+def softmax(values, temperature=1.0):
+    weights = [math.exp(value / temperature) for value in values]
+    return [weight / sum(weights) for weight in weights]
+
+
+def by_hand(kind, student, teacher, temperature):
+    if kind == "hard":
+        return -math.log(softmax(student)[teacher.index(max(teacher))])
+    p, q = softmax(teacher, temperature), softmax(student, temperature)
+    mean = [(a + b) / 2 for a, b in zip(p, q)]
+    kl = lambda x, y: sum(a * math.log(a / b) for a, b in zip(x, y))  # noqa: E731
+    values = {
+        "soft": -sum(a * math.log(b) for a, b in zip(p, q)),
+        "kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "jsd": (kl(p, mean) + kl(q, mean)) / 2,
+    }
+    return values[kind] * temperature**2
+
+
+@pytest.mark.parametrize("kind", CONSISTENCY_LOSSES)
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_consistency_losses(kind, temperature):
+    student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    losses = consistency_loss(student, teacher, kind, temperature)
+    for loss, one, other in zip(losses, student.tolist(), teacher.tolist()):
+        assert float(loss) == pytest.approx(by_hand(kind, one, other, temperature), rel=1e-5)
+
+
+def test_no_gradient_flows_into_the_teacher():
+    student, teacher = (torch.randn(3, 5, requires_grad=True) for _ in range(2))
+    consistency_loss(student, teacher, "soft", 1.0).sum().backward()
+    assert student.grad is not None and teacher.grad is None
+
+
+@pytest.mark.parametrize("max_length", [None, 100])
+@pytest.mark.parametrize("within_block", [False, True])
+def test_targets_are_those_of_a_plain_loop(max_length, within_block):
+    rows = packed(5, max_length=max_length)
+    batch = PackedCollator(0)(rows)
+    targets = find_targets(batch, within_block)
+    clean, noisy = [], []
+    length = batch["input_ids"].shape[1]
+    for number, row in enumerate(rows):
+        shift = number * length + length - len(row["input_ids"])
+        for index in range(len(row["input_ids"])):
+            following = index + 1 < len(row["input_ids"]) and row["seq_ids"][index + 1] == row["seq_ids"][index]
+            if row["block_ids"][index] < 0 and following and row["labels"][index + 1] != -100:
+                clean.append((shift + index, row["labels"][index + 1]))
+        known = {index for index, _ in clean}
+        for index, twin in enumerate(row["twin_ids"]):
+            inside = index + 1 < len(row["input_ids"]) and (
+                (row["seq_ids"][index + 1], row["block_ids"][index + 1])
+                == (row["seq_ids"][index], row["block_ids"][index])
+            )
+            if twin >= 0 and shift + twin in known and (inside or not within_block):
+                noisy.append((shift + index, shift + twin))
+    assert list(zip(targets.clean.tolist(), targets.labels.tolist())) == clean
+    assert list(zip(targets.noisy.tolist(), targets.clean[targets.twins].tolist())) == noisy
+    assert targets.counts.tolist() == [len(clean), len(noisy)]
+    assert 0 < len(noisy) < len(clean)
+
+
+def straightforward(head, hidden, targets, temperature=1.0):
+    logits = head(hidden.flatten(0, 1))
+    ar = torch.nn.functional.cross_entropy(logits[targets.clean], targets.labels, reduction="sum")
+    teacher = logits[targets.clean[targets.twins]]
+    return consistency_loss(logits[targets.noisy], teacher, "soft", temperature).sum(), ar
+
+
+@pytest.mark.parametrize("chunk_size", [1, 7, 1000])
+def test_chunks_change_nothing(chunk_size):
+    batch = PackedCollator(0)(packed(4))
+    targets = find_targets(batch)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(*batch["input_ids"].shape, 16, generator=generator, requires_grad=True)
+    head = torch.nn.Linear(16, 96)
+    terms = sum_losses(head, hidden, targets, temperature=2.0, chunk_size=chunk_size)
+    (terms.consistency + 3 * terms.ar).backward()
+    gradients = hidden.grad.clone(), head.weight.grad.clone()
+    hidden.grad = head.weight.grad = None
+    consistency, ar = straightforward(head, hidden, targets, temperature=2.0)
+    (consistency + 3 * ar).backward()
+    assert float(terms.consistency) == pytest.approx(float(consistency), rel=1e-5)
+    assert float(terms.ar) == pytest.approx(float(ar), rel=1e-5)
+    for ours, theirs in zip(gradients, (hidden.grad, head.weight.grad)):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    labels = targets.labels[targets.twins]
+    assert int(terms.right) == int((head(hidden.flatten(0, 1))[targets.noisy].argmax(-1) == labels).sum())
+
+
+def test_a_batch_without_targets_has_a_gradient_of_zero():
+    batch = {name: values.clone() for name, values in PackedCollator(0)(packed(1)).items()}
+    batch["labels"].fill_(-100)
+    hidden = torch.randn(*batch["input_ids"].shape, 4, requires_grad=True)
+    terms = sum_losses(torch.nn.Linear(4, 96), hidden, find_targets(batch))
+    (terms.consistency + terms.ar).backward()
+    assert float(terms.ar) == 0 and float(hidden.grad.abs().max()) == 0

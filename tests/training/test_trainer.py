@@ -1,0 +1,280 @@
+"""The trainer: exact under accumulation and several processes, resumable, and refusing what it cannot do."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from models import tiny_model, tiny_tokenizer
+from oracle import oracle_logits
+from rows import packed, trajectories
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import hf_jacobi
+from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
+from hf_jacobi.trajectories.packing import PACKED_FEATURES
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+
+def rows(count: int, **settings) -> Dataset:
+    return Dataset.from_list(packed(count, **settings), features=PACKED_FEATURES)
+
+
+def arguments(folder, **settings) -> JacobiForcingConfig:
+    defaults = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "per_device_train_batch_size": 8,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "max_steps": 1,
+        "eval_prompts": 0,
+    }
+    return JacobiForcingConfig(**defaults | settings)
+
+
+def trainer_of(model, folder, data=None, **settings):
+    others = {
+        name: settings.pop(name) for name in ("peft_config", "eval_dataset", "processing_class") if name in settings
+    }
+    others.setdefault("processing_class", tiny_tokenizer())
+    return JacobiForcingTrainer(
+        model=model, args=arguments(folder, **settings), train_dataset=rows(8) if data is None else data, **others
+    )
+
+
+def gradients_of_a_step(folder, **settings) -> dict[str, torch.Tensor]:
+    """The gradients of the first optimizer step, read when the optimizer runs."""
+    model = tiny_model()
+    trainer = trainer_of(model, folder, learning_rate=0.0, max_grad_norm=0.0, **settings)
+    found = {}
+    trainer.create_optimizer()
+    step = trainer.optimizer.step
+
+    def spy(*args, **kwargs):
+        found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        return step(*args, **kwargs)
+
+    trainer.optimizer.step = spy
+    trainer.train()
+    return found
+
+
+def assert_same(ours, theirs, tolerance=1e-5):
+    assert ours.keys() == theirs.keys() and ours
+    for name, gradient in theirs.items():
+        error = (ours[name] - gradient).norm() / gradient.norm().clamp(min=1e-12)
+        assert float(error) < tolerance, (name, float(error))
+
+
+def test_the_loss_is_that_of_the_oracle(tmp_path):
+    model = tiny_model()
+    trainer = trainer_of(model, tmp_path, ar_loss_weight=2.0, temperature=1.5)
+    some = packed(3)
+    loss = trainer.compute_loss(model, trainer.data_collator(some))
+    consistency, ar = [], []
+    for row in some:
+        logits = oracle_logits(model, row)
+        for index, (block, twin) in enumerate(zip(row["block_ids"], row["twin_ids"])):
+            if block < 0 and index + 1 < len(row["labels"]) and row["labels"][index + 1] != -100:
+                ar.append(torch.nn.functional.cross_entropy(logits[index], torch.tensor(row["labels"][index + 1])))
+            if twin >= 0 and row["labels"][twin + 1] != -100:
+                teacher = (logits[twin] / 1.5).softmax(-1).detach()
+                consistency.append(-(teacher * (logits[index] / 1.5).log_softmax(-1)).sum() * 1.5**2)
+    expected = torch.stack(consistency).mean() + 2.0 * torch.stack(ar).mean()
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
+        {"gradient_checkpointing": True},
+        {"loss_chunk_size": 5},
+    ],
+)
+def test_a_step_is_one_large_batch_however_it_is_cut(tmp_path, settings):
+    assert_same(gradients_of_a_step(tmp_path, **settings), gradients_of_a_step(tmp_path))
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = {path!r}
+import torch; torch.set_num_threads(1)
+from test_trainer import gradients_of_a_step
+found = gradients_of_a_step({folder!r}, **{settings!r})
+import torch.distributed as dist
+assert dist.get_world_size() == 2
+if dist.get_rank() == 0: torch.save(found, {out!r})
+"""
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    here = Path(__file__).parent
+    path = [str(here), str(here.parent), str(Path(hf_jacobi.__file__).parents[1])]
+    out = str(tmp_path / "gradients.pt")
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT.format(path=path, folder=str(tmp_path / "two"), settings=settings, out=out))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", str(file)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr[-3000:]
+    two = {name.removeprefix("module."): value for name, value in torch.load(out).items()}
+    assert_same(two, gradients_of_a_step(tmp_path))
+
+
+def curve(trainer) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("kind", ["full", "lora", "draft"])
+def test_the_loss_falls_and_a_resumed_run_goes_the_same_way(tmp_path, kind):
+    def make(folder):
+        peft_config = None
+        if kind != "full":
+            peft_config = lora()
+        scope = "draft" if kind == "draft" else "all"
+        torch.manual_seed(0)
+        return trainer_of(
+            tiny_model(), folder, max_steps=12, save_strategy="steps", save_steps=6, learning_rate=1e-2,
+            per_device_train_batch_size=4, peft_config=peft_config, adapter_scope=scope,
+        )  # fmt: skip
+
+    whole = make(tmp_path / "whole")
+    whole.train()
+    losses = curve(whole)
+    assert len(losses) == 12
+    assert whole.state.log_history[-2]["consistency_loss"] < whole.state.log_history[0]["consistency_loss"]
+    resumed = make(tmp_path / "whole")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
+    assert curve(resumed) == pytest.approx(losses, rel=1e-4)
+
+
+def lora(**settings):
+    from peft import LoraConfig
+
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], **settings)
+
+
+def test_what_is_logged(tmp_path):
+    trainer = trainer_of(tiny_model(), tmp_path, max_steps=2, eval_dataset=rows(4, seed=1), eval_prompts=2,
+                         eval_max_new_tokens=12, eval_strategy="steps", eval_steps=1)  # fmt: skip
+    trainer.train()
+    logged = trainer.state.log_history[0]
+    assert {"loss", "consistency_loss", "ar_loss", "noisy_accuracy", "tokens_per_second"} <= logged.keys()
+    assert logged["loss"] == pytest.approx(logged["consistency_loss"] + logged["ar_loss"], rel=1e-4)
+    evaluated = {key for entry in trainer.state.log_history for key in entry if key.startswith("eval_")}
+    assert {
+        "eval_loss", "eval_consistency_loss", "eval_ar_loss", "eval_noisy_accuracy", "eval_tokens_per_forward",
+        "eval_agreement",
+    } <= evaluated  # fmt: skip
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss"] == pytest.approx(metrics["eval_loss"]) and metrics["eval_tokens_per_forward"] >= 1
+
+
+def test_evaluation_sums_over_all_batches(tmp_path):
+    """Rows of different lengths: the mean of the batches' means would be another number."""
+    data = rows(5, seed=1)
+    losses = []
+    for size in (1, 2, 5):
+        trainer = trainer_of(tiny_model(), tmp_path, eval_dataset=data, per_device_eval_batch_size=size)
+        trainer.evaluate()
+        losses.append([entry["eval_ar_loss"] for entry in trainer.state.log_history if "eval_ar_loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[1] == pytest.approx(losses[2], rel=1e-5)
+
+
+def test_agreement_is_whole_before_anything_was_learned(tmp_path):
+    trainer = trainer_of(
+        tiny_model(), tmp_path, eval_dataset=rows(4), eval_prompts=3, eval_max_new_tokens=16, learning_rate=0.0
+    )
+    assert trainer.evaluate()["eval_agreement"] == 1.0
+
+
+def test_a_saved_model_decodes_with_jacobi_and_has_a_card(tmp_path):
+    trainer = trainer_of(tiny_model(), tmp_path / "out", eval_dataset=rows(2), eval_prompts=1, eval_max_new_tokens=8)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    config = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert config.decoding == "jacobi" and config.jacobi["block_size"] == 4
+    model = hf_jacobi.enable(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    output = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8, return_dict_in_generate=True)
+    assert output.jacobi_stats.new_tokens
+    card = (tmp_path / "out" / "README.md").read_text()
+    for part in ("library_name: transformers", "jacobi-forcing", "learning_rate", "tokens per forward", "2512.14681"):
+        assert part in card
+
+
+def test_an_adapter_is_saved_with_how_it_decodes(tmp_path):
+    trainer = trainer_of(tiny_model(), tmp_path / "out", peft_config=lora())
+    trainer.train()
+    trainer.save_model()
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["decoding"] == "jacobi"
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_model_by_name_and_bfloat16(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = JacobiForcingTrainer(
+        str(tmp_path / "base"),
+        arguments(tmp_path / "out", bf16=True, model_init_kwargs={"attn_implementation": "sdpa"}),
+        train_dataset=rows(8),
+    )
+    trainer.train()
+    assert 0 < curve(trainer)[0] < 100
+    exact = trainer_of(tiny_model(), tmp_path)
+    exact.train()
+    assert curve(trainer)[0] == pytest.approx(curve(exact)[0], rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "cohere", "granite", "gpt2", "qwen3_moe"])
+def test_chunked_logits_are_the_models_own(name, tmp_path):
+    attention = "eager" if name == "gemma2" else None
+    model = tiny_model(name, attention=attention)
+    trainer = trainer_of(model, tmp_path)
+    loss = trainer.compute_loss(model, trainer.data_collator(packed(2)))
+    assert float(loss) > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": Dataset.from_list(trajectories(2))}, "pass what pack_trajectories makes of them"),
+        ({"data": Dataset.from_list([{"input_ids": [1, 2]}])}, "lacks the columns"),
+        ({"data": rows(2).select([])}, "is empty"),
+        ({"block_size": 8}, "blocks of 4 tokens, but block_size=8"),
+        ({"adapter_scope": "draft"}, "pass a `peft_config`"),
+        ({"model_init_kwargs": {"dtype": "auto"}}, "given by name"),
+        ({"consistency_loss": "l2"}, "`consistency_loss` must be one of"),
+        ({"temperature": 0.0}, "`temperature` must be positive"),
+        ({"jacobi_config": {"blocksize": 3}}, "unknown settings"),
+    ],
+)
+def test_bad_input_is_refused_at_construction(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tiny_model(), tmp_path, **settings)
+
+
+def test_another_tokenizer_is_refused(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"more{number}" for number in range(10)])
+    with pytest.raises(ValueError, match="the tokenizer makes 106 tokens"):
+        trainer_of(tiny_model(), tmp_path, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="another tokenizer"):
+        trainer_of(tiny_model(vocab_size=40), tmp_path)
+    with pytest.raises(ValueError, match="has 16 positions"):
+        trainer_of(tiny_model(max_position_embeddings=16), tmp_path)
