@@ -162,10 +162,10 @@ def test_the_loss_falls_and_a_resumed_run_goes_the_same_way(tmp_path, kind):
     assert curve(resumed) == pytest.approx(losses, rel=1e-4)
 
 
-def lora(**settings):
+def lora(targets=("q_proj", "v_proj", "up_proj")):
     from peft import LoraConfig
 
-    return LoraConfig(r=4, target_modules=["q_proj", "v_proj", "up_proj"], **settings)
+    return LoraConfig(r=4, target_modules=list(targets))
 
 
 def test_what_is_logged(tmp_path):
@@ -267,6 +267,31 @@ def test_chunked_logits_are_the_models_own(name, tmp_path):
 def test_bad_input_is_refused_at_construction(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         trainer_of(tiny_model(), tmp_path, **settings)
+
+
+def test_a_draft_only_adapter_needs_layers_that_know_rows(tmp_path):
+    with pytest.raises(ValueError, match="without their rows"):
+        trainer_of(tiny_model("llama4"), tmp_path, peft_config=lora(["gate_proj"]), adapter_scope="draft")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_draft_only_adapter_learns_from_noisy_tokens_alone(tmp_path, checkpointing):
+    """Its gradient is that of a loss whose text half comes from the base model."""
+    trainer = trainer_of(
+        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", gradient_checkpointing=checkpointing
+    )
+    model = trainer.model
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.3, generator=torch.Generator().manual_seed(0))
+    batch = trainer.data_collator(packed(3))
+    loss, terms = trainer.compute_loss(model, batch, return_outputs=True)
+    loss.backward()
+    assert all(parameter.grad is not None for name, parameter in model.named_parameters() if "lora_" in name)
+    base = trainer_of(tiny_model(), tmp_path)
+    _, base_terms = base.compute_loss(base.model, batch, return_outputs=True)
+    assert float(terms.ar) == pytest.approx(float(base_terms.ar), rel=1e-5), "the text half is the base model's"
+    assert float(terms.consistency) != pytest.approx(float(base_terms.consistency), rel=1e-3)
 
 
 def test_another_tokenizer_is_refused(tmp_path):

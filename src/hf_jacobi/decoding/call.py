@@ -7,6 +7,7 @@ import torch
 from .acceptance import GumbelNoise, TokenChooser
 from .attention import AttentionMask
 from .candidates import TokenTree, lay_out
+from .draft_adapter import DraftAdapter
 from .sequence import Sequence
 from .slot_cache import SlotCache
 from .stats import JacobiOutput, JacobiStats
@@ -63,6 +64,8 @@ class DecodeCall:
         self.groups = [[sequence] for sequence in self.sequences] if by_row else [self.sequences]
         self.records = records
         self.keeps_home = generation_config.return_dict_in_generate or fills_cache
+        self.draft_adapter = DraftAdapter.of(model)
+        self.copies = 0  # columns at the end of the newest forward that the draft-only adapter served
         self.stats = JacobiStats()
         self.streamed = input_ids.shape[1]
         self.shown_scores: tuple[torch.Tensor, ...] = ()
@@ -99,10 +102,14 @@ class DecodeCall:
     def forward(self, trees: list[TokenTree]) -> torch.Tensor:
         """Scores all trees in one forward: logits `[B, Q, V]`. Their keys and values lie in the cache after it."""
         starts = [row.length - 1 + self.slot_shift for row in self.sequences]
-        return self._score(trees, starts)
+        if self.draft_adapter is None:
+            return self._score(trees, starts)
+        self.copies = max(tree.draft_length for tree in trees)
+        with self.draft_adapter.on(self.copies):
+            return self._score(trees, starts, self.copies)
 
-    def _score(self, trees: list[TokenTree], starts: list[int]) -> torch.Tensor:
-        step = lay_out(trees, starts, self.offsets, self.key_valid, self.device)
+    def _score(self, trees: list[TokenTree], starts: list[int], copies: int = 0) -> torch.Tensor:
+        step = lay_out(trees, starts, self.offsets, self.key_valid, self.device, copies)
         end = max(starts) + step.input_ids.shape[1]
         self.cache.place(step.slots, starts[0] if step.uniform else None, end)
         mask = None
@@ -140,7 +147,10 @@ class DecodeCall:
         targets = [
             [row.length - row.padding + depth for depth in tree.depths] for row, tree in zip(self.sequences, trees)
         ]
-        predictions = self.chooser.predict(logits, [row.row for row in self.sequences], targets)
+        rows = [row.row for row in self.sequences]
+        width = logits.shape[1] - self.copies
+        predictions = self.chooser.predict(logits[:, :width], rows, targets)
+        drafted = self._drafted(trees, logits[:, width:], rows)
         unfinished = [not row.finished for row in self.sequences]
         paths: list[list[int]] = [[] for _ in self.sequences]
         for group in self.groups:
@@ -148,10 +158,23 @@ class DecodeCall:
         for row, tree, path, start in zip(self.sequences, trees, paths, starts):
             if unfinished[row.row]:
                 self.cache.keep_path(row.row, start + self.slot_shift, path)
-                row.commit(tree, start, path, predictions[row.row])
+                row.commit(tree, start, path, predictions[row.row], drafted[row.row])
             if self.chooser.noise is not None:
                 self.chooser.noise.forget_before(row.row, row.length - row.padding)
-        self.stats.count(sum(map(len, paths)), sum(len(tree) for tree, live in zip(trees, unfinished) if live))
+        positions = [len(tree) + len(copy or ()) for tree, copy in zip(trees, drafted)]
+        self.stats.count(sum(map(len, paths)), sum(count for count, live in zip(positions, unfinished) if live))
+        self.copies = 0
+
+    def _drafted(self, trees: list[TokenTree], logits: torch.Tensor, rows: list[int]) -> list[list[int] | None]:
+        """What the draft-only adapter predicts at each token of each row's draft; `None` where there is no adapter."""
+        if not self.copies:
+            return [None] * len(trees)
+        targets = [
+            [row.length - row.padding + depth for depth in range(tree.draft_length)]
+            for row, tree in zip(self.sequences, trees)
+        ]
+        predictions = self.chooser.predict(logits, rows, targets)
+        return [tokens[: tree.draft_length] for tokens, tree in zip(predictions, trees)]
 
     def _walk(self, group: list[Sequence], trees, logits, predictions, paths) -> None:
         """

@@ -84,7 +84,12 @@ class StepInputs:
 
 
 def lay_out(
-    trees: list[TokenTree], starts: list[int], offsets: list[int], key_valid: torch.Tensor | None, device: torch.device
+    trees: list[TokenTree],
+    starts: list[int],
+    offsets: list[int],
+    key_valid: torch.Tensor | None,
+    device: torch.device,
+    copies: int = 0,
 ) -> StepInputs:
     """
     Lays one tree per sequence into the rows of a batch.
@@ -95,10 +100,16 @@ def lay_out(
         offsets: position minus slot, per sequence (minus the left padding).
         key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
         device: where the tensors go.
+        copies: how many columns the drafts have that stand a second time at the end of each row; a copy sees the
+            committed text and itself, never the tree. 0 for none.
     """
-    width = max(len(tree) for tree in trees)
-    ids = [tree.tokens + [0] * (width - len(tree)) for tree in trees]
-    depths = [tree.depths + [0] * (width - len(tree)) for tree in trees]
+    tree_width = max(len(tree) for tree in trees)
+    ids = [tree.tokens + [0] * (tree_width - len(tree)) for tree in trees]
+    depths = [tree.depths + [0] * (tree_width - len(tree)) for tree in trees]
+    if copies:
+        ids = [row + _fitted(tree.tokens[: tree.draft_length], copies) for row, tree in zip(ids, trees)]
+        depths = [row + list(range(copies)) for row in depths]
+    width = tree_width + copies
     uniform = len(set(starts)) == 1
     start = torch.tensor(starts, device=device).unsqueeze(1)
     slots = start + torch.arange(width, device=device)
@@ -108,7 +119,7 @@ def lay_out(
     if width > 1 or key_valid is not None or not uniform:
         total = max(starts) + width
         within = torch.arange(total, device=device) - start  # [B, S], slot relative to node 0
-        ancestors = torch.from_numpy(np.stack([_ancestors(tree, width) for tree in trees])).to(device)
+        ancestors = torch.from_numpy(np.stack([_ancestors(tree, tree_width, copies) for tree in trees])).to(device)
         in_tree = (within >= 0) & (within < width)
         index = within.clamp(0, width - 1)
         tree_part = ancestors.gather(2, index.unsqueeze(1).expand(-1, width, -1)) & in_tree.unsqueeze(1)
@@ -120,9 +131,14 @@ def lay_out(
     return StepInputs(torch.tensor(ids, device=device), positions, slots, places, visible, key_places, uniform)
 
 
-def _ancestors(tree: TokenTree, width: int) -> np.ndarray:
-    """`[width, width]` bool: row i marks node i and its ancestors; a padding node marks itself."""
-    rows = np.eye(width, dtype=bool)
+def _fitted(tokens: list[int], length: int) -> list[int]:
+    return tokens + [0] * (length - len(tokens))
+
+
+def _ancestors(tree: TokenTree, width: int, copies: int = 0) -> np.ndarray:
+    """`[Q, Q]` bool, Q = width + copies: row i marks node i and its ancestors; a padding node marks itself."""
+    rows = np.eye(width + copies, dtype=bool)
+    rows[width:, width:] = np.tri(copies, dtype=bool)
     length = tree.draft_length
     rows[:length, :length] = np.tri(length, dtype=bool)
     for node in range(length, len(tree)):

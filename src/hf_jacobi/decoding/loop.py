@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from .call import DecodeCall
@@ -53,8 +55,9 @@ def jacobi_decode(
         records=output_trajectory,
         fills_cache=fills_cache,
     )
-    run_to_end(call, streamer, synced_gpus)
-    return call.output(synced_gpus)
+    with call.draft_adapter.listening() if call.draft_adapter else nullcontext():
+        run_to_end(call, streamer, synced_gpus)
+        return call.output(synced_gpus)
 
 
 def run_to_end(call: DecodeCall, streamer=None, synced_gpus: bool = False) -> None:

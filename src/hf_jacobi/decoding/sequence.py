@@ -84,7 +84,14 @@ class Sequence:
             tree.add_branch(candidate)
         return tree
 
-    def commit(self, tree: TokenTree, start: int, path: list[int], predictions: list[int]) -> None:
+    def commit(
+        self,
+        tree: TokenTree,
+        start: int,
+        path: list[int],
+        predictions: list[int],
+        drafted: list[int] | None = None,
+    ) -> None:
         """
         Takes in what a forward brought, after its tokens were appended: the pool and the blocks move on.
 
@@ -93,10 +100,11 @@ class Sequence:
             start: index in the sequence of node 0.
             path: the accepted nodes, node 0 first; one token was appended for each.
             predictions: the model's prediction at each node.
+            drafted: what a draft-only adapter predicted at each token of the draft, if there is one.
         """
         accepted = self.tokens[start + 1 : start + 1 + len(path)]
         recycled = sum(node >= tree.draft_length for node in path)
-        self.stats.count(len(path), len(tree))
+        self.stats.count(len(path), len(tree) + len(drafted or ()))
         self.stats.recycled_tokens += recycled
         if self.trajectory:
             draft, predicted = tree.tokens[: tree.draft_length], predictions[: tree.draft_length]
@@ -109,7 +117,10 @@ class Sequence:
                 max(map(len, self.candidates), default=0),
                 max((agreement(candidate, accepted) for candidate in self.candidates), default=0),
             )
-        guesses = guesses_after(tree.children, tree.draft_length, tree.depths, predictions, path[-1])
+        if drafted is None:
+            guesses = guesses_after(tree.children, tree.draft_length, tree.depths, predictions, path[-1])
+        else:
+            guesses = drafted[len(path) :]
         self.pool.extend(accepted)
         self.pool.recycle(guesses)
         self.blocks.advance(self.tokens, guesses, self.room)

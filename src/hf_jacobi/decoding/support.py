@@ -8,6 +8,7 @@ import torch
 from transformers.generation import GenerationMode
 
 from .attention import LAYER_KINDS, MASKED_ATTENTIONS
+from .draft_adapter import is_draft_only
 from .slot_cache import can_roll_back
 
 
@@ -59,10 +60,10 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
 
 def _refuse_adapters(model, name: str) -> None:
     adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "alora_invocation_tokens", None) for adapter in adapters):
+    if any(getattr(adapter, "alora_invocation_tokens", None) and not is_draft_only(adapter) for adapter in adapters):
         raise ValueError(
             f"Jacobi decoding cannot tell an activated LoRA which tokens it applies to, but {name} carries one: use "
-            f"plain LoRA, or {INSTEAD}."
+            f"plain LoRA or a draft-only adapter, or {INSTEAD}."
         )
     adapter = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..decoding.draft_adapter import DRAFT_ONLY
+from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
 from .mask import RowTensors
 
@@ -33,14 +35,40 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
         if not isinstance(peft_config, LoraConfig):
             raise ValueError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
         peft_config = copy.copy(peft_config)
-        # What makes PEFT apply it to the last tokens of a row. The tokens themselves are never looked for.
-        peft_config.alora_invocation_tokens = peft_config.alora_invocation_tokens or [0]
+        peft_config.alora_invocation_tokens = list(DRAFT_ONLY)
         peft_config.task_type = "CAUSAL_LM"
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
     elif args.gradient_checkpointing:
         model.enable_input_require_grads()
-    return get_peft_model(model, peft_config)
+    adapted = get_peft_model(model, peft_config)
+    if args.adapter_scope == "draft":
+        _check_layers(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def _check_layers(model) -> None:
+    """Raises `ValueError` where a layer cannot tell which of its tokens are last in their row."""
+    flat: list[str] = []
+    inner = unwrap(model)
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda module, inputs, name=name: flat.append(name) if inputs[0].dim() != 3 else None
+        )
+        for name, module in inner.named_modules()
+        if getattr(module, "lora_variant", None)
+    ]
+    try:
+        inner(input_ids=torch.zeros(2, 3, dtype=torch.long, device=inner.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if flat:
+        raise ValueError(
+            f"a draft-only adapter cannot serve {flat[0]}, which gets its tokens without their rows (as the experts of a "
+            "mixture do): name other target_modules, such as those of the attention."
+        )
 
 
 def _has_adapter(model) -> bool:

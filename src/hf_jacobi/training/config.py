@@ -23,8 +23,8 @@ class JacobiForcingConfig(TrainingArguments):
 
     Args:
         ar_loss_weight (`float`, defaults to 1.0):
-            Lambda, the weight of the autoregressive loss beside the consistency loss (paper, section 3.2). What a model
-            unlearns, a larger one keeps.
+            Lambda, the weight of the autoregressive loss beside the consistency loss (paper, section 3.2). What a
+            model unlearns, a larger one keeps.
         consistency_loss (`str`, defaults to `"soft"`):
             `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"` or `"hard"`; see `losses.consistency_loss`.
         temperature (`float`, defaults to 1.0):

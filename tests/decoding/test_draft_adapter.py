@@ -1,0 +1,110 @@
+"""A draft-only adapter changes what is tried, never what is written."""
+
+import itertools
+
+import pytest
+import torch
+from models import padded_prompts, tiny_model
+
+import hf_jacobi
+from hf_jacobi.decoding.draft_adapter import DRAFT_ONLY, DraftAdapter
+
+
+peft = pytest.importorskip("peft")
+
+
+def with_adapter(name="llama", seed=3, scale=0.5):
+    """A tiny model with a draft-only adapter of random weights, so that its drafts are not the base model's."""
+    targets = ["q_proj", "v_proj", "o_proj"] if name == "llama4" else "all-linear"  # experts get tokens without rows
+    config = peft.LoraConfig(
+        r=4, target_modules=targets, alora_invocation_tokens=list(DRAFT_ONLY), task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(tiny_model(name), config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for parameter_name, parameter in model.named_parameters():
+        if "lora_" in parameter_name:
+            parameter.data.normal_(std=scale, generator=generator)
+    return hf_jacobi.enable(model)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-window", "llama4"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"block_size": 8},
+        {"block_size": 8, "window": "block", "draft_init": "prompt", "pool_size": 0},
+        {"block_size": 6, "max_blocks": 3, "spawn_ratio": 0.5},
+    ],
+)
+def test_text_is_the_base_models(name, rows, settings):
+    prompts = padded_prompts(rows)
+    expected = tiny_model(name).generate(**prompts, max_new_tokens=40, do_sample=False)
+    model = with_adapter(name)
+    settings = hf_jacobi.JacobiConfig(**settings)
+    for decoding in ({"decoding": "jacobi", "jacobi_config": settings}, {"decoding": "ar"}):
+        assert torch.equal(model.generate(**prompts, max_new_tokens=40, do_sample=False, **decoding), expected)
+
+
+def test_sampled_text_is_the_base_models():
+    prompts = padded_prompts(3)
+    base = hf_jacobi.enable(tiny_model())
+    config = hf_jacobi.JacobiConfig(block_size=8, seed=4)
+    settings = {"decoding": "jacobi", "jacobi_config": config, "do_sample": True, "max_new_tokens": 30}
+    assert torch.equal(with_adapter().generate(**prompts, **settings), base.generate(**prompts, **settings))
+
+
+def test_drafts_are_the_adapters_predictions():
+    """Against PEFT's own forward: the adapter on for the draft, off for the text before it."""
+    model = with_adapter()
+    prompt = padded_prompts(1)["input_ids"]
+    config = hf_jacobi.JacobiConfig(block_size=6, pool_size=0, draft_init="repeat")
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), decoding="jacobi", jacobi_config=config, do_sample=False,
+        max_new_tokens=30, return_dict_in_generate=True, output_trajectory=True,
+    )  # fmt: skip
+    text = output.sequences[0].tolist()
+    compared = 0
+    steps = output.trajectory[0].steps[1:]
+    for step, following in itertools.pairwise(steps):
+        row = torch.tensor([text[: step.start] + step.draft])
+        with torch.no_grad():
+            logits = model(row, alora_offsets=[len(step.draft)]).logits[0, step.start :]
+        drafted = logits.argmax(-1).tolist()[len(step.accepted) :]
+        common = min(len(drafted), len(following.draft) - 1)
+        assert following.draft[1 : 1 + common] == drafted[:common]
+        compared += common
+    assert compared > 20
+
+
+def test_only_drafts_pay_for_it():
+    prompts = padded_prompts(1)
+    config = hf_jacobi.JacobiConfig(block_size=4, pool_size=0)
+    settings = {"decoding": "jacobi", "jacobi_config": config, "max_new_tokens": 20, "return_dict_in_generate": True}
+    positions = [
+        model.generate(**prompts, do_sample=False, **settings).jacobi_stats
+        for model in (with_adapter(), hf_jacobi.enable(tiny_model()))
+    ]
+    assert positions[0].positions > positions[1].positions
+
+
+def test_an_adapter_switched_off_drafts_nothing():
+    model = with_adapter()
+    assert DraftAdapter.of(model.get_base_model()) is not None
+    with model.disable_adapter():
+        assert DraftAdapter.of(model.get_base_model()) is None
+    assert DraftAdapter.of(tiny_model()) is None
+
+
+def test_it_survives_saving(tmp_path):
+    model = with_adapter()
+    tiny_model().save_pretrained(tmp_path / "base")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = hf_jacobi.enable(peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"))
+    prompts = padded_prompts(2)
+    settings = {"decoding": "jacobi", "max_new_tokens": 20, "do_sample": False, "return_dict_in_generate": True}
+    ours, theirs = model.generate(**prompts, **settings), loaded.generate(**prompts, **settings)
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert ours.jacobi_stats.to_dict() == theirs.jacobi_stats.to_dict()
