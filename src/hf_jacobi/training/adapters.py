@@ -66,8 +66,8 @@ def _check_layers(model) -> None:
             hook.remove()
     if flat:
         raise ValueError(
-            f"a draft-only adapter cannot serve {flat[0]}, which gets its tokens without their rows (as the experts of a "
-            "mixture do): name other target_modules, such as those of the attention."
+            f"a draft-only adapter cannot serve {flat[0]}, which gets its tokens without their rows (as the experts "
+            "of a mixture do): name other target_modules, such as those of the attention."
         )
 
 

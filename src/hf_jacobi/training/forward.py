@@ -47,7 +47,10 @@ def forward_as(model: nn.Module, method: Callable[..., Any], **inputs) -> Any:
 
 def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
     """`[B, L, H]`, what the model's head reads: the output of the decoder without the head."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+    decoder = model.get_decoder()
+    if decoder is model:  # Llama 4 does not know its own
+        decoder = model.model
+    return decoder(**inputs, use_cache=False).last_hidden_state
 
 
 class Head:
