@@ -53,3 +53,32 @@ def _has_matplotlib() -> bool:
         return True
     except ImportError:
         return False
+
+
+def test_training_from_the_shell(checkpoint, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from packed_rows import packed
+
+    from hf_jacobi.trajectories.packing import PACKED_FEATURES
+
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    Dataset.from_list(packed(6), features=PACKED_FEATURES).to_parquet(tmp_path / "packed.parquet")
+    config = tmp_path / "config.yaml"
+    config.write_text("learning_rate: 0.001\nar_loss_weight: 3.0\n")
+    command = [
+        "train", "--model_name_or_path", str(checkpoint), "--train_dataset", str(tmp_path / "packed.parquet"),
+        "--eval_rows", "2", "--output_dir", str(tmp_path / "out"), "--max_steps", "2", "--use_cpu", "--report_to",
+        "none", "--config", str(config), "--eval_max_new_tokens", "8", "--jacobi_config", '{"block_size": 6}',
+        "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--adapter_scope", "draft",
+    ]  # fmt: skip
+    assert main(command) == 0
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["decoding"] == "jacobi" and written["jacobi"]["block_size"] == 6
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [-1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| ar_loss_weight | 3.0 |" in card and "tokens per forward" in card
+    assert main(["train", "--train_dataset", "no.parquet", "--output_dir", str(tmp_path / "o"), "--use_cpu"]) == 2
+    assert "--model_name_or_path" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["collect", "--nonsense", "--dataset", "x", "--output-dir", "y"])

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from rows import packed
+from packed_rows import packed
 
 from hf_jacobi.training.collator import PackedCollator
 from hf_jacobi.training.losses import CONSISTENCY_LOSSES, consistency_loss, find_targets, sum_losses

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import tiny_model
 from oracle import oracle_logits
-from rows import packed
+from packed_rows import packed
 from transformers import AutoModelForCausalLM, MambaConfig, Qwen3NextConfig, T5Config, T5ForConditionalGeneration
 
 from hf_jacobi.training.collator import PackedCollator

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from oracle import oracle_logits
-from rows import packed, trajectories
+from packed_rows import packed, trajectories
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hf_jacobi

@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
-from . import collect, demo, pack
+from . import collect, demo, pack, train
 
 
-COMMANDS = (demo, collect, pack)
+COMMANDS = (demo, collect, pack, train)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +19,9 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for module in COMMANDS:
         module.add_parser(commands)
-    arguments = parser.parse_args(argv)
+    arguments, arguments.rest = parser.parse_known_args(argv)
+    if arguments.rest and arguments.command != "train":  # which has a parser of its own for them
+        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     if arguments.command is None:
         parser.print_help()
         return 2

@@ -57,7 +57,7 @@ def run(arguments) -> int:
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))
     model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
-    others = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run")
+    others = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run", "rest")
     settings = {name: value for name, value in vars(arguments).items() if name not in others}
     try:
         collect_trajectories(model, tokenizer, rows, **settings)

@@ -38,7 +38,7 @@ def run(arguments) -> int:
     from ..trajectories.shards import counts_in
     from ..trajectories.statistics import PackingStatistics
 
-    others = ("trajectories", "plot", "command", "run")
+    others = ("trajectories", "plot", "command", "run", "rest")
     settings = {name: value for name, value in vars(arguments).items() if name not in others}
     try:
         pack_trajectories(open_prompts(arguments.trajectories), **settings, progress=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 
@@ -82,6 +82,12 @@ class JacobiForcingConfig(TrainingArguments):
     eval_max_new_tokens: int = field(default=128, metadata={"help": "how far they are decoded"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "has no effect: every column is used"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two logs"})
+
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        "model_init_kwargs",
+        "jacobi_config",
+    ]
 
     def __post_init__(self):
         super().__post_init__()

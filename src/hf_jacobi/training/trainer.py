@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -268,15 +267,15 @@ class JacobiForcingTrainer(Trainer):
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
-def load_model(name: str, init_kwargs: dict[str, Any] | str | None) -> PreTrainedModel:
+def load_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
     """
     The model of a name or folder, with FlexAttention where that can train (a GPU), if nothing else was asked for.
 
     Args:
         name: a folder or a Hub id.
-        init_kwargs: arguments of `from_pretrained`, possibly as JSON.
+        init_kwargs: arguments of `from_pretrained`.
     """
-    settings = dict(json.loads(init_kwargs) if isinstance(init_kwargs, str) else init_kwargs or {})
+    settings = dict(init_kwargs or {})
     if settings.get("attn_implementation") is None and torch.cuda.is_available():
         try:
             return AutoModelForCausalLM.from_pretrained(name, **settings | {"attn_implementation": "flex_attention"})

@@ -1,0 +1,70 @@
+"""`hf-jacobi train`: Jacobi Forcing from the shell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class DataArguments:
+    """The data; see `hf-jacobi pack`."""
+
+    train_dataset: str = field(metadata={"help": "what `hf-jacobi pack` wrote, or a data set like it"})
+    eval_dataset: str | None = field(default=None, metadata={"help": "the same for evaluation"})
+    eval_rows: int = field(
+        default=0, metadata={"help": "without an eval_dataset: hold back this many rows of train_dataset"}
+    )
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Train a model to decode in parallel (Jacobi Forcing), whole or with an adapter"
+    parser = commands.add_parser("train", help=about, description=about, add_help=False)
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+    from ..training import JacobiForcingConfig, JacobiForcingTrainer
+    from ..trajectories.prompts import open_prompts
+
+    parser = TrlParser((DataArguments, JacobiForcingConfig, ModelConfig), prog="hf-jacobi train")
+    data, training, model = parser.parse_args_and_config(args=arguments.rest)
+    if model.model_name_or_path is None:
+        raise ValueError("name the model: --model_name_or_path, a folder or a Hub id.")
+    settings = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+    }
+    if (quantization := get_quantization_config(model)) is not None:
+        settings |= {"quantization_config": quantization, "device_map": {"": training.device}}
+    training.model_init_kwargs = {name: value for name, value in settings.items() if value is not None} | (
+        training.model_init_kwargs or {}
+    )
+    train = open_prompts(data.train_dataset)
+    held_out = None
+    if data.eval_dataset is not None:
+        held_out = open_prompts(data.eval_dataset)
+    elif data.eval_rows:
+        if data.eval_rows >= len(train):
+            raise ValueError(f"eval_rows={data.eval_rows} leaves nothing of {len(train)} rows to train on.")
+        split = train.train_test_split(test_size=data.eval_rows, seed=training.seed)
+        train, held_out = split["train"], split["test"]
+    trainer = JacobiForcingTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=train,
+        eval_dataset=held_out,
+        peft_config=get_peft_config(model),
+    )
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    if held_out is not None:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.accelerator.print(f"written to {training.output_dir}")
+    if training.push_to_hub:
+        trainer.push_to_hub(dataset_name=data.train_dataset)
+    return 0
