@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, MambaConfig, Qwen3NextConfig, T5C
 
 from hf_jacobi.training.collator import PackedCollator
 from hf_jacobi.training.mask import FLEX_MULTIPLE, RowTensors, dense_mask, flex_mask, refuse_untrainable, visible
+from hf_jacobi.training.windows import attending_by_windows, can_be_windowed, segments
 
 
 def batch_of(rows, multiple=1):
@@ -40,10 +41,32 @@ def test_dense_mask_gives_the_oracles_logits_and_gradients(name, attention, samp
     rows = packed(3) if samples == 1 else packed(4, max_length=100)
     assert max(rows[0]["seq_ids"]) + 1 == samples
     batch = batch_of(rows)
-    weights = torch.randn(model.config.get_text_config().vocab_size, generator=torch.Generator().manual_seed(0))
-
     mask = dense_mask(RowTensors.of(batch), model.config.get_text_config(), torch.float32)
-    ours = masked_logits(model, batch, mask)
+    check_against_oracle(model, rows, batch, masked_logits(model, batch, mask))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gpt2", "qwen3_moe", "granite"])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_windowed_attention_gives_the_oracles_logits_and_gradients(name, samples):
+    model = tiny_model(name)
+    assert can_be_windowed(model)
+    rows = packed(3) if samples == 1 else packed(4, max_length=100)
+    batch = batch_of(rows, 8)
+    with attending_by_windows(model):
+        logits = masked_logits(model, batch, segments(RowTensors.of(batch)))
+    check_against_oracle(model, rows, batch, logits)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["mistral-window", "gemma3", "qwen2-mixed-window", "llama4"])
+def test_layers_with_a_window_of_their_own_keep_the_dense_mask(name):
+    assert not can_be_windowed(tiny_model(name))
+    assert not can_be_windowed(tiny_model(attention="eager"))
+
+
+def check_against_oracle(model, rows, batch, ours):
+    """Logits, and gradients of some function of them."""
+    weights = torch.randn(ours.shape[-1], generator=torch.Generator().manual_seed(0))
     real = batch["seq_ids"] >= 0
     (ours[real].log_softmax(-1) @ weights).square().mean().backward()
     gradients = {

@@ -20,6 +20,7 @@ class PackedCollator:
     Args:
         pad_token_id: what fills `input_ids`.
         multiple: lengths are padded to a multiple of this.
+        as_drafts: cut each noisy block down to what a draft-only adapter meets when decoding; see `cut_to_drafts`.
 
     Example:
 
@@ -31,9 +32,12 @@ class PackedCollator:
 
     pad_token_id: int
     multiple: int = 1
+    as_drafts: bool = False
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """A batch: for each of the columns of `pack_trajectories` an integer tensor `[B, L]`."""
+        if self.as_drafts:
+            rows = [cut_to_drafts(row) for row in rows]
         length = max(len(row["input_ids"]) for row in rows)
         length = -(-length // self.multiple) * self.multiple
         batch = {}
@@ -44,3 +48,34 @@ class PackedCollator:
         padding = torch.tensor([[length - len(row["input_ids"])] for row in rows])
         batch["twin_ids"] = torch.where(batch["twin_ids"] >= 0, batch["twin_ids"] + padding, -1)
         return batch
+
+
+def cut_to_drafts(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    """
+    A packed row whose noisy blocks look as drafts do when decoding with a draft-only adapter.
+
+    A block becomes the newest right token and the wrong ones behind it, seeing all text before that token as text:
+    when decoding, whatever has converged is committed by the base model. Blocks without a wrong token vanish.
+
+    Args:
+        row: a row as `pack_trajectories` returns it.
+    """
+    clean = [index for index, block in enumerate(row["block_ids"]) if block < 0]
+    result = {column: [row[column][index] for index in clean] for column in COLUMNS}
+    previous = None
+    for index, (block, twin) in enumerate(zip(row["block_ids"], row["twin_ids"])):
+        if block < 0 or twin < 0:
+            continue
+        if (row["seq_ids"][index], block) != previous:
+            previous = (row["seq_ids"][index], block)
+            newest = twin - 1
+            start = row["position_ids"][newest]
+            _append(result, row["input_ids"][newest], start, block, start, row["seq_ids"][index], -1)
+        _append(result, row["input_ids"][index], row["position_ids"][index], block, start, row["seq_ids"][index], twin)
+    return result
+
+
+def _append(row, token: int, position: int, block: int, start: int, sequence: int, twin: int) -> None:
+    """Adds a noisy token; the columns in the order of `COLUMNS`."""
+    for column, value in zip(COLUMNS, (token, position, block, start, -100, sequence, twin)):
+        row[column].append(value)

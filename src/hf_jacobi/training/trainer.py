@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from .config import JacobiForcingConfig
 from .forward import Head, forward_as, hidden_states
 from .losses import Targets, Terms, find_targets, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
+from .windows import attending_by_windows, can_be_windowed, segments
 
 
 class JacobiForcingTrainer(Trainer):
@@ -82,6 +84,7 @@ class JacobiForcingTrainer(Trainer):
             processing_class = AutoTokenizer.from_pretrained(self.base_name)
         inner = unwrap(model)
         refuse_untrainable(inner)
+        self.windowed = can_be_windowed(inner)
         self.head = Head(inner)
         self.head.check()
         datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
@@ -95,7 +98,7 @@ class JacobiForcingTrainer(Trainer):
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None) or 0
             flex = inner.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
-            data_collator = PackedCollator(pad, FLEX_MULTIPLE if flex else 1)
+            data_collator = PackedCollator(pad, FLEX_MULTIPLE if flex else 1, args.adapter_scope == "draft")
         self._sums = {"train": Counter(), "eval": Counter()}
         self._since = time.perf_counter()
         super().__init__(
@@ -164,7 +167,10 @@ class JacobiForcingTrainer(Trainer):
         rows = RowTensors.of(batch)
         enabled = torch.is_autocast_enabled(self.accelerator.device.type)
         dtype = torch.get_autocast_dtype(self.accelerator.device.type) if enabled else self.head.model.dtype
-        mask = training_mask(rows, self.head.model.config.get_text_config(decoder=True), dtype)
+        if self.windowed:
+            mask = segments(rows)
+        else:
+            mask = training_mask(rows, self.head.model.config.get_text_config(decoder=True), dtype)
 
         def method(inner, input_ids, attention_mask, position_ids, **ignored) -> Terms:
             hidden = hidden_states(
@@ -180,14 +186,17 @@ class JacobiForcingTrainer(Trainer):
                 chunk_size=self.args.loss_chunk_size,
             )
 
-        return forward_as(
-            model,
-            method,
-            input_ids=batch["input_ids"],
-            attention_mask=mask,
-            position_ids=batch["position_ids"],
-            **draft_offsets(self.args, rows),
-        )
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")} | draft_offsets(self.args, rows)
+        with self._attention():
+            return forward_as(model, method, attention_mask=mask, **inputs)
+
+    def _attention(self):
+        return attending_by_windows(self.head.model) if self.windowed else nullcontext()
+
+    def training_step(self, *args, **kwargs):
+        """As in `Trainer`, with the attention of the forward pass kept for what the backward pass computes again."""
+        with self._attention():
+            return super().training_step(*args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch of the evaluation set, and nothing else: logits of whole rows would fill the memory."""
@@ -269,13 +278,15 @@ class JacobiForcingTrainer(Trainer):
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
     """
-    The model of a name or folder, with FlexAttention where that can train (a GPU), if nothing else was asked for.
+    The model of a name or folder, in float32, and with FlexAttention where that can train (a GPU), unless
+    `init_kwargs` ask for something else.
 
     Args:
         name: a folder or a Hub id.
         init_kwargs: arguments of `from_pretrained`.
     """
-    settings = dict(init_kwargs or {})
+    # float32 whatever the checkpoint was saved in, as in TRL: small updates would be lost in half precision.
+    settings = {"dtype": "float32"} | (init_kwargs or {})
     if settings.get("attn_implementation") is None and torch.cuda.is_available():
         try:
             return AutoModelForCausalLM.from_pretrained(name, **settings | {"attn_implementation": "flex_attention"})

@@ -1,0 +1,141 @@
+"""
+Attention over packed rows without a dense mask: one causal call over each text, and one over each window's noise.
+
+The dense mask scores every pair of tokens of a row, and four fifths of them are masked. Cut at the seams, only what is
+seen is scored. Registered with transformers under `WINDOWED`; what the mask says otherwise, here a short table of
+segments says, which travels in the place of the mask.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from .mask import RowTensors
+
+
+WINDOWED = "jacobi_windows"
+FIELDS = 5  # row; first and last + 1 of the queries; first and last + 1 of the text that they see before themselves
+
+
+def segments(rows: RowTensors) -> torch.Tensor:
+    """
+    Cuts rows into segments: the text of each sample, and each window of noise.
+
+    Args:
+        rows: the tokens, laid out as `pack_trajectories` does: within a sample text and windows are in one piece each.
+
+    Returns:
+        `[1, 1, S, 5]`, int64: for each segment its row, where it begins and ends, and where the text that it sees
+        before itself begins and ends. Four dimensions, as transformers lets masks of four dimensions pass.
+    """
+    keys = torch.stack([rows.seq_ids, rows.block_ids.ge(0).long(), rows.window_start])
+    changes = torch.ones_like(rows.seq_ids, dtype=torch.bool)
+    changes[:, 1:] = (keys[:, :, 1:] != keys[:, :, :-1]).any(0)
+    starts = changes.nonzero()
+    table = []
+    text_start: dict[tuple[int, int], int] = {}
+    bounds = [*starts.tolist(), [-1, -1]]
+    length = rows.seq_ids.shape[1]
+    values = keys[:, starts[:, 0], starts[:, 1]].T.tolist()
+    positions = rows.position_ids[starts[:, 0], starts[:, 1]].tolist()
+    for (row, start), (next_row, next_start), (sequence, noisy, window), position in zip(
+        bounds, bounds[1:], values, positions
+    ):
+        end = next_start if next_row == row else length
+        if sequence < 0:
+            continue
+        if not noisy:
+            text_start[row, sequence] = start - position
+            table.append([row, start, end, start, start])
+        else:
+            first = text_start[row, sequence]
+            table.append([row, start, end, first, first + window])
+    return torch.tensor(table, dtype=torch.long).view(1, 1, -1, FIELDS)
+
+
+def windowed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention as transformers calls it.
+
+    Args:
+        module: the attention module.
+        query, key, value: `[B, heads, L, D]`; fewer heads of key and value if they are shared.
+        attention_mask: what `segments` returned.
+        dropout, scaling: as in SDPA.
+
+    Returns:
+        `[B, L, heads, D]`, and `None`. Padding gets zeros.
+    """
+    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+        raise ValueError(
+            f"the windowed attention knows no {', '.join(unknown)}: load the model with 'eager' attention."
+        )
+    output = torch.zeros_like(query)
+    grouped = key.shape[1] != query.shape[1]
+    pieces = []
+    table = attention_mask.view(-1, FIELDS).tolist()
+    for row, start, end, text_start, text_end in table:
+        own = slice(start, end)
+        seen_key, seen_value = key[row, :, own], value[row, :, own]
+        mask = None
+        if text_end > text_start:
+            seen_key = torch.cat([key[row, :, text_start:text_end], seen_key], 1)
+            seen_value = torch.cat([value[row, :, text_start:text_end], seen_value], 1)
+            mask = torch.ones(end - start, seen_key.shape[1], dtype=torch.bool, device=query.device)
+            mask = mask.tril(text_end - text_start)
+        pieces.append(
+            scaled_dot_product_attention(
+                query[row, :, own].unsqueeze(0),
+                seen_key.unsqueeze(0),
+                seen_value.unsqueeze(0),
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=grouped,
+            )
+        )
+    for (row, start, end, _, _), piece in zip(table, pieces):
+        output[row, :, start:end] = piece[0]
+    return output.transpose(1, 2).contiguous(), None
+
+
+def can_be_windowed(model: PreTrainedModel) -> bool:
+    """
+    Whether a model that runs SDPA can run this instead: it looks its attention up with transformers, and every layer
+    attends to all that it may see (layers with a window of their own need the dense mask).
+    """
+    config = model.config.get_text_config(decoder=True)
+    if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+        return False
+    kinds = set(getattr(config, "layer_types", None) or ())
+    narrow = getattr(config, "sliding_window", None) is not None or getattr(config, "attention_chunk_size", None)
+    return kinds <= {"full_attention"} and not (narrow and not kinds)
+
+
+@contextmanager
+def attending_by_windows(model: PreTrainedModel):
+    """While this is open, the model runs the windowed attention."""
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    config._attn_implementation = WINDOWED
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+AttentionInterface.register(WINDOWED, windowed_attention)
