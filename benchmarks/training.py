@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 
 import torch
 
@@ -172,9 +173,57 @@ def speed(arguments) -> dict:
     return rows
 
 
+# Attention: the dense mask, or one call for the text and one per window
+
+
+def one_attention(way: str, tokens: int, rounds: int) -> dict:
+    """Forward and backward of one row of `tokens` tokens, text and noise together; windows of 16 blocks of 16."""
+    from hf_jacobi.training.collator import PackedCollator
+    from hf_jacobi.training.mask import RowTensors, dense_mask
+    from hf_jacobi.training.windows import attending_by_windows, segments
+    from hf_jacobi.trajectories.packing import PackSettings, packed_rows
+
+    length = (tokens - 64) // 2 // 16 * 16
+    settings = PackSettings(16, "linear", 0.0, 1.0, None, False, 0)
+    batch = PackedCollator(0)(list(packed_rows(made_up_trajectories(1, length), settings)))
+    rows, model = RowTensors.of(batch), small_model()
+    seconds, norms = [], []
+    before = peak_megabytes()
+    for _ in range(rounds):
+        start = time.perf_counter()
+        if way == "dense":
+            mask, attention = dense_mask(rows, model.config, torch.float32), nullcontext()
+        else:
+            mask, attention = segments(rows), attending_by_windows(model)
+        with attention:
+            hidden = model.model(
+                batch["input_ids"], attention_mask=mask, position_ids=batch["position_ids"], use_cache=False
+            ).last_hidden_state
+            hidden.square().mean().backward()
+        norms.append(model.model.embed_tokens.weight.grad.norm().item())
+        model.zero_grad()
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": min(seconds), "megabytes": peak_megabytes() - before, "gradient": norms[0]}
+
+
+def attention(arguments) -> dict:
+    rows = {}
+    print(f"{'tokens':8}{'dense':>10}{'windows':>10}{'ratio':>8}{'dense MB':>12}{'windows MB':>12}")
+    for tokens in (1024, 2048, 4096, 8192):
+        for way in ("dense", "windows"):
+            rows[f"{tokens}/{way}"] = in_own_process("attention", way, tokens, 3)
+        dense, ours = rows[f"{tokens}/dense"], rows[f"{tokens}/windows"]
+        print(
+            f"{tokens:<8}{dense['seconds']:>9.2f}s{ours['seconds']:>9.2f}s{dense['seconds'] / ours['seconds']:>7.2f}x"
+            f"{dense['megabytes']:>12.0f}{ours['megabytes']:>12.0f}",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory", "one"))
+    parser.add_argument("what", choices=("speed", "memory", "attention", "one"))
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=150_000)

@@ -80,10 +80,8 @@ def windowed_attention(
         `[B, L, heads, D]`, and `None`. Padding gets zeros.
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise ValueError(
-            f"the windowed attention knows no {', '.join(unknown)}: load the model with 'eager' attention."
-        )
-    output = torch.zeros_like(query)
+        raise ValueError(f"the windowed attention knows no {', '.join(unknown)}: use 'eager' attention.")
+    output = query.new_zeros(*query.shape[:3], value.shape[-1])
     grouped = key.shape[1] != query.shape[1]
     pieces = []
     table = attention_mask.view(-1, FIELDS).tolist()
