@@ -9,6 +9,8 @@ segments says, which travels in the place of the mask.
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -30,7 +32,7 @@ def segments(rows: RowTensors) -> torch.Tensor:
 
     Returns:
         `[1, 1, S, 5]`, int64: for each segment its row, where it begins and ends, and where the text that it sees
-        before itself begins and ends. Four dimensions, as transformers lets masks of four dimensions pass.
+        before itself begins and ends (-1 for padding). Four dimensions, as transformers lets masks of four pass.
     """
     keys = torch.stack([rows.seq_ids, rows.block_ids.ge(0).long(), rows.window_start])
     changes = torch.ones_like(rows.seq_ids, dtype=torch.bool)
@@ -47,8 +49,8 @@ def segments(rows: RowTensors) -> torch.Tensor:
     ):
         end = next_start if next_row == row else length
         if sequence < 0:
-            continue
-        if not noisy:
+            table.append([row, start, end, -1, -1])
+        elif not noisy:
             text_start[row, sequence] = start - position
             table.append([row, start, end, start, start])
         else:
@@ -81,34 +83,48 @@ def windowed_attention(
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise ValueError(f"the windowed attention knows no {', '.join(unknown)}: use 'eager' attention.")
-    output = query.new_zeros(*query.shape[:3], value.shape[-1])
     grouped = key.shape[1] != query.shape[1]
-    pieces = []
-    table = attention_mask.view(-1, FIELDS).tolist()
-    for row, start, end, text_start, text_end in table:
-        own = slice(start, end)
-        seen_key, seen_value = key[row, :, own], value[row, :, own]
-        mask = None
-        if text_end > text_start:
-            seen_key = torch.cat([key[row, :, text_start:text_end], seen_key], 1)
-            seen_value = torch.cat([value[row, :, text_start:text_end], seen_value], 1)
-            mask = torch.ones(end - start, seen_key.shape[1], dtype=torch.bool, device=query.device)
-            mask = mask.tril(text_end - text_start)
-        pieces.append(
-            scaled_dot_product_attention(
-                query[row, :, own].unsqueeze(0),
-                seen_key.unsqueeze(0),
-                seen_value.unsqueeze(0),
-                attn_mask=mask,
+    outputs = []
+    for row, table in _by_row(attention_mask).items():
+        # Cut once, and put together again: every slice would fill a tensor of zeros in the backward pass.
+        queries = query[row].split([end - start for start, end, _, _ in table], dim=1)
+        cuts = sorted({point for segment in table for point in segment if point >= 0})
+        sizes = [end - start for start, end in pairwise(cuts)]
+        keys, values = key[row].split(sizes, dim=1), value[row].split(sizes, dim=1)
+        pieces = []
+        for (start, end, text_start, text_end), own_query in zip(table, queries):
+            if text_start < 0:
+                pieces.append(own_query.new_zeros(*own_query.shape[:2], value.shape[-1]))
+                continue
+            seen = [*range(cuts.index(text_start), cuts.index(text_end)), *range(cuts.index(start), cuts.index(end))]
+            before = text_end - text_start
+            piece = scaled_dot_product_attention(
+                own_query.unsqueeze(0),
+                torch.cat([keys[index] for index in seen], 1).unsqueeze(0),
+                torch.cat([values[index] for index in seen], 1).unsqueeze(0),
+                attn_mask=_causal_behind(end - start, before, query.device) if before else None,
                 dropout_p=dropout,
-                is_causal=mask is None,
+                is_causal=not before,
                 scale=scaling,
                 enable_gqa=grouped,
             )
-        )
-    for (row, start, end, _, _), piece in zip(table, pieces):
-        output[row, :, start:end] = piece[0]
-    return output.transpose(1, 2).contiguous(), None
+            pieces.append(piece[0])
+        outputs.append(torch.cat(pieces, 1))
+    return torch.stack(outputs).transpose(1, 2).contiguous(), None
+
+
+def _by_row(table: torch.Tensor) -> dict[int, list[list[int]]]:
+    """The segments of each row, without the number of the row."""
+    rows: dict[int, list[list[int]]] = {}
+    for row, *segment in table.view(-1, FIELDS).tolist():
+        rows.setdefault(row, []).append(segment)
+    return rows
+
+
+@lru_cache(maxsize=64)
+def _causal_behind(queries: int, before: int, device: torch.device) -> torch.Tensor:
+    """`[queries, before + queries]` bool: each query sees what is before all of them, and those up to itself."""
+    return torch.ones(queries, before + queries, dtype=torch.bool, device=device).tril(before)
 
 
 def can_be_windowed(model: PreTrainedModel) -> bool:
