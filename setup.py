@@ -20,6 +20,7 @@ EXTRAS = {
         "peft>=0.19",
         "datasets>=4.0",
         "accelerate>=1.10",
+        "trl>=1.0",
         "matplotlib>=3.8",
         "rich>=13",
     ],

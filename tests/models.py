@@ -140,13 +140,13 @@ def padded_prompts(rows: int, length: int = 12, seed: int = 0) -> dict[str, torc
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def tiny_tokenizer(template: bool = True):
-    """A tokenizer of `VOCABULARY` words, "w3 w4 ..."; ids 0 to 2 are padding, beginning and end."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{token}": token for token in range(3, VOCABULARY)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="<pad>"))
+def tiny_tokenizer(template: bool = True, size: int = VOCABULARY, special: tuple[str, ...] = ("<pad>", "<s>", "</s>")):
+    """A tokenizer of `size` words, "w3 w4 ..."; with `special`, ids 0 to 2 are padding, beginning and end."""
+    words = dict(zip(special, range(3))) | {f"w{token}": token for token in range(len(special), size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=next(iter(words))))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), list(words)[:3]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     if template:
         fast.chat_template = (
             "{% for m in messages %}<s> {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}w5{% endif %}"

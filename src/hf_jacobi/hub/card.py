@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ def training_card(
         history: the log of the training; the last evaluation is reported.
         adapter: whether the checkpoint is a PEFT adapter.
     """
-    on_hub = base and not base.startswith(("/", ".", "~"))
+    on_hub = base and not base.startswith(("/", ".", "~")) and not Path(base).exists()
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": tags}
     if on_hub:
         head["base_model"] = base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -104,10 +105,10 @@ def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> 
     return Targets(clean, flat_labels[clean], noisy, twin_places.flatten()[noisy])
 
 
-@dataclass
-class Terms:
+class Terms(NamedTuple):
     """
     Sums over a batch. Divided by counts over all micro-batches and processes, they make the loss of one large batch.
+    A tuple, in which wrappers such as FSDP find the tensors that gradients come from.
 
     Attributes:
         consistency, ar: sums of the two losses; scalars with a gradient.

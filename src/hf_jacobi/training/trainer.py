@@ -110,6 +110,9 @@ class JacobiForcingTrainer(Trainer):
             data_collator=data_collator,
             **others,
         )
+        if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # transformers before 5.19 looks at these two instead
+            self.model_accepts_loss_kwargs = False
+            self.compute_loss_func = self.compute_loss
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
@@ -264,7 +267,7 @@ class JacobiForcingTrainer(Trainer):
     def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         card = training_card(
-            name=model_name or Path(self.args.output_dir).name,
+            name=model_name or self.args.hub_model_id or Path(self.args.output_dir).name,
             base=self.base_name,
             dataset=dataset_name,
             tags=list(self._tag_names),
