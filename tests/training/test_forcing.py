@@ -13,15 +13,15 @@ from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer, collect_traject
 
 @pytest.fixture(scope="module")
 def base():
-    return train_word_chain()
+    return train_word_chain(steps=700)
 
 
 @pytest.fixture(scope="module")
 def trajectories(base):
     generator = torch.Generator().manual_seed(5)
-    prompts = [" ".join(f"w{token}" for token in word_chain(generator)[0]) for _ in range(1000)]
+    prompts = [" ".join(f"w{token}" for token in word_chain(generator)[0]) for _ in range(1500)]
     tokenizer = tiny_tokenizer(size=CHAIN_VOCABULARY, special=())
-    return collect_trajectories(base, tokenizer, prompts, 8, 64, batch_size=32, progress=False)
+    return collect_trajectories(base, tokenizer, prompts, 8, 64, batch_size=64, progress=False)
 
 
 @pytest.mark.parametrize("scope", ["all", "draft"])
@@ -32,7 +32,8 @@ def test_a_model_learns_to_decode_in_parallel(base, trajectories, scope, tmp_pat
     """
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    packed = pack_trajectories(trajectories, window_size=4 if scope == "all" else 1, noise_schedule="random")
+    layout = (4, "linear") if scope == "all" else (1, "random")
+    packed = pack_trajectories(trajectories, *layout)
     held_out, rows = packed.select(range(16)), packed.select(range(16, len(packed)))
     arguments = JacobiForcingConfig(
         output_dir=str(tmp_path / "out"),
@@ -44,7 +45,7 @@ def test_a_model_learns_to_decode_in_parallel(base, trajectories, scope, tmp_pat
         learning_rate=1e-3 if scope == "all" else 5e-3,
         ar_loss_weight=10.0,
         save_strategy="no",
-        eval_prompts=8,
+        eval_prompts=16,
         eval_max_new_tokens=64,
         adapter_scope=scope,
     )
@@ -70,5 +71,5 @@ def test_a_model_learns_to_decode_in_parallel(base, trajectories, scope, tmp_pat
         assert after["eval_agreement"] == 1.0
         assert after["eval_ar_loss"] == pytest.approx(before["eval_ar_loss"], rel=1e-3)
     else:
-        assert after["eval_agreement"] > 0.9
+        assert after["eval_agreement"] > 0.8
         assert math.exp(after["eval_ar_loss"] - before["eval_ar_loss"]) < 1.02
