@@ -97,6 +97,19 @@ def test_an_adapter_switched_off_drafts_nothing():
     assert DraftAdapter.of(tiny_model()) is None
 
 
+def test_copies_stay_within_the_position_table():
+    """Rows of a batch have drafts of different lengths near the end of the table."""
+    sizes = {"n_positions": 64, "max_position_embeddings": 64}
+    config = peft.LoraConfig(
+        r=4, target_modules="all-linear", alora_invocation_tokens=list(DRAFT_ONLY), task_type="CAUSAL_LM"
+    )
+    model = hf_jacobi.enable(peft.get_peft_model(tiny_model("gpt2", **sizes), config).eval())
+    prompts = padded_prompts(3)
+    settings = hf_jacobi.JacobiConfig(block_size=16)
+    ours = model.generate(**prompts, decoding="jacobi", jacobi_config=settings, max_length=64, do_sample=False)
+    assert torch.equal(ours, tiny_model("gpt2", **sizes).generate(**prompts, max_length=64, do_sample=False))
+
+
 def test_it_survives_saving(tmp_path):
     model = with_adapter()
     tiny_model().save_pretrained(tmp_path / "base")

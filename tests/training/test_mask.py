@@ -7,7 +7,15 @@ import torch
 from models import tiny_model
 from oracle import oracle_logits
 from packed_rows import packed
-from transformers import AutoModelForCausalLM, MambaConfig, Qwen3NextConfig, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTNeoConfig,
+    MambaConfig,
+    Qwen3NextConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from hf_jacobi.training.collator import PackedCollator
 from hf_jacobi.training.mask import FLEX_MULTIPLE, RowTensors, dense_mask, flex_mask, refuse_untrainable, visible
@@ -166,6 +174,22 @@ def test_a_window_of_one_block_sees_clean_text_alone():
             "encoder-decoder",
         ),
         (lambda: tiny_model(attention="flex_attention"), "no backward pass on a CPU"),
+        (
+            lambda: AutoModelForCausalLM.from_config(BloomConfig(vocab_size=96, hidden_size=32, n_layer=2, n_head=4)),
+            "ALiBi",
+        ),
+        (
+            lambda: AutoModelForCausalLM.from_config(
+                GPTNeoConfig(
+                    vocab_size=96,
+                    hidden_size=32,
+                    num_layers=2,
+                    num_heads=4,
+                    attention_types=[[["global", "local"], 1]],
+                )
+            ),
+            "a mask of its own",
+        ),
     ],
 )
 def test_models_that_would_leak_noise_are_refused(model, message):

@@ -12,7 +12,7 @@ from datasets import Dataset
 from models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from oracle import oracle_logits
 from packed_rows import packed, trajectories
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArguments
 
 import hf_jacobi
 from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
@@ -56,6 +56,7 @@ def trainer_of(model, folder, data=None, **settings):
 def gradients_of_a_step(folder, **settings) -> dict[str, torch.Tensor]:
     """The gradients of the first optimizer step, read when the optimizer runs."""
     model = tiny_model()
+    torch.manual_seed(0)  # of the adapter, if there is one
     trainer = trainer_of(model, folder, learning_rate=0.0, max_grad_norm=0.0, **settings)
     found = {}
     trainer.create_optimizer()
@@ -104,8 +105,12 @@ def test_the_loss_is_that_of_the_oracle(tmp_path):
         {"loss_chunk_size": 5},
     ],
 )
-def test_a_step_is_one_large_batch_however_it_is_cut(tmp_path, settings):
-    assert_same(gradients_of_a_step(tmp_path, **settings), gradients_of_a_step(tmp_path))
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_a_step_is_one_large_batch_however_it_is_cut(tmp_path, settings, kind):
+    adapter = {} if kind == "full" else {"peft_config": lora()}
+    ours, theirs = (gradients_of_a_step(tmp_path, **adapter, **changed) for changed in (settings, {}))
+    assert_same(ours, theirs)
+    assert all("lora_" in name for name in ours) == (kind == "lora")
 
 
 SCRIPT = """
@@ -187,12 +192,54 @@ def test_what_is_logged(tmp_path):
 def test_evaluation_sums_over_all_batches(tmp_path):
     """Rows of different lengths: the mean of the batches' means would be another number."""
     data = rows(5, seed=1)
-    losses = []
+    names = ("eval_loss", "eval_ar_loss", "eval_consistency_loss", "eval_noisy_accuracy")
+    figures = []
     for size in (1, 2, 5):
         trainer = trainer_of(tiny_model(), tmp_path, eval_dataset=data, per_device_eval_batch_size=size)
-        trainer.evaluate()
-        losses.append([entry["eval_ar_loss"] for entry in trainer.state.log_history if "eval_ar_loss" in entry])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and losses[1] == pytest.approx(losses[2], rel=1e-5)
+        trainer.predict(rows(2))
+        metrics = trainer.evaluate()
+        figures.append([metrics[name] for name in names])
+    assert figures[0] == pytest.approx(figures[1], rel=1e-5) and figures[1] == pytest.approx(figures[2], rel=1e-5)
+
+
+def test_several_evaluation_sets_and_the_best_model_by_what_decoding_gives(tmp_path):
+    sets = {"one": rows(2), "two": rows(3, seed=1)}
+    trainer = trainer_of(
+        tiny_model(), tmp_path, eval_dataset=sets, eval_prompts=1, eval_max_new_tokens=8, eval_strategy="steps",
+        eval_steps=1, save_strategy="steps", save_steps=1, max_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_one_tokens_per_forward", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.best_metric >= 1
+    assert {"eval_one_ar_loss", "eval_two_ar_loss"} <= {key for entry in trainer.state.log_history for key in entry}
+
+
+def test_agreement_after_a_resume_is_with_the_text_before_the_training(tmp_path):
+    settings = {
+        "eval_dataset": rows(2), "eval_prompts": 2, "eval_max_new_tokens": 16, "save_strategy": "steps",
+        "save_steps": 2, "learning_rate": 3e-2, "max_steps": 4,
+    }  # fmt: skip
+    whole = trainer_of(tiny_model(), tmp_path, **settings)
+    whole.train()
+    expected = whole.evaluate()["eval_agreement"]
+    assert expected < 1
+    resumed = trainer_of(tiny_model(), tmp_path, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.evaluate()["eval_agreement"] == expected
+
+
+def test_decoding_in_evaluation_serves_models_that_train_with_flex_attention(tmp_path):
+    trainer = trainer_of(tiny_model(max_position_embeddings=32), tmp_path, eval_dataset=rows(2), eval_prompts=1)
+    trainer.model.set_attn_implementation("flex_attention")
+    assert trainer.decoding.figures()["agreement"] == 1.0  # and no further than there are positions
+    assert trainer.model.config._attn_implementation == "flex_attention"
+
+
+def test_arguments_of_another_trainer_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="must be a JacobiForcingConfig"):
+        JacobiForcingTrainer(tiny_model(), TrainingArguments(str(tmp_path), use_cpu=True), rows(2))
+    with pytest.raises(ValueError, match="compute_metrics"):
+        JacobiForcingTrainer(tiny_model(), arguments(tmp_path), rows(2), compute_metrics=print)
 
 
 def test_agreement_is_whole_before_anything_was_learned(tmp_path):
@@ -223,7 +270,8 @@ def test_an_adapter_is_saved_with_how_it_decodes(tmp_path):
     trainer.save_model()
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["decoding"] == "jacobi"
     assert (tmp_path / "out" / "adapter_config.json").exists()
-    assert "library_name: peft" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "library_name: peft" in card and "jacobi_config={'block_size': 4, " in card
 
 
 def test_a_model_by_name_and_bfloat16(tmp_path):
@@ -262,7 +310,8 @@ def test_the_loss_of_every_architecture_is_that_of_its_own_logits(name, tmp_path
         ({"data": Dataset.from_list(trajectories(2))}, "pass what pack_trajectories makes of them"),
         ({"data": Dataset.from_list([{"input_ids": [1, 2]}])}, "lacks the columns"),
         ({"data": rows(2).select([])}, "is empty"),
-        ({"block_size": 8}, "blocks of 4 tokens, but block_size=8"),
+        ({"block_size": 3}, "blocks of 4 tokens, but block_size=3"),
+        ({"torch_compile": True}, "torch_compile"),
         ({"adapter_scope": "draft"}, "pass a `peft_config`"),
         ({"model_init_kwargs": {"dtype": "auto"}}, "given by name"),
         ({"consistency_loss": "l2"}, "`consistency_loss` must be one of"),
@@ -278,6 +327,50 @@ def test_bad_input_is_refused_at_construction(tmp_path, settings, message):
 def test_a_draft_only_adapter_needs_layers_that_know_rows(tmp_path):
     with pytest.raises(ValueError, match="without their rows"):
         trainer_of(tiny_model("llama4"), tmp_path, peft_config=lora(["gate_proj"]), adapter_scope="draft")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_draft_only_adapter_is_evaluated_while_it_trains(tmp_path, checkpointing):
+    """PEFT prepares each forward with checkpointing for a backward pass, which evaluation never runs."""
+    trainer = trainer_of(
+        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", gradient_checkpointing=checkpointing,
+        max_steps=3, eval_dataset=rows(3), eval_strategy="steps", eval_steps=1, eval_prompts=1, eval_max_new_tokens=8,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.evaluate()["eval_agreement"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "drop modules_to_save"),
+        ({"bias": "all"}, "drop bias"),
+        ({"use_dora": True}, "drop use_dora"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "embeddings or the head"),
+    ],
+)
+def test_a_draft_only_adapter_leaves_the_base_alone(tmp_path, settings, message):
+    from peft import LoraConfig
+
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"]} | settings)
+    with pytest.raises(ValueError, match=message):
+        trainer_of(tiny_model(), tmp_path, adapter_scope="draft", peft_config=config)
+
+
+def test_the_scope_of_an_adapter_that_is_there_must_be_its_own(tmp_path):
+    from peft import PromptTuningConfig, get_peft_model
+
+    plain = get_peft_model(tiny_model(), lora())
+    with pytest.raises(ValueError, match="trains a draft-only adapter"):
+        trainer_of(plain, tmp_path, adapter_scope="draft")
+    with pytest.raises(ValueError, match="carries an adapter already"):
+        trainer_of(plain, tmp_path, peft_config=lora())
+    drafting = trainer_of(tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft").model
+    with pytest.raises(ValueError, match="learns with adapter_scope='draft' alone"):
+        trainer_of(drafting, tmp_path)
+    trainer_of(drafting, tmp_path, adapter_scope="draft")
+    with pytest.raises(ValueError, match="no virtual tokens"):
+        trainer_of(tiny_model(), tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

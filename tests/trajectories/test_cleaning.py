@@ -30,7 +30,8 @@ def test_the_beginning_of_a_loop_stays():
     assert clean(PROSE + [7, 8] * 20, [EOS], **KEEP | {"repetition": "cut"}, counts=counts) == [*PROSE, 7, 8]
     assert clean(PROSE + [7, 8] * 20 + [EOS], [EOS], **KEEP | {"repetition": "drop"}, counts=counts) is None
     assert clean(PROSE + [7, 8] * 20, [EOS], **KEEP, counts=counts) == PROSE + [7, 8] * 20
-    assert counts == {"repetitive": 3, "overlong": 1}
+    assert counts == {"repetitive": 3, "overlong": 2}
+    assert clean([3, 4] * 30, [EOS], **KEEP | {"repetition": "cut", "overlong": "drop"}, counts=counts) is None
 
 
 def test_text_without_an_end_is_overlong():

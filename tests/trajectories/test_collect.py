@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, Image, IterableDataset, load_dataset
 from models import VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import hf_jacobi
 from hf_jacobi.decoding.acceptance import GumbelNoise
-from hf_jacobi.trajectories import collect_trajectories, read_report
+from hf_jacobi.trajectories import TRAJECTORY_FEATURES, collect_trajectories, read_report
 
 
 N = 8
@@ -186,6 +186,33 @@ def test_messages_go_through_the_chat_template_without_their_answer():
     assert named["prompt_ids"] == [[4]] and named["prompt_id"] == ["HumanEval/0"]
 
 
+def test_prompts_that_are_missing_are_counted(tmp_path):
+    rows = collect(tiny_model(), ["w3 w4", None, " "], output_dir=tmp_path / "out")
+    assert rows["prompt_id"] == ["0"] and read_report(tmp_path / "out").empty_prompts == 2
+    mixed = tmp_path / "mixed.jsonl"
+    lines = [{"messages": [{"role": "user", "content": "w3"}]}, {"prompt": "w4"}]
+    mixed.write_text("\n".join(map(json.dumps, lines)))
+    assert collect(tiny_model(), mixed)["prompt_ids"] == [[1, 3, 5], [4]]
+
+
+def test_content_may_come_in_parts():
+    parts = [{"type": "text", "text": "w3 "}, {"type": "text", "text": "w4"}]
+    assert collect(tiny_model(), [{"messages": [{"role": "user", "content": parts}]}])["prompt_ids"] == [[1, 3, 4, 5]]
+    with pytest.raises(ValueError, match="prompt 0: a message must be text or parts with a text"):
+        collect(tiny_model(), [{"messages": [{"role": "user", "content": [{"type": "image"}]}]}])
+
+
+def test_columns_that_are_no_prompts_are_not_read(tmp_path):
+    rows = Dataset.from_dict({"prompt": ["w3"], "picture": [{"bytes": b"no picture", "path": None}]})
+    assert len(collect(tiny_model(), rows.cast_column("picture", Image()))) == 1
+
+
+@pytest.mark.parametrize("settings", [{"max_new_tokens": 256}, {"max_new_tokens": 300}])
+def test_no_room_for_any_prompt_is_refused(settings):
+    with pytest.raises(ValueError, match="leaves no room for a prompt"):
+        collect(tiny_model(), texts(1), **settings)
+
+
 def test_prompts_without_room_are_dropped_and_counted(tmp_path):
     model = tiny_model()  # 256 positions
     rows = collect(model, ["w3 " * 226, "w3 " * 227, "", "w3 w4 w5 w6"], output_dir=tmp_path / "out")
@@ -253,9 +280,9 @@ def test_a_folder_is_what_datasets_loads_and_reports(tmp_path):
 def test_finished_work_is_not_done_again_and_other_work_is_refused(tmp_path, monkeypatch):
     model, folder = tiny_model(), tmp_path / "out"
     rows = collect(model, texts(4), output_dir=folder, shard_size=2)[:]
-    stamp = [path.stat().st_mtime_ns for path in sorted(folder.iterdir())]
+    stamp = [path.stat().st_mtime_ns for path in sorted(folder.glob("*.parquet"))]
     assert collect(model, texts(4), output_dir=folder, shard_size=2, batch_size=1)[:] == rows
-    assert [path.stat().st_mtime_ns for path in sorted(folder.iterdir())] == stamp
+    assert [path.stat().st_mtime_ns for path in sorted(folder.glob("*.parquet"))] == stamp
     more = collect(model, texts(6), output_dir=folder, shard_size=2)
     assert len(more) == 6 and more[:4] == rows
     with pytest.raises(ValueError, match=r"begun with other settings \(max_new_tokens 30, now 20"):
@@ -264,6 +291,66 @@ def test_finished_work_is_not_done_again_and_other_work_is_refused(tmp_path, mon
         collect(tiny_model(seed=1), texts(4), output_dir=folder, shard_size=2)
     with pytest.raises(ValueError, match="made from other data"):
         collect(model, texts(4, seed=9), output_dir=folder, shard_size=2)
+
+
+def test_a_data_set_may_grow_but_not_shrink(tmp_path):
+    model, folder = tiny_model(), tmp_path / "out"
+    collect(model, texts(3), output_dir=folder, shard_size=2)
+    assert collect(model, texts(7), output_dir=folder, shard_size=2)[:] == collect(model, texts(7))[:]
+    with pytest.raises(ValueError, match="begun with more data than there are now"):
+        collect(model, texts(4), output_dir=folder, shard_size=2)
+
+
+def test_settings_that_made_nothing_bind_nobody(tmp_path):
+    with pytest.raises(ValueError, match="no column"):
+        collect(tiny_model(), texts(1), output_dir=tmp_path / "out", prompt_column="b")
+    assert len(collect(tiny_model(), texts(1), output_dir=tmp_path / "out")) == 1
+
+
+def test_what_decides_the_text_is_part_of_the_settings(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    collect(model, texts(1), output_dir=tmp_path / "adapter")
+    with model.disable_adapter(), pytest.raises(ValueError, match=r"'adapters': \['default'\].*now.*'adapters': \[\]"):
+        collect(model, texts(1), output_dir=tmp_path / "adapter")
+    base = tiny_model()
+    collect(base, texts(1), output_dir=tmp_path / "out")
+    base.generation_config.eos_token_id = 7
+    with pytest.raises(ValueError, match="generation_config"):
+        collect(base, texts(1), output_dir=tmp_path / "out")
+
+
+def test_virtual_tokens_are_refused():
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        collect(peft.get_peft_model(tiny_model(), config), texts(1))
+
+
+def test_one_run_at_a_time_and_broken_files_by_name(tmp_path):
+    from hf_jacobi.trajectories.shards import ShardFolder
+
+    folder = tmp_path / "out"
+    collect(tiny_model(), texts(4), output_dir=folder, shard_size=2)
+    running = ShardFolder(
+        folder, "trajectories", TRAJECTORY_FEATURES, json.loads((folder / ".hf_jacobi.json").read_text())
+    )
+    with running.locked(), pytest.raises(ValueError, match="another run is at work"):
+        collect(tiny_model(), texts(4), output_dir=folder, shard_size=2)
+    path = folder / "trajectories-00001.parquet"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"trajectories-00001\.parquet is broken"):
+        collect(tiny_model(), texts(4), output_dir=folder, shard_size=2)
+    path.unlink()
+    assert len(collect(tiny_model(), texts(4), output_dir=folder, shard_size=2)) == 4
+
+
+def test_the_noise_of_samples_is_forgotten(monkeypatch):
+    kept = []
+    forget = GumbelNoise.forget
+    monkeypatch.setattr(GumbelNoise, "forget", lambda self, *a: (forget(self, *a), kept.append(len(self._drawn)))[0])
+    collect(tiny_model(), texts(4), do_sample=True, positions_per_forward=16)
+    assert kept and kept[-1] == 0
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

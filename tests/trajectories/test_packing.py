@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from examples import PACKED, ROW
 
 import hf_jacobi
+from examples import PACKED, ROW
 from hf_jacobi.trajectories import pack_trajectories
 
 
@@ -94,6 +94,36 @@ def test_a_folder_holds_the_same_rows_and_is_gone_on_with(tmp_path):
         pack_trajectories(rows, 3, "random", seed=3, output_dir=tmp_path / "out", shard_size=2)
     with pytest.raises(ValueError, match="other data"):
         pack_trajectories(rows[1:], 2, "random", seed=3, output_dir=tmp_path / "out", shard_size=2)
+
+
+def test_data_that_cannot_be_packed_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="through only once"):
+        pack_trajectories(iter([ROW]))
+    with pytest.raises(ValueError, match="there are no trajectories"):
+        pack_trajectories([])
+    short = ROW | {"trajectories": [[[11]], [[12, 13]], [[14, 15]]]}
+    with pytest.raises(ValueError, match=r"trajectory 1 has blocks of \[1, 2, 2\] tokens"):
+        pack_trajectories([ROW, short])
+    with pytest.raises(ValueError, match="other text in completion_ids"):
+        pack_trajectories([ROW | {"completion_ids": [1, 2]}])
+    with pytest.raises(ValueError, match="block of no states"):
+        pack_trajectories([ROW | {"trajectories": [[]]}])
+    with pytest.raises(ValueError, match="more data than there are now"):
+        pack_trajectories([ROW] * 3, output_dir=tmp_path / "out", shard_size=1)
+        pack_trajectories([ROW], output_dir=tmp_path / "out", shard_size=1)
+
+
+def test_what_is_packed_is_what_there_is_now():
+    class Source:
+        rows: list = []  # noqa: RUF012
+
+        def __iter__(self):
+            return iter(self.rows)
+
+    Source.rows = [ROW]
+    assert len(pack_trajectories(Source())) == 1
+    Source.rows = [ROW, ROW]
+    assert len(pack_trajectories(Source())) == 2
 
 
 def test_a_schedule_of_ones_own_is_part_of_the_settings(tmp_path):

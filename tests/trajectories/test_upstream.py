@@ -1,6 +1,7 @@
 """The authors' formats, on rows made by hand: the same pairs, windows and positions come out."""
 
 import json
+import re
 
 import pytest
 from datasets import Dataset
@@ -125,7 +126,7 @@ def without(row, column):
         ("{", "not a JSON object"),
         ([1], "not a JSON object"),
         (without(PACKED, "prompt_ids"), "no prompt_ids"),
-        (PACKED | {"prompt_ids_len": 3}, "does not begin with the prompt"),
+        (PACKED | {"prompt_ids_len": 3}, "not the length of prompt_ids"),
         (PACKED | {"prompt_ids": [5, 7]}, "does not begin with the prompt"),
         (PACKED | {"traj_position_indices": [1, 0, 1, 0, 0]}, "a pair of blocks per entry"),
         (PACKED | {"traj_position_indices": []}, "one entry per block"),
@@ -147,16 +148,18 @@ def test_malformed_packed_rows_are_counted_or_named(tmp_path, row, reason):
     [
         (RAW[1], "without those before it"),
         (OTHER | {"diffusion_itr_id": "one"}, "itr_ and a number"),
-        (OTHER | {"answer_trajectory_ids": [[1, 3, 4], [1, 3]]}, "different lengths"),
+        (OTHER | {"answer_trajectory_ids": [[1, 3, 4], [1, 3]]}, r"states of \[2, 3\] tokens"),
         (OTHER | {"answer_trajectory_ids": []}, "not a list of states"),
         (RAW[1] | {"data_id": "data_8", "prompt_ids": [8]}, "neither the prompt nor the text"),
+        (OTHER | {"answer_trajectory_ids": [[77, 1, 3, 4]]}, "do not begin with the text so far"),
+        (OTHER | {"answer_trajectory_ids": [[1, 3, 2**31]]}, "not a list of tokens"),
     ],
 )
 def test_malformed_raw_rows_are_counted_or_named(tmp_path, row, reason):
     path = write(tmp_path, [*RAW, OTHER, row])
     reader = RawTrajectories(path, block_size=3)
     assert [row["prompt_id"] for row in reader] == ["data_7", "data_8"]
-    assert sum(reader.skipped.values()) == 1 and reason in next(iter(reader.skipped))
+    assert sum(reader.skipped.values()) == 1 and re.search(reason, next(iter(reader.skipped)))
     with pytest.raises(ValueError, match=rf"row 4: .*{reason}"):
         list(RawTrajectories(path, block_size=3, strict=True))
 
@@ -170,3 +173,28 @@ def test_a_broken_array_and_a_missing_file_are_errors(tmp_path):
         PackedRows(tmp_path / "nothing.jsonl", window_size=2)
     with pytest.raises(ValueError, match="no row could be read"):
         PackedRows(write(tmp_path, [{}]), window_size=2).to_dataset()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_another_block_size_than_that_of_the_data_makes_no_rows(tmp_path, size):
+    reader = RawTrajectories(write(tmp_path, [*RAW, OTHER]), block_size=size)
+    rows = list(reader)
+    assert sum(reader.skipped.values()) >= 1
+    for row in rows:
+        assert row["prompt_id"] != "data_7" or size == 4  # blocks of three are short blocks of four: no second one
+        assert len(row["trajectories"]) == 1
+
+
+def test_what_is_read_is_what_the_file_holds_now(tmp_path):
+    path = write(tmp_path, [PACKED])
+    assert len(PackedRows(path, window_size=2).to_dataset()) == 1
+    write(tmp_path, [PACKED, PACKED])
+    assert len(PackedRows(path, window_size=2).to_dataset()) == 2
+
+
+def test_bytes_that_are_no_text_and_marks_at_the_beginning(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    line = json.dumps(PACKED).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\n\xff\xfe\n" + line)
+    reader = PackedRows(path, window_size=2)
+    assert len(list(reader)) == 2 and sum(reader.skipped.values()) == 1

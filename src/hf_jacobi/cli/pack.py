@@ -13,6 +13,7 @@ def add_parser(commands) -> None:
     about = "Turn trajectories into training rows: clean text first, then one noisy state of each block"
     parser = commands.add_parser("pack", help=about, description=about)
     parser.add_argument("--trajectories", required=True, help="what `hf-jacobi collect` wrote, or a data set like it")
+    parser.add_argument("--split", default="train", help="the split of them (default: train)")
     parser.add_argument("--output-dir", required=True, help="where it is written")
     parser.add_argument("--window-size", type=positive, default=16, help="blocks of a window (default: 16; 1 is CLLM)")
     parser.add_argument(
@@ -38,19 +39,23 @@ def run(arguments) -> int:
     from ..trajectories.shards import counts_in
     from ..trajectories.statistics import PackingStatistics
 
-    others = ("trajectories", "plot", "command", "run", "rest")
+    others = ("trajectories", "split", "plot", "command", "run", "rest")
     settings = {name: value for name, value in vars(arguments).items() if name not in others}
+    settings["output_dir"] = Path(arguments.output_dir).expanduser()
+    if arguments.plot:
+        try:
+            from ..evaluation.plots import noise_levels
+        except ModuleNotFoundError as error:
+            raise ImportError("--plot draws with matplotlib: pip install 'hf_jacobi[eval]'") from error
     try:
-        pack_trajectories(open_prompts(arguments.trajectories), **settings, progress=True)
+        pack_trajectories(open_prompts(arguments.trajectories, arguments.split), **settings, progress=True)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where this stopped.")
         return 130
     statistics = PackingStatistics.from_counts(counts_in(arguments.output_dir, "packed"))
-    (Path(arguments.output_dir) / ".statistics.json").write_text(json.dumps(statistics.to_dict(), indent=2))
+    (settings["output_dir"] / ".statistics.json").write_text(json.dumps(statistics.to_dict(), indent=2))
     print(f"{statistics.table()}\n\nwritten to {arguments.output_dir}")
     if arguments.plot:
-        from ..evaluation.plots import noise_levels
-
-        noise_levels(statistics).figure.savefig(arguments.plot, dpi=150, bbox_inches="tight")
+        noise_levels(statistics).figure.savefig(Path(arguments.plot).expanduser(), dpi=150, bbox_inches="tight")
         print(f"drawn into {arguments.plot}")
     return 0

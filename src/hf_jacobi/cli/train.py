@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass
@@ -40,7 +41,7 @@ def run(arguments) -> int:
         "dtype": model.dtype,
     }
     if (quantization := get_quantization_config(model)) is not None:
-        settings |= {"quantization_config": quantization, "device_map": {"": training.device}}
+        settings |= {"quantization_config": quantization, "device_map": {"": training.device.index or 0}}
     training.model_init_kwargs = {name: value for name, value in settings.items() if value is not None} | (
         training.model_init_kwargs or {}
     )
@@ -61,10 +62,12 @@ def run(arguments) -> int:
         peft_config=get_peft_config(model),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    trainer.save_model()
     if held_out is not None:
         trainer.evaluate()
-    trainer.save_model()
+        trainer.create_model_card()  # with the figures
     trainer.accelerator.print(f"written to {training.output_dir}")
     if training.push_to_hub:
-        trainer.push_to_hub(dataset_name=data.train_dataset)
+        local = Path(data.train_dataset).expanduser().exists()
+        trainer.push_to_hub(dataset_name=None if local else data.train_dataset)
     return 0

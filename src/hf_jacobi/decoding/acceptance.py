@@ -80,6 +80,11 @@ class GumbelNoise:
             self._drawn[key] = -exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_()
         return self._drawn[key]
 
+    def forget(self, row: int, positions: range) -> None:
+        """Frees the noise of some positions of a row."""
+        for position in positions:
+            self._drawn.pop((row, position), None)
+
     def forget_before(self, row: int, position: int) -> None:
         """Frees the noise of a row's positions that are committed."""
         for key in [key for key in self._drawn if key[0] == row and key[1] < position]:

@@ -108,7 +108,9 @@ def lay_out(
     depths = [tree.depths + [0] * (tree_width - len(tree)) for tree in trees]
     if copies:
         ids = [row + _fitted(tree.tokens[: tree.draft_length], copies) for row, tree in zip(ids, trees)]
-        depths = [row + list(range(copies)) for row in depths]
+        depths = [
+            row + [min(depth, tree.draft_length - 1) for depth in range(copies)] for row, tree in zip(depths, trees)
+        ]
     width = tree_width + copies
     uniform = len(set(starts)) == 1
     start = torch.tensor(starts, device=device).unsqueeze(1)

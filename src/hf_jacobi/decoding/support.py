@@ -117,7 +117,7 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
         raise ValueError(
             f"Jacobi decoding needs position_ids of two dimensions, which {name} does not use: {INSTEAD}."
         )
-    if getattr(config, "alibi", False) or _has_own_mask(model):
+    if getattr(config, "alibi", False) or has_own_mask(model):
         raise ValueError(
             f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of "
             f"its own by cache slot: {INSTEAD}."
@@ -144,7 +144,7 @@ def _refuse_rope(model, name: str, generation_config, prompt_length: int, model_
             )
 
 
-def _has_own_mask(model) -> bool:
+def has_own_mask(model) -> bool:
     """Whether an attention module carries a causal mask as a buffer (`[1, 1, length, length]`), as GPT-Neo's does."""
     return any(
         buffer.dim() == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[-1] == buffer.shape[-2]

@@ -49,6 +49,7 @@ def training_card(
     jacobi: JacobiConfig,
     history: list[dict[str, float]],
     adapter: bool,
+    step: int | None = None,
 ) -> str:
     """
     The card of a checkpoint that `JacobiForcingTrainer` wrote.
@@ -62,12 +63,13 @@ def training_card(
         jacobi: how it decodes.
         history: the log of the training; the last evaluation is reported.
         adapter: whether the checkpoint is a PEFT adapter.
+        step: the one whose evaluation is reported; the last if left out.
     """
     on_hub = base and not base.startswith(("/", ".", "~")) and not Path(base).exists()
     head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": tags}
     if on_hub:
         head["base_model"] = base
-    if dataset:
+    if dataset and not Path(dataset).exists():
         head["datasets"] = [dataset]
     load = [
         "import hf_jacobi",
@@ -85,9 +87,13 @@ def training_card(
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]
     settings = json.dumps(jacobi.to_dict())
+    config = ""
+    if adapter:  # which takes the generation config of its base
+        kept = {key: value for key, value in jacobi.to_dict().items() if value is not None}
+        config = f"\n    jacobi_config={kept},\n    "
     load += [
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        'output = model.generate(**inputs, decoding="jacobi", max_new_tokens=128)',
+        f'output = model.generate({config}**inputs, decoding="jacobi", max_new_tokens=128)',
     ]
     lines = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
@@ -97,26 +103,31 @@ def training_card(
         "forward pass. Without `hf_jacobi` it decodes as any other model.",
         "## Use",
         "```python\n" + "\n".join(load) + "\n```",
-        f"Its generation config holds these settings: `{settings}`.",
+        f"Settings it was evaluated with, also in `generation_config.json`: `{settings}`.",
         "## Training",
-        _table(("setting", "value"), [(key, getattr(args, key)) for key in SETTINGS if hasattr(args, key)]),
+        _table(("setting", "value"), [(key, _plain(getattr(args, key))) for key in SETTINGS if hasattr(args, key)]),
         f"torch {torch.__version__}, transformers {transformers.__version__}.",
     ]
-    figures = _last_evaluation(history)
+    figures = _evaluation(history, step)
     if figures:
         lines += [
             "## Evaluation",
-            "On held-out rows of the training data, at the end.",
-            _table(("figure", ""), figures),
+            "On the evaluation set of the training.",
+            _table(("figure", "value"), figures),
         ]
     return "\n\n".join(lines) + "\n"
 
 
-def _last_evaluation(history: list[dict[str, float]]) -> list[tuple[str, str]]:
+def _evaluation(history: list[dict[str, float]], step: int | None) -> list[tuple[str, str]]:
     found: dict[str, float] = {}
     for entry in history:
-        found |= {key: value for key, value in entry.items() if key in FIGURES}
+        if step is None or entry.get("step") == step:
+            found |= {key: value for key, value in entry.items() if key in FIGURES}
     return [(label, f"{found[key]:.4g}") for key, label in FIGURES.items() if key in found]
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # of an enumeration
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:

@@ -6,8 +6,9 @@ import copy
 from typing import Any
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..decoding.draft_adapter import DRAFT_ONLY
+from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
 from .mask import RowTensors
@@ -25,16 +26,38 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
     Raises:
         `ValueError`: a draft-only adapter is asked for that is no LoRA, or none at all.
     """
+    present = getattr(model, "peft_config", {})
     if peft_config is None:
-        if args.adapter_scope == "draft" and not _has_adapter(model):
-            raise ValueError("adapter_scope='draft' trains an adapter: pass a `peft_config` with it.")
+        drafting = [is_draft_only(config) for config in present.values()]
+        if args.adapter_scope == "draft" and not (drafting and all(drafting)):
+            raise ValueError(
+                "adapter_scope='draft' trains a draft-only adapter: pass a `peft_config`, or a model with such an "
+                "adapter."
+            )
+        if args.adapter_scope != "draft" and any(drafting):
+            raise ValueError("the model carries a draft-only adapter, which learns with adapter_scope='draft' alone.")
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
+    if present:
+        raise ValueError("the model carries an adapter already: leave `peft_config` out, or pass the base model.")
+    if peft_config.is_prompt_learning:
+        raise ValueError(
+            f"Jacobi Forcing knows no virtual tokens, as of {peft_config.peft_type.value}: use a LoraConfig."
+        )
     if args.adapter_scope == "draft":
         if not isinstance(peft_config, LoraConfig):
             raise ValueError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
+        touching = {
+            "modules_to_save": peft_config.modules_to_save,
+            "trainable_token_indices": peft_config.trainable_token_indices,
+            "bias": peft_config.bias if peft_config.bias != "none" else None,
+            "use_dora": peft_config.use_dora or None,
+        }
+        if asked := [name for name, value in touching.items() if value]:
+            raise ValueError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
         peft_config = copy.copy(peft_config)
+        # What makes PEFT apply it to the last tokens of a row. The tokens themselves are never looked for.
         peft_config.alora_invocation_tokens = list(DRAFT_ONLY)
         peft_config.task_type = "CAUSAL_LM"
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
@@ -52,6 +75,11 @@ def _check_layers(model) -> None:
     """Raises `ValueError` where a layer cannot tell which of its tokens are last in their row."""
     flat: list[str] = []
     inner = unwrap(model)
+    ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    if any(hasattr(end, "lora_A") for end in ends):
+        raise ValueError("a draft-only adapter cannot be on the embeddings or the head: name other target_modules.")
+    if is_deepspeed_zero3_enabled():  # no process has the weights
+        return
     hooks = [
         module.register_forward_pre_hook(
             lambda module, inputs, name=name: flat.append(name) if inputs[0].dim() != 3 else None
@@ -69,10 +97,6 @@ def _check_layers(model) -> None:
             f"a draft-only adapter cannot serve {flat[0]}, which gets its tokens without their rows (as the experts "
             "of a mixture do): name other target_modules, such as those of the attention."
         )
-
-
-def _has_adapter(model) -> bool:
-    return bool(getattr(model, "peft_config", None))
 
 
 def draft_offsets(args: JacobiForcingConfig, rows: RowTensors) -> dict[str, Any]:

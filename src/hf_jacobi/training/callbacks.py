@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
@@ -11,12 +14,12 @@ from ..decoding.blocks import agreement
 from ..decoding.mixin import enable, unwrap
 
 
+BEFORE = "texts_before_training.json"
+
+
 class DecodingCallback(TrainerCallback):
     """
-    At each evaluation, decodes some prompts of the evaluation set with the settings that the checkpoint will have.
-
-    Adds `eval_tokens_per_forward`, and `eval_agreement`: the share of tokens that are those of the model's greedy text
-    before training, up to the first that is not.
+    Decodes some prompts of the evaluation set with the settings that the checkpoint will have.
 
     Args:
         trainer: the trainer; its arguments say how many prompts, and how far.
@@ -24,15 +27,30 @@ class DecodingCallback(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
-        self.prompts = [prompt_of(row) for row in islice(trainer.eval_dataset, trainer.args.eval_prompts)]
+        data = trainer.eval_dataset
+        data = next(iter(data.values())) if isinstance(data, dict) else data
+        self.prompts = [prompt_of(row) for row in islice(data, trainer.args.eval_prompts)]
         self.before: list[list[int]] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        """Remembers the texts of the model as it is, or as it was before the run that this one resumes."""
+        file = Path(args.output_dir) / BEFORE
+        if state.global_step and file.exists():
+            known = json.loads(file.read_text())
+            self.before = [known.get(json.dumps(prompt)) for prompt in self.prompts]
+            self.before = None if None in self.before else self.before
         self._remember()
+        if args.should_save and self.before is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({json.dumps(prompt): text for prompt, text in zip(self.prompts, self.before)}))
 
-    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+    def figures(self) -> dict[str, float]:
+        """
+        `tokens_per_forward`, and `agreement`: the share of tokens that are those of the model's greedy text before
+        training, up to the first that is not. Nothing where no process has the whole model.
+        """
         if not self._can_decode():
-            return
+            return {}
         self._remember()
         tokens = forwards = same = total = 0
         for prompt, text in zip(self.prompts, self.before):
@@ -41,38 +59,49 @@ class DecodingCallback(TrainerCallback):
             forwards += output.jacobi_stats.forwards
             same += agreement(output.sequences[0, len(prompt) :].tolist(), text)
             total += len(text)
-        figures = {"eval_tokens_per_forward": tokens / forwards, "eval_agreement": same / total}
-        metrics.update(figures)
-        self.trainer.log(figures)
+        return {"tokens_per_forward": tokens / forwards, "agreement": same / total}
 
     def _remember(self) -> None:
-        """Writes the texts of the model as it is, once: before training."""
         if self.before is None and self._can_decode():
             self.before = [self._generate(prompt, decoding="ar")[0, len(prompt) :].tolist() for prompt in self.prompts]
 
     def _can_decode(self) -> bool:
         """A model whose weights are spread over processes cannot be decoded by one of them."""
-        return not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
+        return bool(self.prompts) and not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
 
     def _generate(self, prompt: list[int], **settings):
-        """Greedy text, in evaluation mode."""
+        """Greedy text."""
         model = enable(unwrap(self.trainer.model))
-        training = model.training
-        model.eval()
         inputs = torch.tensor([prompt], device=model.device)
         if settings["decoding"] == "jacobi":
             settings["jacobi_config"] = self.trainer.jacobi_config
-        with self.trainer.accelerator.autocast():
-            output = model.generate(
+        table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        room = self.trainer.args.eval_max_new_tokens if table is None else table - len(prompt)
+        with _able_to_decode(model), self.trainer.accelerator.autocast():
+            return model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
-                max_new_tokens=self.trainer.args.eval_max_new_tokens,
+                max_new_tokens=max(1, min(room, self.trainer.args.eval_max_new_tokens)),
                 do_sample=False,
                 use_cache=True,
                 **settings,
             )
+
+
+@contextmanager
+def _able_to_decode(model):
+    """The model in evaluation mode, and with an attention that decoding can serve."""
+    training = model.training
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    model.eval()
+    if attention == "flex_attention":
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if attention == "flex_attention":
+            model.set_attn_implementation(attention)
         model.train(training)
-        return output
 
 
 def prompt_of(row: dict[str, list[int]]) -> list[int]:

@@ -40,7 +40,7 @@ def check_data(name: str, dataset, model, block_size: int | None) -> None:
     if table is not None and longest > table:
         raise ValueError(f"`{name}` has texts of {longest} tokens, but {type(model).__name__} has {table} positions.")
     found = block_size_of(rows)
-    if block_size is not None and found != block_size:
+    if block_size is not None and found > block_size:
         raise ValueError(f"`{name}` has blocks of {found} tokens, but block_size={block_size}: make them agree.")
 
 
@@ -54,9 +54,9 @@ def block_size_of(rows) -> int | None:
 
 
 def check_tokenizer(tokenizer: Any, model) -> None:
-    """Raises `ValueError` for a tokenizer of another model: one that makes tokens which the model does not have."""
+    """Raises `ValueError` for a tokenizer of another model: one with many tokens that the model does not have."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    if len(tokenizer) > vocabulary:
+    if len(tokenizer) > vocabulary + 8:  # some models leave out a token or two that their tokenizer has
         raise ValueError(
             f"the tokenizer makes {len(tokenizer)} tokens, but {type(model).__name__} knows {vocabulary}: pass the "
             "tokenizer of this model."

@@ -69,6 +69,9 @@ def cut_to_drafts(row: dict[str, list[int]]) -> dict[str, list[int]]:
         if (row["seq_ids"][index], block) != previous:
             previous = (row["seq_ids"][index], block)
             newest = twin - 1
+            if row["position_ids"][index] == 0:  # no token before it: a text without a prompt
+                previous = None
+                continue
             start = row["position_ids"][newest]
             _append(result, row["input_ids"][newest], start, block, start, row["seq_ids"][index], -1)
         _append(result, row["input_ids"][index], row["position_ids"][index], block, start, row["seq_ids"][index], twin)

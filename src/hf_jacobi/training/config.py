@@ -102,5 +102,8 @@ class JacobiForcingConfig(TrainingArguments):
         for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        JacobiConfig.coerce(self.jacobi_config)
+        if self.jacobi_config is not None:
+            self.jacobi_config = JacobiConfig.coerce(self.jacobi_config).to_dict()
+        if self.torch_compile:
+            raise ValueError("`torch_compile` cannot follow the losses into the model: drop it.")
         self.remove_unused_columns = False

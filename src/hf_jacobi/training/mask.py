@@ -6,6 +6,7 @@ One rule, `visible`, says it; FlexAttention compiles that rule, elsewhere it fil
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
 from ..decoding.attention import LAYER_KINDS, AttentionMask
+from ..decoding.support import has_own_mask
 
 
 FLEX_MULTIPLE = 128  # rows are padded to it: FlexAttention's backward can return NaN for other lengths
@@ -148,6 +150,12 @@ def refuse_untrainable(model) -> None:
         raise ValueError(
             f"Jacobi Forcing needs attention that a mask can restrict, but {name} has layers that carry a state "
             f"through the row ({', '.join(sorted(kinds)) or 'state-space'}), so noise would leak into the text."
+        )
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    if getattr(config, "alibi", False) or has_own_mask(model) or not takes_positions:
+        raise ValueError(
+            f"Jacobi Forcing tells each token its position and what it sees, but the attention of {name} counts "
+            "places in the row (ALiBi, or a mask of its own)."
         )
     attention = config._attn_implementation
     if attention not in ("sdpa", "eager", "flex_attention"):

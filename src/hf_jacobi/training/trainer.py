@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,19 +75,28 @@ class JacobiForcingTrainer(Trainer):
     ):
         if args is None:
             args = JacobiForcingConfig(output_dir="jacobi-forcing")
+        if not isinstance(args, JacobiForcingConfig):
+            raise ValueError(f"`args` must be a JacobiForcingConfig, got {type(args).__name__}.")
         self.base_name = model if isinstance(model, str) else unwrap(model).config._name_or_path
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
         elif args.model_init_kwargs:
             raise ValueError("`model_init_kwargs` is for a model that is given by name: drop it, or pass the name.")
         if processing_class is None and self.base_name:
-            processing_class = AutoTokenizer.from_pretrained(self.base_name)
+            processing_class = find_tokenizer(self.base_name)
         inner = unwrap(model)
         refuse_untrainable(inner)
         self.windowed = can_be_windowed(inner)
         self.head = Head(inner)
         self.head.check()
-        datasets = {"train_dataset": train_dataset, "eval_dataset": eval_dataset}
+        if others.get("compute_metrics") is not None:
+            raise ValueError(
+                "`compute_metrics` would need the logits of whole rows, which are never made: leave it out."
+            )
+        several = isinstance(eval_dataset, dict)
+        datasets = {"train_dataset": train_dataset}
+        datasets |= {f"eval_dataset[{name!r}]": data for name, data in eval_dataset.items()} if several else {}
+        datasets |= {} if several else {"eval_dataset": eval_dataset}
         for name, dataset in datasets.items():
             if dataset is not None:
                 check_data(name, dataset, inner, args.block_size)
@@ -100,7 +109,7 @@ class JacobiForcingTrainer(Trainer):
             flex = inner.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
             data_collator = PackedCollator(pad, FLEX_MULTIPLE if flex else 1, args.adapter_scope == "draft")
         self._sums = {"train": Counter(), "eval": Counter()}
-        self._since = time.perf_counter()
+        self._seconds = 0.0  # spent in training steps since the last log
         super().__init__(
             model=model,
             args=args,
@@ -121,15 +130,16 @@ class JacobiForcingTrainer(Trainer):
         inner.generation_config._from_model_config = False  # one derived from the model's would lose our keys
         inner.generation_config.decoding = "jacobi"
         inner.generation_config.jacobi = self.jacobi_config.to_dict()
-        if eval_dataset is not None and args.eval_prompts:
-            self.add_callback(DecodingCallback(self))
+        self.decoding = DecodingCallback(self) if eval_dataset is not None and args.eval_prompts else None
+        if self.decoding:
+            self.add_callback(self.decoding)
 
     @property
     def jacobi_config(self) -> JacobiConfig:
         """What the checkpoint decodes with: the settings of the arguments, else blocks like those of the data."""
         if self.args.jacobi_config is not None:
             return JacobiConfig.coerce(self.args.jacobi_config)
-        return JacobiConfig(block_size=self.block_size)
+        return JacobiConfig(block_size=self.args.block_size or self.block_size)
 
     # The loss
 
@@ -198,14 +208,29 @@ class JacobiForcingTrainer(Trainer):
 
     def training_step(self, *args, **kwargs):
         """As in `Trainer`, with the attention of the forward pass kept for what the backward pass computes again."""
+        start = time.perf_counter()
         with self._attention():
-            return super().training_step(*args, **kwargs)
+            loss = super().training_step(*args, **kwargs)
+        self._seconds += time.perf_counter() - start
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch of the evaluation set, and nothing else: logits of whole rows would fill the memory."""
-        with torch.no_grad():
+        with torch.no_grad(), _without_checkpointing(self.head.model):
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Adds both losses, summed over the whole set, and what decoding some of its prompts comes to."""
+        self._sums["eval"].clear()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        figures = self._means("eval")
+        if figures:
+            figures["loss"] = figures["consistency_loss"] + self.args.ar_loss_weight * figures["ar_loss"]
+        if self.decoding and metric_key_prefix.startswith("eval"):
+            figures |= self.decoding.figures()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
+        return output
 
     # What is logged
 
@@ -221,28 +246,25 @@ class JacobiForcingTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: both losses, the share of noisy positions predicted right, tokens/s."""
-        mode = "train" if self.model.training else "eval"
-        means = self._means(mode)
-        if mode == "eval":
-            means = {f"eval_{name}": value for name, value in means.items() if name != "tokens_per_second"}
-        super().log({**logs, **means}, start_time)
+        if "loss" in logs:
+            means = self._means("train")
+            seconds, self._seconds = max(self._seconds, 1e-9), 0.0
+            logs = {**logs, **means, "tokens_per_second": self._tokens / seconds}
+        super().log(logs, start_time)
 
     def _means(self, mode: str) -> dict[str, float]:
         """The means of everything counted in a mode over all processes; counting starts over."""
         names = ("consistency", "ar", "right", "noisy", "clean", "tokens")
-        local = torch.tensor([float(self._sums[mode][name]) for name in names], dtype=torch.float64)
-        if self.accelerator.device.type == "mps":
-            local = local.float()
-        sums = dict(zip(names, self.accelerator.reduce(local.to(self.accelerator.device), "sum").tolist()))
-        elapsed, self._since = time.perf_counter() - self._since, time.perf_counter()
+        local = torch.tensor([float(self._sums[mode][name]) for name in names], device=self.accelerator.device)
+        sums = dict(zip(names, self.accelerator.reduce(local, "sum").tolist()))
         self._sums[mode].clear()
+        self._tokens = sums["tokens"]
         if not sums["tokens"]:
             return {}
         return {
             "consistency_loss": sums["consistency"] / max(1.0, sums["noisy"]),
             "ar_loss": sums["ar"] / max(1.0, sums["clean"]),
             "noisy_accuracy": sums["right"] / max(1.0, sums["noisy"]),
-            "tokens_per_second": sums["tokens"] / elapsed,
         }
 
     # What is saved
@@ -267,16 +289,41 @@ class JacobiForcingTrainer(Trainer):
     def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         card = training_card(
-            name=model_name or self.args.hub_model_id or Path(self.args.output_dir).name,
+            name=self.hub_model_id or self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
             base=self.base_name,
             dataset=dataset_name,
             tags=list(self._tag_names),
             args=self.args,
             jacobi=self.jacobi_config,
             history=self.state.log_history,
+            step=self.state.best_global_step if self.args.load_best_model_at_end else None,
             adapter=unwrap(self.model) is not self.accelerator.unwrap_model(self.model),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def _without_checkpointing(model: PreTrainedModel):
+    """
+    Switches gradient checkpointing off. Without gradients it is of no use, and PEFT, where an adapter applies to some
+    tokens, would prepare for a backward pass that never comes.
+    """
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    for layer in layers:
+        layer.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.gradient_checkpointing = True
+
+
+def find_tokenizer(name: str):
+    """The tokenizer beside a model, or `None`: training does not need one."""
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
 
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:

@@ -55,6 +55,10 @@ def clean(
     if not body:
         counts["empty"] += 1
         return None if empty == "drop" or not tokens else tokens
+    if not ended:
+        counts["overlong"] += 1
+        if overlong == "drop":
+            return None
     loop = repetition_start(body)
     if loop is not None:
         counts["repetitive"] += 1
@@ -62,8 +66,4 @@ def clean(
             return None
         if repetition == "cut":
             return body[: sum(loop)]
-    if not ended:
-        counts["overlong"] += 1
-        if overlong == "drop":
-            return None
     return tokens

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import json
 import tempfile
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
 from ..decoding.mixin import unwrap
-from .collector import Collector, CollectSettings
-from .prompts import digest_of, encode_prompt, open_prompts
+from .collector import SAMPLING, TOKENS, Collector, CollectSettings
+from .prompts import digest_of, encode_prompt, only_prompts, open_prompts
 from .report import CollectReport
-from .shards import ShardFolder, counts_in, in_shards
+from .shards import ShardFolder, counts_in, in_shards, read_note
 
 
 TRAJECTORY_FEATURES = Features(
@@ -33,6 +37,7 @@ TRAJECTORY_FEATURES = Features(
     }
 )
 NAME = "trajectories"
+WAIT = timedelta(days=2)  # for each other: a shard can take long, and torch gives up after minutes
 
 
 def collect_trajectories(
@@ -122,56 +127,67 @@ def collect_trajectories(
     for name, value in (("batch_size", batch_size), ("positions_per_forward", positions_per_forward)):
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward)
+    rows = only_prompts(open_prompts(dataset), prompt_column)
     processes = process_state()
     if output_dir is None:
         if processes.num_processes > 1:
             raise ValueError("several processes write into one folder: pass `output_dir`.")
         with tempfile.TemporaryDirectory() as folder:
             files = ShardFolder(folder, NAME, TRAJECTORY_FEATURES, {})
-            _fill(
-                files, model, tokenizer, open_prompts(dataset), settings, batch_size, positions_per_forward, progress
-            )
+            _fill(files, collector, rows, progress)
             return files.dataset(in_memory=True)
-    described = {"model": describe(unwrap(model)), "tokenizer": tokenizer.name_or_path, **vars(settings)}
+    described = {"model": describe(model), "tokenizer": describe_tokenizer(tokenizer), **vars(settings)}
+    described["generation_config"] = {
+        name: getattr(collector.generation_config, name) for name in (*TOKENS, *SAMPLING)
+    }
     with processes.main_process_first():
         files = ShardFolder(output_dir, NAME, TRAJECTORY_FEATURES, described)
-    _fill(files, model, tokenizer, open_prompts(dataset), settings, batch_size, positions_per_forward, progress)
-    with processes.main_process_first():
-        return files.dataset()
+    with files.locked() if processes.is_main_process else nullcontext():
+        processes.wait_for_everyone()
+        _fill(files, collector, rows, progress)
+        with processes.main_process_first():
+            return files.dataset()
 
 
-def _fill(files, model, tokenizer, rows, settings, batch_size, positions_per_forward, progress) -> None:
-    """Writes the shards that are missing: those of this process."""
-    processes = process_state()
-    finished = [files.finished() if processes.is_main_process else None]
-    if processes.num_processes > 1:
-        broadcast_object_list(finished)
-    collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward)
+def _fill(files: ShardFolder, collector: Collector, rows, progress: bool) -> None:
+    """Writes the shards that are missing: those of this process, every so-manieth."""
+    processes, settings = process_state(), collector.settings
     total = len(rows) if hasattr(rows, "__len__") else None
-    missing = 0
+    digest = functools.partial(digest_of, column=settings.prompt_column)
+    seen: list[tuple[int, list]] = []
     with Progress(total, progress and processes.is_main_process) as bar:
         for shard, piece in in_shards(rows, settings.shard_size):
-            digest = digest_of(piece, settings.prompt_column)
-            if shard in finished[0]:
-                files.check(shard, digest)
+            mine = shard % processes.num_processes == processes.process_index
+            if not mine:
+                seen.append((len(piece), digest(piece)))
                 bar.skip(len(piece))
                 continue
-            missing += 1
-            if missing % processes.num_processes != processes.process_index:
+            seen.append((len(piece), ""))
+            if files.is_done(shard, piece, digest):
                 bar.skip(len(piece))
                 continue
             first = shard * settings.shard_size
             prompts = [
-                encode_prompt(first + index, row, settings.prompt_column, tokenizer, settings.as_chat)
+                encode_prompt(first + index, row, settings.prompt_column, collector.tokenizer, settings.as_chat)
                 for index, row in enumerate(piece)
             ]
-            files.write(shard, *collector.collect(prompts, bar.advance), digest=digest)
+            rows_of_shard, counts = collector.collect(prompts, bar.advance)
+            files.write(shard, rows_of_shard, counts, digest(piece), len(piece))
     processes.wait_for_everyone()
+    files.check_end(len(seen))
+    for shard, (count, expected) in enumerate(seen):
+        note = read_note(files.path(shard))
+        if expected and (note["made_from"], note["digest"]) != (count, expected):
+            raise ValueError(
+                f"the processes were given different data (shard {shard}): shuffle with a seed, the same for all."
+            )
 
 
 def process_state() -> PartialState:
     """The processes that were launched together, as `accelerate` sees them; on a CPU it has to be told to look."""
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=WAIT)
 
 
 class Progress:
@@ -203,13 +219,28 @@ class Progress:
 
 
 def describe(model) -> dict[str, Any]:
-    """What tells one model from another: its class, dtype, and a digest of some of its weights."""
+    """What tells one model from another: its class, dtype, a digest of some of its weights, the adapters in use."""
+    inner = unwrap(model)
     digest = hashlib.blake2b(digest_size=16)
-    for name, weight in model.named_parameters():
+    for name, weight in inner.named_parameters():
         step = max(1, weight.numel() // 16)
         digest.update(name.encode())
-        digest.update(weight.detach().flatten()[::step][:16].float().cpu().numpy().tobytes())
-    return {"class": type(model).__name__, "dtype": str(model.dtype), "weights": digest.hexdigest()}
+        if weight.device.type != "meta":  # offloaded
+            digest.update(weight.detach().flatten()[::step][:16].float().cpu().numpy().tobytes())
+    layers = [module for module in inner.modules() if hasattr(module, "disable_adapters")]
+    adapters = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    return {
+        "class": type(inner).__name__,
+        "dtype": str(inner.dtype),
+        "weights": digest.hexdigest(),
+        "adapters": sorted(adapters),
+    }
+
+
+def describe_tokenizer(tokenizer) -> str:
+    """A digest of a tokenizer's vocabulary and chat template."""
+    known = [sorted(tokenizer.get_vocab().items()), getattr(tokenizer, "chat_template", None)]
+    return hashlib.blake2b(json.dumps(known, default=str).encode(), digest_size=16).hexdigest()
 
 
 def read_report(folder: str | Path) -> CollectReport:

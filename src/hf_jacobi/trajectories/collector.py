@@ -24,7 +24,7 @@ from .prompts import Prompt
 from .refine import Block, refine_blocks
 
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+SAMPLING = ("temperature", "top_k", "top_p", "top_h", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 IGNORED = (
     "repetition_penalty",
@@ -37,6 +37,8 @@ IGNORED = (
     "forced_bos_token_id",
     "forced_eos_token_id",
     "exponential_decay_length_penalty",
+    "stop_strings",
+    "guidance_scale",
     "min_length",
     "min_new_tokens",
 )
@@ -65,6 +67,8 @@ class CollectSettings:
         for name, least in (("block_size", 2), ("max_new_tokens", 1), ("shard_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.max_prompt_length is not None and self.max_prompt_length < 1:
+            raise ValueError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
         for name, choices in (
             ("repetition", ("cut", "drop", "keep")),
             ("overlong", ("keep", "drop")),
@@ -80,7 +84,14 @@ class Collector:
     """Completes prompts with one model and refines their blocks; the arguments are those of `collect_trajectories`."""
 
     def __init__(self, model, tokenizer, settings: CollectSettings, batch_size: int, positions_per_forward: int):
+        adapter = getattr(model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"trajectories know no virtual tokens, but the model carries a {adapter.peft_type.value} adapter: use "
+                "an adapter of another kind, such as LoRA."
+            )
         self.model = unwrap(model)
+        self.tokenizer = tokenizer
         self.settings = settings
         self.batch_size = batch_size
         self.positions_per_forward = positions_per_forward
@@ -88,8 +99,14 @@ class Collector:
         eos = self.generation_config.eos_token_id
         self.eos_tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
         table = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        room = [limit for limit in (settings.max_prompt_length, table and table - settings.max_new_tokens) if limit]
-        self.longest_prompt = min(room, default=None)
+        room = None if table is None else table - settings.max_new_tokens
+        if room is not None and room < 1:
+            raise ValueError(
+                f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the {table} positions of "
+                f"{type(self.model).__name__}: lower it."
+            )
+        limits = [limit for limit in (settings.max_prompt_length, room) if limit is not None]
+        self.longest_prompt = min(limits, default=None)
 
     def collect(self, prompts: list[Prompt], advance) -> tuple[list[dict], dict[str, float]]:
         """
@@ -162,6 +179,7 @@ class Collector:
             model_kwargs,
             row_keys=keys,
         )
+        call.draft_adapter = None  # nothing is drafted
         run_to_end(call)
         rows = {}
         blocks: list[Block] = []
@@ -226,6 +244,8 @@ def generation_config_for(model, tokenizer, settings: CollectSettings) -> Genera
     """
     own = model.generation_config
     values = {name: getattr(own, name, None) for name in TOKENS}
+    if isinstance(values["pad_token_id"], int) and values["pad_token_id"] < 0:
+        values["pad_token_id"] = None
     if values["eos_token_id"] is None:
         values["eos_token_id"] = tokenizer.eos_token_id
     if values["pad_token_id"] is None:
@@ -246,11 +266,12 @@ def generation_config_for(model, tokenizer, settings: CollectSettings) -> Genera
 @contextmanager
 def _evaluating(model, generation_config: GenerationConfig) -> Iterator[None]:
     """The model in evaluation mode and with another generation config, which `generate` would fill up from its own."""
-    before, training = model.generation_config, model.training
+    before, training = model.generation_config, [module for module in model.modules() if module.training]
     model.generation_config = generation_config
     model.eval()
     try:
         yield
     finally:
         model.generation_config = before
-        model.train(training)
+        for module in training:
+            module.training = True

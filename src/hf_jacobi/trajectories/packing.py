@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
@@ -119,6 +121,7 @@ def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sam
         number: its place, which with the seed decides what the `"random"` schedule draws.
         settings: the settings.
     """
+    _check_row(row, number)
     generator = random.Random(f"{settings.seed}/{number}")
     prompt = row["prompt_ids"]
     room = None if settings.max_length is None else settings.max_length - len(prompt)
@@ -135,6 +138,22 @@ def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sam
                 break
         blocks.append((states[nearest_state(states, targets[place])], states[-1]))
     return lay_out_sample(prompt, blocks, row["block_size"], settings.window_size) if blocks else None
+
+
+def _check_row(row: dict[str, Any], number: int) -> None:
+    """Raises `ValueError` for a row whose blocks do not make up its text."""
+    if missing := [column for column in TRAJECTORY_COLUMNS if row.get(column) is None]:
+        raise ValueError(f"trajectory {number} lacks {missing}: rows need {list(TRAJECTORY_COLUMNS)}.")
+    lengths = [{len(state) for state in states} for states in row["trajectories"]]
+    if any(len(length) != 1 for length in lengths):
+        raise ValueError(f"trajectory {number} has a block of no states, or of states of different lengths.")
+    sizes = [length.pop() for length in lengths]
+    if any(size != row["block_size"] for size in sizes[:-1]) or (sizes and not 0 < sizes[-1] <= row["block_size"]):
+        raise ValueError(
+            f"trajectory {number} has blocks of {sizes} tokens, but its block_size is {row['block_size']}."
+        )
+    if [token for states in row["trajectories"] for token in states[-1]] != list(row["completion_ids"]):
+        raise ValueError(f"trajectory {number} has other text in completion_ids than its blocks end in.")
 
 
 def join_samples(samples: list[Sample]) -> dict[str, list[int]]:
@@ -203,7 +222,7 @@ def pack_trajectories(
 
     Args:
         trajectories: rows with `prompt_ids`, `completion_ids`, `block_size` and `trajectories` (per block a list of
-            states, the last of them the fixed point); a `datasets.Dataset` or any iterable that can be run again.
+            states, the last of them the fixed point); a `datasets.Dataset` or anything that can be run through again.
         window_size: w, the number of consecutive blocks over which the noise level runs. 1 is CLLM.
         noise_schedule, min_noise, max_noise: see `noise_targets`.
         max_length: tokens a row may have; a longer sample is cut at a block boundary, and left out if not even its
@@ -228,35 +247,53 @@ def pack_trajectories(
             work.
     """
     settings = PackSettings(window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed)
-    columns = next(iter(trajectories), {})
+    if iter(trajectories) is trajectories:
+        raise ValueError("`trajectories` can be run through only once: pass a list or a data set, not an iterator.")
+    if isinstance(trajectories, (Dataset, IterableDataset)):
+        trajectories = trajectories.with_format(None)
+    columns = getattr(trajectories, "column_names", None) or list(next(iter(trajectories), {}))
+    if not columns:
+        raise ValueError("there are no trajectories.")
     if missing := [column for column in TRAJECTORY_COLUMNS if column not in columns]:
         raise ValueError(f"trajectories lack {missing}: their columns are {list(TRAJECTORY_COLUMNS)}.")
     if output_dir is not None:
         packed = _pack_into(output_dir, trajectories, settings, shard_size, progress)
-        if not len(packed):
+    else:
+        if next(packed_rows(trajectories, settings), None) is None:
             raise ValueError(_nothing_fits(max_length))
-        return packed
-    if next(packed_rows(trajectories, settings), None) is None:
+        # A fingerprint of its own: by default `datasets` would return what a reader of the same name gave before.
+        try:
+            packed = Dataset.from_generator(
+                lambda: packed_rows(trajectories, settings), features=PACKED_FEATURES, fingerprint=uuid.uuid4().hex
+            )
+        except DatasetGenerationError as error:
+            raise error.__cause__ or error from None
+    if not len(packed):
         raise ValueError(_nothing_fits(max_length))
-    return Dataset.from_generator(lambda: packed_rows(trajectories, settings), features=PACKED_FEATURES)
+    return packed
 
 
 def _nothing_fits(max_length: int | None) -> str:
-    return f"no sample fits into max_length={max_length}, not even with one block: raise it."
+    return f"there is no sample that fits into max_length={max_length} with even one block."
+
+
+def _digest(rows: list[dict[str, Any]]) -> str:
+    known = [[row[column] for column in TRAJECTORY_COLUMNS] for row in rows]
+    return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
 
 
 def _pack_into(output_dir, trajectories, settings: PackSettings, shard_size: int, progress: bool) -> Dataset:
     """Writes the shards that are missing in a folder, and returns all of it."""
     files = ShardFolder(output_dir, "packed", PACKED_FEATURES, settings.described() | {"shard_size": shard_size})
-    finished = files.finished()
     total = len(trajectories) if hasattr(trajectories, "__len__") else None
-    with tqdm(total=total, unit=" samples", desc="packing", disable=not progress) as bar:
+    shards = 0
+    with files.locked(), tqdm(total=total, unit=" samples", desc="packing", disable=not progress) as bar:
         for shard, piece in in_shards(trajectories, shard_size):
-            digest = hashlib.blake2b(json.dumps(piece).encode(), digest_size=16).hexdigest()
-            if shard in finished:
-                files.check(shard, digest)
-            else:
+            shards += 1
+            if not files.is_done(shard, piece, _digest):
                 rows = list(packed_rows(piece, settings, first=shard * shard_size))
-                files.write(shard, rows, packing_statistics(rows).counts(), digest)
+                counts = packing_statistics(rows).counts() | {"trajectories": len(piece)}
+                files.write(shard, rows, counts, _digest(piece), len(piece))
             bar.update(len(piece))
-    return files.dataset()
+        files.check_end(shards)
+        return files.dataset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Iterable
@@ -22,7 +23,7 @@ BUILDERS = {
 }
 PROMPT_COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "text")
 ID_COLUMNS = ("prompt_id", "id", "data_id", "task_id", "question_id")
-ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}  # ShareGPT's names
 
 
 @dataclass
@@ -60,8 +61,10 @@ def open_prompts(source, split: str | None = None, name: str | None = None) -> I
     if isinstance(source, (str, Path)):
         return _open_path(str(source), split or "train", name)
     if isinstance(source, Iterable) and not isinstance(source, dict):
-        rows = list(source)
-        return [{"prompt": row} if isinstance(row, str) else row for row in rows]
+        rows = [{"prompt": row} if row is None or isinstance(row, str) else row for row in source]
+        if odd := next((row for row in rows if not isinstance(row, dict)), None):
+            raise ValueError(f"`dataset` must be a list of texts or of rows with columns, it holds {odd!r:.80}.")
+        return rows
     if isinstance(source, dict) and source:
         raise ValueError(f"`dataset` has several splits, {list(source)}: pass one of them, as in dataset['train'].")
     raise ValueError(f"`dataset` must be a data set, a list of prompts or a path, got {type(source).__name__}.")
@@ -69,18 +72,34 @@ def open_prompts(source, split: str | None = None, name: str | None = None) -> I
 
 def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, Any]]:
     path = Path(source).expanduser()
-    if path.is_file():
-        if path.suffix not in BUILDERS:
-            raise ValueError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
-        return load_dataset(BUILDERS[path.suffix], data_files=str(path), split="train")
-    if path.is_dir():
-        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-            loaded = load_from_disk(str(path))
-            return loaded[split] if isinstance(loaded, dict) else loaded
-        return load_dataset(str(path), split=split)
-    if source.startswith(("/", ".", "~")) or path.suffix in BUILDERS:
+    if path.is_file() and path.suffix not in BUILDERS:
+        raise ValueError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
+    if not path.exists() and (source.startswith(("/", ".", "~")) or path.suffix in BUILDERS):
         raise OSError(f"there is no file or folder {source}.")
-    return load_dataset(source, name, split=split)
+    try:
+        if path.is_file():
+            return load_dataset(BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
+        if path.is_dir():
+            if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+                loaded = load_from_disk(str(path))
+                return loaded[split] if isinstance(loaded, dict) else loaded
+            return load_dataset(str(path), split=split)
+        return load_dataset(source, name, split=split)
+    except (OSError, ValueError):
+        raise
+    except KeyError:
+        raise ValueError(f"{source} has no split {split!r}: its splits are {sorted(loaded)}.") from None
+    except Exception as error:  # whatever a builder of `datasets` stumbles over
+        raise ValueError(f"{source} could not be read: {error.__cause__ or error or type(error).__name__}") from error
+
+
+def only_prompts(rows, column: str | None):
+    """The columns of a data set that prompts and their names are read from; others may be costly to decode."""
+    if not isinstance(rows, (Dataset, IterableDataset)):
+        return rows
+    rows = rows.with_format(None)
+    wanted = [name for name in rows.column_names or () if name in (*PROMPT_COLUMNS, *ID_COLUMNS, column)]
+    return rows.select_columns(wanted) if wanted else rows
 
 
 def prompt_column(row: dict[str, Any], column: str | None) -> str:
@@ -92,7 +111,8 @@ def prompt_column(row: dict[str, Any], column: str | None) -> str:
     """
     if column is not None and column not in row:
         raise ValueError(f"the data set has no column {column!r}; its columns are {sorted(row)}.")
-    found = column or next((name for name in PROMPT_COLUMNS if name in row), None)
+    there = [name for name in PROMPT_COLUMNS if name in row]
+    found = column or next((name for name in there if row[name] is not None), next(iter(there), None))
     if found is None:
         raise ValueError(
             f"none of the columns {sorted(row)} looks like a prompt: name one, or rename it to one of "
@@ -117,28 +137,48 @@ def encode_prompt(number: int, row: dict[str, Any], column: str | None, tokenize
     """
     value = row[prompt_column(row, column)]
     name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) is not None), str(number))
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return Prompt(number, name, [])
     if isinstance(value, str):
         if not as_chat:
-            return Prompt(number, name, tokenizer(value)["input_ids"])
+            return Prompt(number, name, _without_end(tokenizer(value)["input_ids"], tokenizer))
         value = [{"role": "user", "content": value}]
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
         raise ValueError(f"prompt {name}: a prompt must be text or a list of messages, got {value!r:.80}.")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the prompts are messages, but the tokenizer has no chat template: give it one, or use text.")
-    encoded = tokenizer.apply_chat_template(_until_answer(value), add_generation_prompt=True, return_dict=True)
+    messages = _until_answer(name, value)
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return Prompt(number, name, list(encoded["input_ids"]))
 
 
-def _until_answer(messages: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _without_end(ids: list[int], tokenizer) -> list[int]:
+    """Some tokenizers end every text; a prompt has no end."""
+    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
+
+
+def _until_answer(name: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The messages before the last answer, with the roles and keys that templates know."""
     known = []
     for message in messages:
         role = message.get("role") or message.get("from") or "user"
-        content = message["content"] if message.get("content") is not None else message.get("value") or ""
-        known.append({"role": ROLES.get(role, role), "content": content})
+        content = message["content"] if message.get("content") is not None else message.get("value")
+        others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
+        others = {key: value for key, value in others.items() if value is not None}
+        known.append({**others, "role": ROLES.get(role, role), "content": _text_of(name, content)})
     if known[-1]["role"] == "assistant" and len(known) > 1:
         known.pop()
     return known
+
+
+def _text_of(name: str, content: Any) -> str:
+    """The text of a message, whose content may come in parts."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
+        raise ValueError(f"prompt {name}: a message must be text or parts with a text, got {content!r:.80}.")
+    return "".join(part["text"] for part in parts)
 
 
 def digest_of(rows: list[dict[str, Any]], column: str | None) -> str:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow
 import pyarrow.parquet
-from datasets import Dataset, Features
+from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars
+from datasets.utils import are_progress_bars_disabled
 
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+LOCK = ".hf_jacobi.lock"
 SETTINGS = ".hf_jacobi.json"  # hidden, so that `load_dataset(folder)` sees Parquet files alone
 METADATA = b"hf_jacobi"
 Row = TypeVar("Row")
@@ -42,7 +53,7 @@ class ShardFolder:
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.folder / SETTINGS
-        if not file.exists():
+        if not self.files() or not file.exists():  # settings that made nothing bind nobody
             if any(self.folder.glob("*.parquet")):
                 raise ValueError(
                     f"{self.folder} holds Parquet files of other work: name an empty folder or a new one."
@@ -62,17 +73,64 @@ class ShardFolder:
                 "folder."
             )
 
+    @contextmanager
+    def locked(self):
+        """
+        Keeps other runs out of the folder, and removes what an interrupted one left half-written.
+
+        Raises:
+            `ValueError`: another run is at work in it.
+        """
+        with open(self.folder / LOCK, "w") as file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError:
+                    raise ValueError(f"another run is at work in {self.folder}: wait for it, or stop it.") from None
+            for scratch in self.folder.glob(".*.tmp"):
+                scratch.unlink(missing_ok=True)
+            yield
+
     def path(self, number: int) -> Path:
         """The file of a shard."""
         return self.folder / f"{self.name}-{number:05d}.parquet"
 
-    def finished(self) -> set[int]:
-        """The numbers of the shards that are there; what an interrupted run left half-written is removed."""
-        for scratch in self.folder.glob(".*.tmp"):
-            scratch.unlink(missing_ok=True)
-        return {int(file.stem.rsplit("-", 1)[1]) for file in self.folder.glob(f"{self.name}-*.parquet")}
+    def files(self) -> list[Path]:
+        """The files that are there, in order."""
+        return shard_files(self.folder, self.name)
 
-    def write(self, number: int, rows: list[dict], counts: dict[str, float], digest: str) -> None:
+    def is_done(self, number: int, piece: list, digest: Callable[[list], str]) -> bool:
+        """
+        Whether a shard is there and made from all of `piece`; one made from its beginning is to be made again.
+
+        Args:
+            number: its number.
+            piece: what it should be made from.
+            digest: by which that is told from something else.
+
+        Raises:
+            `ValueError`: it was made from something else.
+        """
+        path = self.path(number)
+        if not path.exists():
+            return False
+        note = read_note(path)
+        if note["made_from"] > len(piece) or note["digest"] != digest(piece[: note["made_from"]]):
+            raise ValueError(
+                f"{path} was made from other data than is at its place now: go on with the data that {self.folder} "
+                "was begun with, or name another folder."
+            )
+        return note["made_from"] == len(piece)
+
+    def check_end(self, count: int) -> None:
+        """Raises `ValueError` if there are shards beyond the first `count`, which the data at hand did not make."""
+        if more := [path.name for path in self.files() if _number(path) >= count]:
+            raise ValueError(
+                f"{self.folder} was begun with more data than there are now ({', '.join(more)} are left over): go on "
+                "with those, or name another folder."
+            )
+
+    def write(self, number: int, rows: list[dict], counts: dict[str, float], digest: str, made_from: int) -> None:
         """
         Writes a shard: either all of it is there afterwards, or nothing.
 
@@ -80,10 +138,11 @@ class ShardFolder:
             number: its number.
             rows: its rows, possibly none.
             counts: what `counts_in` adds up over all shards.
-            digest: of what it was made from; `check` compares it.
+            digest: of what it was made from; `is_done` compares it.
+            made_from: of how many pieces of data that is the digest.
         """
         schema = self.features.arrow_schema
-        note = json.dumps({"digest": digest, "counts": counts}).encode()
+        note = json.dumps({"digest": digest, "made_from": made_from, "counts": counts}).encode()
         schema = schema.with_metadata({**(schema.metadata or {}), METADATA: note})
 
         def write(path: Path) -> None:
@@ -100,34 +159,52 @@ class ShardFolder:
             os.fsync(file.fileno())
         scratch.replace(path)
 
-    def check(self, number: int, digest: str) -> dict[str, float]:
-        """
-        The counts of a shard that is there, made from what `digest` stands for.
-
-        Raises:
-            `ValueError`: it was made from something else.
-        """
-        note = _note(self.path(number))
-        if note["digest"] != digest:
-            raise ValueError(
-                f"{self.path(number)} was made from other data than is at its place now: go on with the data that "
-                f"{self.folder} was begun with, or name another folder."
-            )
-        return note["counts"]
-
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.glob(f"{self.name}-*.parquet"))
-
     def dataset(self, in_memory: bool = False) -> Dataset:
         """All rows, in order; mapped from disk unless `in_memory`."""
-        files = [str(path) for path in self._files() if pyarrow.parquet.read_metadata(path).num_rows]
+        files = [path for path in self.files() if pyarrow.parquet.read_metadata(path).num_rows]
         if not files:  # which `datasets` takes for an error
             return Dataset.from_dict({column: [] for column in self.features}, features=self.features)
-        return Dataset.from_parquet(files, features=self.features, keep_in_memory=in_memory)
+        if in_memory:
+            tables = [pyarrow.parquet.read_table(path) for path in files]
+            return Dataset(pyarrow.concat_tables(tables).replace_schema_metadata(self.features.arrow_schema.metadata))
+        with _without_progress_bars():  # file by file, so that one that was there before is not converted again
+            parts = [Dataset.from_parquet(glob.escape(str(path)), features=self.features) for path in files]
+        return concatenate_datasets(parts)
 
 
-def _note(path: Path) -> dict[str, Any]:
-    return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA])
+@contextmanager
+def _without_progress_bars():
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def _number(path: Path) -> int:
+    return int(path.stem.rsplit("-", 1)[1])
+
+
+def shard_files(folder: str | Path, name: str) -> list[Path]:
+    """The shards of a folder, in order."""
+    pattern = re.compile(rf"{re.escape(name)}-\d+\.parquet")
+    files = [path for path in Path(folder).expanduser().iterdir() if pattern.fullmatch(path.name)]
+    return sorted(files, key=_number)
+
+
+def read_note(path: Path) -> dict[str, Any]:
+    """
+    What was noted of a shard when it was written.
+
+    Raises:
+        `ValueError`: the file is broken, or of something else.
+    """
+    try:
+        return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA])
+    except (pyarrow.ArrowInvalid, OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is broken or not one of ours: delete it and run again.") from error
 
 
 def counts_in(folder: str | Path, name: str) -> Counter:
@@ -137,12 +214,13 @@ def counts_in(folder: str | Path, name: str) -> Counter:
     Raises:
         `OSError`: there are none.
     """
-    total: Counter = Counter()
-    files = list(Path(folder).expanduser().glob(f"{name}-*.parquet"))
+    folder = Path(folder).expanduser()
+    files = shard_files(folder, name) if folder.is_dir() else []
     if not files:
         raise OSError(f"{folder} holds no {name}.")
+    total: Counter = Counter()
     for path in files:
-        total.update(_note(path)["counts"])
+        total.update(read_note(path)["counts"])
     return total
 
 

@@ -18,6 +18,7 @@ class PackingStatistics:
     Counts of packed rows.
 
     Attributes:
+        trajectories: what they were packed from, if that is known; the rest of them fitted into no row.
         rows: rows.
         samples: sequences in them.
         clean_tokens, noisy_tokens: tokens of either half.
@@ -29,6 +30,7 @@ class PackingStatistics:
         by_place: for each place in a window the number of blocks there and the sum of their noise levels.
     """
 
+    trajectories: int = 0
     rows: int = 0
     samples: int = 0
     clean_tokens: int = 0
@@ -105,6 +107,7 @@ class PackingStatistics:
         lines = [
             ("rows", f"{self.rows}"),
             ("samples", f"{self.samples}"),
+            *([("  left out, too long", f"{self.trajectories - self.samples}")] if self.trajectories else []),
             ("clean tokens", f"{self.clean_tokens}"),
             ("  with a label", f"{self.label_tokens}"),
             ("noisy tokens", f"{self.noisy_tokens}"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from .packing import PACKED_FEATURES, join_samples, lay_out_sample
 
 
 CHUNK = 1 << 20
+BOM = b"\xef\xbb\xbf"
 RAW_COLUMNS = ("data_id", "diffusion_itr_id", "prompt_ids", "answer_trajectory_ids")
 PACKED_COLUMNS = ("data_id", "prompt_ids", "prompt_ids_len", "complete_training_sequence_ids", "traj_position_indices")
 
@@ -88,7 +90,8 @@ class UpstreamRows:
         """
         if next(iter(self), None) is None:
             raise ValueError(f"no row could be read from {', '.join(map(str, self.paths))}: {dict(self.skipped)}.")
-        return Dataset.from_generator(lambda: iter(self), features=self.features)
+        # A fingerprint of its own: by default `datasets` would return what files of the same names held before.
+        return Dataset.from_generator(lambda: iter(self), features=self.features, fingerprint=uuid.uuid4().hex)
 
 
 class RawTrajectories(UpstreamRows):
@@ -122,12 +125,12 @@ class RawTrajectories(UpstreamRows):
             try:
                 number = _number_of(row["diffusion_itr_id"])
                 prompt = _tokens(row["prompt_ids"], "prompt_ids")
-                states = self._states(row["answer_trajectory_ids"])
                 if pending is not None and pending["prompt_id"] == str(row["data_id"]) and number != 0:
-                    self._append(pending, number, prompt, states)
+                    self._append(pending, number, prompt, row["answer_trajectory_ids"])
                     continue
                 if number != 0:
                     raise MalformedRow("a block without those before it")
+                states = self._states(row["answer_trajectory_ids"], prompt)
             except MalformedRow as error:
                 self._skip(error, path, line)
                 continue
@@ -137,24 +140,32 @@ class RawTrajectories(UpstreamRows):
         if pending is not None:
             yield self._finish(pending)
 
-    def _states(self, value: Any) -> list[list[int]]:
+    def _states(self, value: Any, before: list[int]) -> list[list[int]]:
+        """The states of a block, without the text before them."""
         if not isinstance(value, list) or not value:
             raise MalformedRow("answer_trajectory_ids is not a list of states")
-        states = [_tokens(state, "a state")[-self.block_size :] for state in value]
-        if len({len(state) for state in states}) != 1 or not states[-1]:
-            raise MalformedRow("states of different lengths")
+        states = [_tokens(state, "a state") for state in value]
+        if all(len(state) > self.block_size for state in states):
+            if any(state[: len(before)] != before for state in states):
+                raise MalformedRow(f"states of over {self.block_size} tokens that do not begin with the text so far")
+            states = [state[len(before) :] for state in states]
+        lengths = {len(state) for state in states}
+        if len(lengths) != 1 or not 0 < len(states[-1]) <= self.block_size:
+            raise MalformedRow(f"states of {sorted(lengths)} tokens, in blocks of {self.block_size}")
         if len(states) > 2 and states[0] == states[-1] != states[1]:
             del states[0]
         return [state for index, state in enumerate(states) if state != states[-1] or index == len(states) - 1]
 
-    def _append(self, pending: dict[str, Any], number: int, prompt: list[int], states: list[list[int]]) -> None:
+    def _append(self, pending: dict[str, Any], number: int, prompt: list[int], value: Any) -> None:
         blocks = pending["trajectories"]
         if number != len(blocks):
             raise MalformedRow("a block without those before it")
-        text = [token for block in blocks for token in block[-1]]
-        if prompt not in (pending["prompt_ids"], pending["prompt_ids"] + text):
+        if len(blocks[-1][-1]) < self.block_size:
+            raise MalformedRow(f"a block behind one of {len(blocks[-1][-1])} tokens, in blocks of {self.block_size}")
+        before = pending["prompt_ids"] + [token for block in blocks for token in block[-1]]
+        if prompt not in (pending["prompt_ids"], before):
             raise MalformedRow("prompt_ids is neither the prompt nor the text so far")
-        blocks.append(states)
+        blocks.append(self._states(value, before))
 
     def _finish(self, pending: dict[str, Any]) -> dict[str, Any]:
         text = [token for block in pending["trajectories"] for token in block[-1]]
@@ -223,7 +234,11 @@ class PackedRows(UpstreamRows):
         indices = row["traj_position_indices"]
         if not isinstance(indices, list) or not indices:
             raise MalformedRow("traj_position_indices is not a list of one entry per block")
-        if len(prompt) != row["prompt_ids_len"] or sequence[: len(prompt)] != prompt:
+        length = row["prompt_ids_len"]
+        length = length[0] if isinstance(length, list) and len(length) == 1 else length
+        if len(prompt) != length:
+            raise MalformedRow("prompt_ids_len is not the length of prompt_ids")
+        if sequence[: len(prompt)] != prompt:
             raise MalformedRow("the sequence does not begin with the prompt")
         pairs = sequence[len(prompt) :]
         size, rest = divmod(len(pairs), 2 * len(indices))
@@ -257,19 +272,20 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
                 number += 1
                 yield number, row
         return
-    with open(path, encoding="utf-8") as file:
-        first = file.read(1)
-        while first.isspace():
-            first = file.read(1)
-        if first == "[":
+    with open(path, "rb") as file:
+        start = file.read(len(BOM) + 64)
+    if start.removeprefix(BOM).lstrip().startswith(b"["):
+        with open(path, encoding="utf-8-sig") as file:
+            while file.read(1) != "[":
+                pass
             yield from _array(file, path)
-            return
-        file.seek(0)
+        return
+    with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
-                except ValueError:
+                    yield number, json.loads(line.removeprefix(BOM))
+                except ValueError:  # of UnicodeDecodeError, too
                     yield number, None
 
 
@@ -306,7 +322,7 @@ def _tokens(value: Any, name: str) -> list[int]:
     """A list of tokens, possibly wrapped in a batch of one, as the authors' code does."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], list):
         value = value[0]
-    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+    if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**31 for token in value):
         raise MalformedRow(f"{name} is not a list of tokens")
     return value
 
