@@ -32,7 +32,11 @@ def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
     if _has_matplotlib():
         plot = ["--plot", str(tmp_path / "noise.png")]
     assert main([*pack, *plot]) == 0
-    assert "noisy blocks" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "noisy blocks" in shown and "smaller --window-size" not in shown
+    wide = [*pack[:4], str(tmp_path / "wide"), "--window-size", "16"]
+    assert main(wide) == 0
+    assert "No text has more than 3 blocks" in capsys.readouterr().out
     packed = load_dataset(str(tmp_path / "p"), split="train")
     assert len(packed) == 4
     assert bool(plot) == (tmp_path / "noise.png").exists()

@@ -55,6 +55,12 @@ def run(arguments) -> int:
     statistics = PackingStatistics.from_counts(counts_in(arguments.output_dir, "packed"))
     (settings["output_dir"] / ".statistics.json").write_text(json.dumps(statistics.to_dict(), indent=2))
     print(f"{statistics.table()}\n\nwritten to {arguments.output_dir}")
+    longest = len(statistics.by_place)
+    if longest < arguments.window_size and arguments.noise_schedule in ("linear", "reverse"):
+        print(
+            f"No text has more than {longest} blocks, so a window of {arguments.window_size} never comes to its "
+            "end and the noise levels there: a smaller --window-size uses them all."
+        )
     if arguments.plot:
         noise_levels(statistics).figure.savefig(Path(arguments.plot).expanduser(), dpi=150, bbox_inches="tight")
         print(f"drawn into {arguments.plot}")

@@ -14,7 +14,7 @@ from ..decoding.blocks import agreement
 from ..decoding.mixin import enable, unwrap
 
 
-BEFORE = "texts_before_training.json"
+BEFORE = "_texts_before_training.json"  # what begins so is not pushed to the Hub
 
 
 class DecodingCallback(TrainerCallback):
