@@ -122,6 +122,8 @@ found = gradients_of_a_step({folder!r}, **{settings!r})
 import torch.distributed as dist
 assert dist.get_world_size() == 2
 if dist.get_rank() == 0: torch.save(found, {out!r})
+dist.barrier()
+dist.destroy_process_group()
 """
 
 

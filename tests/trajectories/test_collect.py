@@ -381,6 +381,8 @@ collector.Collector._complete = complete
 prompts = open({prompts!r}).read().splitlines()
 rows = collect_trajectories(tiny_model(), tiny_tokenizer(), prompts, 8, 30, 2, {out!r}, shard_size=2, progress=False)
 print(f"rows {{len(rows)}} made {{sorted(done)}}", flush=True)
+from hf_jacobi.trajectories.collect import process_state
+process_state().destroy_process_group()
 """
 
 

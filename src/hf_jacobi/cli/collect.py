@@ -66,4 +66,5 @@ def run(arguments) -> int:
         return 130
     if processes.is_main_process:
         print(f"{read_report(arguments.output_dir).table()}\n\nwritten to {arguments.output_dir}")
+    processes.destroy_process_group()
     return 0

@@ -70,4 +70,5 @@ def run(arguments) -> int:
     if training.push_to_hub:
         local = Path(data.train_dataset).expanduser().exists()
         trainer.push_to_hub(dataset_name=None if local else data.train_dataset)
+    trainer.accelerator.state.destroy_process_group()
     return 0
