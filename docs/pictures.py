@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
-from examples import PACKED  # noqa: E402
+from packing_example import PACKED  # noqa: E402
 
 from hf_jacobi.evaluation import plots  # noqa: E402
 

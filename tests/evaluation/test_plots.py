@@ -1,7 +1,7 @@
 """Pictures are drawn of what the library returns, and show its numbers."""
 
 import pytest
-from examples import PACKED
+from packing_example import PACKED
 
 
 matplotlib = pytest.importorskip("matplotlib")

@@ -2,8 +2,8 @@
 
 import torch
 from packed_rows import packed
+from packing_example import PACKED
 
-from examples import PACKED
 from hf_jacobi.training.collator import PackedCollator, cut_to_drafts
 
 

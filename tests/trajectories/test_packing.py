@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from packing_example import PACKED, ROW
 
 import hf_jacobi
-from examples import PACKED, ROW
 from hf_jacobi.trajectories import pack_trajectories
 
 

@@ -1,7 +1,7 @@
 """Statistics of packed rows, counted again by hand."""
 
 import pytest
-from examples import PACKED, ROW
+from packing_example import PACKED, ROW
 
 from hf_jacobi.trajectories import PackingStatistics, pack_trajectories, packing_statistics
 
