@@ -11,6 +11,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
+from .forward import outside_training
 from .mask import RowTensors
 
 
@@ -88,7 +89,8 @@ def _check_layers(model) -> None:
         if getattr(module, "lora_variant", None)
     ]
     try:
-        inner(input_ids=torch.zeros(2, 3, dtype=torch.long, device=inner.device), use_cache=False)
+        with outside_training(inner):
+            inner(input_ids=torch.zeros(2, 3, dtype=torch.long, device=inner.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from transformers import TrainerCallback
 
 from ..decoding.blocks import agreement
 from ..decoding.mixin import enable, unwrap
+from .forward import outside_training
 
 
 BEFORE = "_texts_before_training.json"  # what begins so is not pushed to the Hub
@@ -77,7 +77,7 @@ class DecodingCallback(TrainerCallback):
             settings["jacobi_config"] = self.trainer.jacobi_config
         table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         room = self.trainer.args.eval_max_new_tokens if table is None else table - len(prompt)
-        with _able_to_decode(model), self.trainer.accelerator.autocast():
+        with outside_training(model), self.trainer.accelerator.autocast():
             return model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
@@ -86,22 +86,6 @@ class DecodingCallback(TrainerCallback):
                 use_cache=True,
                 **settings,
             )
-
-
-@contextmanager
-def _able_to_decode(model):
-    """The model in evaluation mode, and with an attention that decoding can serve."""
-    training = model.training
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
-    model.eval()
-    if attention == "flex_attention":
-        model.set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        if attention == "flex_attention":
-            model.set_attn_implementation(attention)
-        model.train(training)
 
 
 def prompt_of(row: dict[str, list[int]]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,22 @@ def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
     return decoder(**inputs, use_cache=False).last_hidden_state
 
 
+@contextmanager
+def outside_training(model: PreTrainedModel):
+    """The model in evaluation mode, with SDPA in place of FlexAttention, which has to be compiled and cannot decode."""
+    training = model.training
+    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    model.eval()
+    if attention == "flex_attention":
+        model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        if attention == "flex_attention":
+            model.set_attn_implementation(attention)
+        model.train(training)
+
+
 class Head:
     """
     From hidden states to logits as a model computes them, its scalings and caps included.
@@ -91,19 +108,13 @@ class Head:
         Raises:
             `ValueError`: they differ.
         """
-        model, training = self.model, self.model.training
         if is_deepspeed_zero3_enabled():  # no process has the weights yet
             return
-        attention = model.config.get_text_config(decoder=True)._attn_implementation
-        if attention == "flex_attention":  # not worth compiling for
-            model.set_attn_implementation("sdpa")
-        model.eval()
+        model = self.model
         tokens = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
-        own = model(input_ids=tokens, use_cache=False).logits[0].float()
-        ours = self(hidden_states(model, input_ids=tokens)[0]).float()
-        model.train(training)
-        if attention == "flex_attention":
-            model.set_attn_implementation(attention)
+        with outside_training(model):
+            own = model(input_ids=tokens, use_cache=False).logits[0].float()
+            ours = self(hidden_states(model, input_ids=tokens)[0]).float()
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max() + 1e-6), rtol=1e-2):
             raise ValueError(
                 f"the logits of {type(model).__name__} are not those of its output embeddings applied to its hidden "

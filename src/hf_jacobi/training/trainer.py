@@ -224,9 +224,8 @@ class JacobiForcingTrainer(Trainer):
         """Adds both losses, summed over the whole set, and what decoding some of its prompts comes to."""
         self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        figures = self._means("eval")
-        if figures:
-            figures["loss"] = figures["consistency_loss"] + self.args.ar_loss_weight * figures["ar_loss"]
+        figures = means_of(self._take_sums("eval"))
+        figures["loss"] = figures["consistency_loss"] + self.args.ar_loss_weight * figures["ar_loss"]
         if self.decoding and metric_key_prefix.startswith("eval"):
             figures |= self.decoding.figures()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
@@ -247,25 +246,17 @@ class JacobiForcingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the means since the last log: both losses, the share of noisy positions predicted right, tokens/s."""
         if "loss" in logs:
-            means = self._means("train")
+            sums = self._take_sums("train")
             seconds, self._seconds = max(self._seconds, 1e-9), 0.0
-            logs = {**logs, **means, "tokens_per_second": self._tokens / seconds}
+            logs = {**logs, **means_of(sums), "tokens_per_second": sums["tokens"] / seconds}
         super().log(logs, start_time)
 
-    def _means(self, mode: str) -> dict[str, float]:
-        """The means of everything counted in a mode over all processes; counting starts over."""
+    def _take_sums(self, mode: str) -> dict[str, float]:
+        """Everything counted in a mode over all processes; counting starts over."""
         names = ("consistency", "ar", "right", "noisy", "clean", "tokens")
         local = torch.tensor([float(self._sums[mode][name]) for name in names], device=self.accelerator.device)
-        sums = dict(zip(names, self.accelerator.reduce(local, "sum").tolist()))
         self._sums[mode].clear()
-        self._tokens = sums["tokens"]
-        if not sums["tokens"]:
-            return {}
-        return {
-            "consistency_loss": sums["consistency"] / max(1.0, sums["noisy"]),
-            "ar_loss": sums["ar"] / max(1.0, sums["clean"]),
-            "noisy_accuracy": sums["right"] / max(1.0, sums["noisy"]),
-        }
+        return dict(zip(names, self.accelerator.reduce(local, "sum").tolist()))
 
     # What is saved
 
@@ -300,6 +291,15 @@ class JacobiForcingTrainer(Trainer):
             adapter=unwrap(self.model) is not self.accelerator.unwrap_model(self.model),
         )
         (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def means_of(sums: dict[str, float]) -> dict[str, float]:
+    """Both losses and the share of noisy positions predicted right, out of what `JacobiForcingTrainer` counts."""
+    return {
+        "consistency_loss": sums["consistency"] / max(1.0, sums["noisy"]),
+        "ar_loss": sums["ar"] / max(1.0, sums["clean"]),
+        "noisy_accuracy": sums["right"] / max(1.0, sums["noisy"]),
+    }
 
 
 @contextmanager

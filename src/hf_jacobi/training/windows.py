@@ -1,9 +1,9 @@
 """
 Attention over packed rows without a dense mask: one causal call over each text, and one over each window's noise.
 
-The dense mask scores every pair of tokens of a row, and four fifths of them are masked. Cut at the seams, only what is
-seen is scored. Registered with transformers under `WINDOWED`; what the mask says otherwise, here a short table of
-segments says, which travels in the place of the mask.
+The dense mask scores every pair of tokens of a row. A text of T tokens and its noise make 4 T^2 pairs, of which about
+T^2 are seen; cut at the seams, hardly more than those are scored. Registered with transformers under `WINDOWED`; what
+the mask says otherwise, here a short table of segments says, which travels in the place of the mask.
 """
 
 from __future__ import annotations

@@ -151,11 +151,11 @@ def collect_trajectories(
 
 
 def _fill(files: ShardFolder, collector: Collector, rows, progress: bool) -> None:
-    """Writes the shards that are missing: those of this process, every so-manieth."""
+    """Writes the shards that are missing, of those that fall to this process."""
     processes, settings = process_state(), collector.settings
     total = len(rows) if hasattr(rows, "__len__") else None
     digest = functools.partial(digest_of, column=settings.prompt_column)
-    seen: list[tuple[int, list]] = []
+    seen: list[tuple[int, str]] = []
     with Progress(total, progress and processes.is_main_process) as bar:
         for shard, piece in in_shards(rows, settings.shard_size):
             mine = shard % processes.num_processes == processes.process_index

@@ -65,7 +65,7 @@ def refine_blocks(call: DecodeCall, blocks: list[Block], positions_per_forward: 
     Runs Jacobi iterations on blocks of sequences that have been decoded, until every one has converged.
 
     All blocks in flight go through one forward: each sees the text before it, out of the cache that decoding left,
-    and itself, as if it were alone (DESIGN of the noise-aware mask with a window of one block).
+    and itself, as if it were alone.
 
     Args:
         call: a call that has finished; its cache, mask and way of choosing tokens are used.
