@@ -56,7 +56,7 @@ def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
 
 @contextmanager
 def outside_training(model: PreTrainedModel):
-    """The model in evaluation mode, with SDPA in place of FlexAttention, which has to be compiled and cannot decode."""
+    """The model in evaluation mode, with SDPA in place of FlexAttention, which must be compiled and cannot decode."""
     training = model.training
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     model.eval()
