@@ -141,8 +141,7 @@ def collect_trajectories(
     described["generation_config"] = {
         name: getattr(collector.generation_config, name) for name in (*TOKENS, *SAMPLING)
     }
-    with processes.main_process_first():
-        files = ShardFolder(output_dir, NAME, TRAJECTORY_FEATURES, described)
+    files = ShardFolder(output_dir, NAME, TRAJECTORY_FEATURES, described)
     with files.locked() if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()
         _fill(files, collector, rows, progress)

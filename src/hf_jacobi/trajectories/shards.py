@@ -49,7 +49,8 @@ class ShardFolder:
         self.name = name
         self.features = features
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._check_settings(json.loads(json.dumps({"kind": name, **settings})))
+        self.settings = json.loads(json.dumps({"kind": name, **settings}))
+        self._check_settings(self.settings)
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.folder / SETTINGS
@@ -58,7 +59,6 @@ class ShardFolder:
                 raise ValueError(
                     f"{self.folder} holds Parquet files of other work: name an empty folder or a new one."
                 )
-            self._write_at_once(file, lambda path: path.write_text(json.dumps(settings, indent=2)))
             return
         before = json.loads(file.read_text())
         keys = sorted(before.keys() | settings.keys())
@@ -76,7 +76,7 @@ class ShardFolder:
     @contextmanager
     def locked(self):
         """
-        Keeps other runs out of the folder, and removes what an interrupted one left half-written.
+        Keeps other runs out of the folder, removes what an interrupted one left half-written, notes the settings.
 
         Raises:
             `ValueError`: another run is at work in it.
@@ -89,6 +89,8 @@ class ShardFolder:
                     raise ValueError(f"another run is at work in {self.folder}: wait for it, or stop it.") from None
             for scratch in self.folder.glob(".*.tmp"):
                 scratch.unlink(missing_ok=True)
+            text = json.dumps(self.settings, indent=2)
+            self._write_at_once(self.folder / SETTINGS, lambda path: path.write_text(text))
             yield
 
     def path(self, number: int) -> Path:
