@@ -29,6 +29,7 @@ __all__ = [
     "disable",
     "enable",
     "pack_trajectories",
+    "publish",
 ]
 
 # What needs more than torch and transformers is imported when it is first asked for.
@@ -37,6 +38,7 @@ _LATER = {
     "JacobiForcingTrainer": "training",
     "collect_trajectories": "trajectories",
     "pack_trajectories": "trajectories",
+    "publish": "hub",
 }
 
 

@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
-from . import collect, demo, pack, train
+from . import collect, demo, pack, push, train
 
 
-COMMANDS = (demo, collect, pack, train)
+COMMANDS = (demo, collect, pack, train, push)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -50,7 +50,7 @@ class JacobiGenerationMixin:
             `ValueError`: an argument is out of range, or Jacobi decoding cannot serve the model or the mode.
         """
         own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
-        return _generate(super().generate, self, args, kwargs, **own)
+        return decode_by(super().generate, self, args, kwargs, **own)
 
 
 @functools.wraps(_plain_generate)
@@ -60,14 +60,22 @@ def _generate_of_process(self, *args, decoding=None, jacobi_config=None, output_
     if isinstance(self, JacobiGenerationMixin):  # enabled by itself, so it was decided before
         return plain(*args, **kwargs)
     own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
-    return _generate(plain, self, args, kwargs, **own)
+    return decode_by(plain, self, args, kwargs, **own)
 
 
-def _generate(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, output_trajectory):
-    """Decides between `plain`, the `generate` that was there before, and Jacobi decoding through its door."""
+def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, output_trajectory):
+    """
+    Decides between `plain`, the `generate` that was there before, and Jacobi decoding through its door.
+
+    Args:
+        plain: what is called with the arguments, for Jacobi decoding with a `custom_generate` among them.
+        model: the one that generates.
+        args, kwargs: the arguments of the call.
+        decoding, jacobi_config, output_trajectory: as in [`JacobiGenerationMixin.generate`].
+    """
     of_call = args[1] if len(args) > 1 else kwargs.get("generation_config")
     if decoding is None:
-        decoding = "ar" if kwargs.get("custom_generate") else _setting("decoding", of_call, model) or "ar"
+        decoding = "ar" if kwargs.get("custom_generate") else setting_of("decoding", of_call, model) or "ar"
     if decoding not in DECODINGS:
         raise ValueError(f"`decoding` must be one of {DECODINGS}, got {decoding!r}.")
     if decoding == "ar":
@@ -82,10 +90,10 @@ def _generate(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         raise ValueError("`custom_generate` and decoding='jacobi' are two ways to decode: pass one of them.")
     if kwargs.get("assistant_model") is not None:
         raise ValueError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
-    if kwargs.get("token_healing", _setting("token_healing", of_call, model)):
+    if kwargs.get("token_healing", setting_of("token_healing", of_call, model)):
         raise ValueError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
     if jacobi_config is None:
-        jacobi_config = _setting("jacobi", of_call, model)
+        jacobi_config = setting_of("jacobi", of_call, model)
     synced_gpus = kwargs.get("synced_gpus")
     bound = {
         "jacobi_config": JacobiConfig.coerce(jacobi_config),
@@ -105,8 +113,8 @@ def _is_sharded(model) -> bool:
     return torch.distributed.get_world_size() > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
-def _setting(name: str, generation_config, model):
-    """A setting of ours in the generation config of the call, else in that of the model."""
+def setting_of(name: str, generation_config, model):
+    """A setting of ours in the generation config of the call, else in that of the model, else `None`."""
     for config in (generation_config, model.generation_config):
         value = getattr(config, name, None)
         if value is not None:
@@ -121,7 +129,7 @@ def _turn_stop_strings_into_a_criterion(model, kwargs: dict) -> None:
     transformers builds that criterion itself, but not for a callable `custom_generate`: it drops the tokenizer there.
     """
     of_call = kwargs.get("generation_config")
-    strings = kwargs.get("stop_strings") or _setting("stop_strings", of_call, model)
+    strings = kwargs.get("stop_strings") or setting_of("stop_strings", of_call, model)
     if strings is None:
         return
     if kwargs.get("tokenizer") is None:

@@ -1,1 +1,6 @@
-"""How models are shared: model cards."""
+"""How checkpoints are shared."""
+
+from .publish import publish
+
+
+__all__ = ["publish"]

@@ -1,4 +1,4 @@
-"""Model cards: what a checkpoint is, how to decode with it, and how it was made."""
+"""Model cards: what a checkpoint is, how to decode with it, how it was made, and what was measured of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 import transformers
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from ..decoding.config import JacobiConfig
 
 
+TAGS = ("jacobi-forcing", "hf_jacobi")
+NOTE = "jacobi_forcing.json"  # beside the weights: how they were made
+EVALUATION = "evaluation.json"  # beside the weights: what was measured of them
 SETTINGS = (
     "num_train_epochs",
     "max_steps",
@@ -37,99 +40,196 @@ FIGURES = {
     "eval_tokens_per_forward": "tokens per forward",
     "eval_agreement": "tokens as before training",
 }
+KINDS = {
+    "model": "It is a whole model: without `hf_jacobi` it decodes as any other.",
+    "adapter": "It is an adapter (PEFT) that changes the text a little; see the measurements.",
+    "draft-only adapter": "It is an adapter (PEFT) that only drafts: every token of the text comes from the base "
+    "model, and in float32 the text is the base model's, token for token.",
+}
+CITATION = """```bibtex
+@article{hu2025jacobiforcing,
+  title={Fast and Accurate Causal Parallel Decoding using Jacobi Forcing},
+  author={Hu, Lanxiang and others},
+  journal={arXiv preprint arXiv:2512.14681},
+  year={2025}
+}
+```"""
 
 
-def training_card(
+def training_note(
     *,
-    name: str,
     base: str | None,
     dataset: str | None,
-    tags: list[str],
+    kind: str,
     args: Any,
     jacobi: JacobiConfig,
     history: list[dict[str, float]],
-    adapter: bool,
     step: int | None = None,
-) -> str:
+) -> dict[str, Any]:
     """
-    The card of a checkpoint that `JacobiForcingTrainer` wrote.
+    What is noted of a training, JSON-serializable; `render_card` reads it.
 
     Args:
-        name: of the model.
         base: the model it was trained from.
         dataset: what it was trained on, if that has a name.
-        tags: for the Hub.
+        kind: one of `KINDS`.
         args: the training arguments.
         jacobi: how it decodes.
-        history: the log of the training; the last evaluation is reported.
-        adapter: whether the checkpoint is a PEFT adapter.
-        step: the one whose evaluation is reported; the last if left out.
+        history: the log of the training; the last evaluation is noted.
+        step: the one whose evaluation is noted; the last if left out.
     """
-    on_hub = base and not base.startswith(("/", ".", "~")) and not Path(base).exists()
-    head: dict[str, Any] = {"library_name": "peft" if adapter else "transformers", "tags": tags}
-    if on_hub:
-        head["base_model"] = base
-    if dataset and not Path(dataset).exists():
-        head["datasets"] = [dataset]
-    load = [
-        "import hf_jacobi",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f'model = hf_jacobi.enable(AutoModelForCausalLM.from_pretrained("{name}"))',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-    ]
-    if adapter:
-        load[1:] = [
-            "from peft import AutoPeftModelForCausalLM",
-            "from transformers import AutoTokenizer",
-            "",
-            f'model = hf_jacobi.enable(AutoPeftModelForCausalLM.from_pretrained("{name}"))',
-            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        ]
-    settings = json.dumps(jacobi.to_dict())
-    config = ""
-    if adapter:  # which takes the generation config of its base
-        kept = {key: value for key, value in jacobi.to_dict().items() if value is not None}
-        config = f"\n    jacobi_config={kept},\n    "
-    load += [
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
-        f'output = model.generate({config}**inputs, decoding="jacobi", max_new_tokens=128)',
-    ]
-    lines = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        f"{f'[{base}](https://huggingface.co/{base})' if on_hub else 'A causal language model'} trained with Jacobi "
-        "Forcing (Hu et al., [arXiv 2512.14681](https://arxiv.org/abs/2512.14681)) to write several tokens per "
-        "forward pass. Without `hf_jacobi` it decodes as any other model.",
-        "## Use",
-        "```python\n" + "\n".join(load) + "\n```",
-        f"Settings it was evaluated with, also in `generation_config.json`: `{settings}`.",
-        "## Training",
-        _table(("setting", "value"), [(key, _plain(getattr(args, key))) for key in SETTINGS if hasattr(args, key)]),
-        f"torch {torch.__version__}, transformers {transformers.__version__}.",
-    ]
-    figures = _evaluation(history, step)
-    if figures:
-        lines += [
-            "## Evaluation",
-            "On the evaluation set of the training.",
-            _table(("figure", "value"), figures),
-        ]
-    return "\n\n".join(lines) + "\n"
-
-
-def _evaluation(history: list[dict[str, float]], step: int | None) -> list[tuple[str, str]]:
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for entry in history:
         if step is None or entry.get("step") == step:
-            found |= {key: value for key, value in entry.items() if key in FIGURES}
-    return [(label, f"{found[key]:.4g}") for key, label in FIGURES.items() if key in found]
+            figures |= {key: value for key, value in entry.items() if key in FIGURES}
+    return {
+        "base_model": base if is_on_hub(base) else None,
+        "dataset": dataset if dataset and not Path(dataset).exists() else None,
+        "kind": kind,
+        "settings": {key: _plain(getattr(args, key)) for key in SETTINGS if hasattr(args, key)},
+        "figures": figures,
+        "jacobi": jacobi.to_dict(),
+        "software": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def is_on_hub(name: str | None) -> bool:
+    """Whether a name can be one on the Hub, rather than a folder here."""
+    return bool(name) and not name.startswith(("/", ".", "~")) and not Path(name).exists()
+
+
+def render_card(
+    name: str, note: dict[str, Any], evaluation: dict[str, Any] | None = None, shared: bool = False
+) -> str:
+    """
+    The model card of a checkpoint.
+
+    Args:
+        name: of the repository on the Hub.
+        note: what `training_note` gave.
+        evaluation: what was measured: `measured_on`, a text, and `results`, each with `dataset` (a name), `decoding`
+            (a name) and `metrics` (name to number). They make the table and the `model-index`.
+        shared: whether `custom_generate/` goes with it.
+    """
+    base = note["base_model"]
+    subject = f"[{base}](https://huggingface.co/{base})" if base else "A causal language model"
+    parts = [
+        f"---\n{_metadata(name, note, evaluation, shared)}\n---",
+        f"# {name}",
+        f"{subject} trained with Jacobi Forcing (Hu et al., [arXiv 2512.14681](https://arxiv.org/abs/2512.14681)) to "
+        f"write several tokens per forward pass. {KINDS[note['kind']]}",
+        "## Use",
+        _usage(name, note),
+    ]
+    if shared:
+        parts += ["Without `hf_jacobi`, with the decoder that is in this repository:", _usage_of_shared(name, note)]
+    parts.append(f"It decodes with these settings, also in `generation_config.json`: `{json.dumps(note['jacobi'])}`.")
+    if evaluation and evaluation["results"]:
+        parts += ["## Measured", f"On {evaluation['measured_on']}.", _results_table(evaluation["results"])]
+    if note["settings"]:
+        software = ", ".join(f"{package} {version}" for package, version in note["software"].items())
+        parts += ["## Training", _table(("setting", "value"), list(note["settings"].items())), f"{software}."]
+    if note["figures"]:
+        figures = [(label, f"{note['figures'][key]:.4g}") for key, label in FIGURES.items() if key in note["figures"]]
+        parts += ["On the evaluation set of the training:", _table(("figure", "value"), figures)]
+    parts += [
+        "## Limits",
+        "It gains on text like that it was trained on, and less on other text. In half precision two tokens can tie, "
+        "and the number of tokens in a forward decides which one wins, so text may differ from that of one token at a "
+        "time; in float32 it does not. Large batches on a device that is busy with one token per row gain nothing.",
+        "## Citation",
+        CITATION,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None, shared: bool) -> str:
+    adapter = note["kind"] != "model"
+    data: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": [*TAGS, *(["custom_generate"] if shared else [])],
+    }
+    if note["base_model"]:
+        data |= {"base_model": note["base_model"], "base_model_relation": "adapter" if adapter else "finetune"}
+    if note["dataset"]:
+        data["datasets"] = [note["dataset"]]
+    if evaluation and evaluation["results"]:
+        data["model_name"] = name.split("/")[-1]
+        data["eval_results"] = [
+            EvalResult(
+                task_type="text-generation",
+                dataset_type="local",
+                dataset_name=result["dataset"],
+                metric_type=metric,
+                metric_name=f"{metric.replace('_', ' ')} ({result['decoding']})",
+                metric_value=round(value, 4),
+            )
+            for result in evaluation["results"]
+            for metric, value in result["metrics"].items()
+        ]
+    return ModelCardData(**data).to_yaml()
+
+
+def _usage(name: str, note: dict[str, Any]) -> str:
+    load = "AutoModelForCausalLM" if note["kind"] == "model" else "AutoPeftModelForCausalLM"
+    imports = ["from transformers import AutoTokenizer", f"from peft import {load}"]
+    if note["kind"] == "model":
+        imports = [f"from transformers import {load}, AutoTokenizer"]
+    config = ""
+    if note["kind"] != "model":  # which takes the generation config of its base
+        kept = {key: value for key, value in note["jacobi"].items() if value is not None}
+        config = f"\n    jacobi_config={kept},\n    "
+    lines = [
+        "import hf_jacobi",
+        *sorted(imports),
+        "",
+        f'model = hf_jacobi.enable({load}.from_pretrained("{name}"))',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        f'output = model.generate({config}**inputs, decoding="jacobi", max_new_tokens=128)',
+        "print(tokenizer.decode(output[0]))",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _usage_of_shared(name: str, note: dict[str, Any]) -> str:
+    call = "model.generate(**inputs, max_new_tokens=128)"
+    if note["kind"] != "model":  # transformers looks for `custom_generate` beside the base model
+        call = f'model.generate(**inputs, max_new_tokens=128, custom_generate="{name}", trust_remote_code=True)'
+    load = "AutoModelForCausalLM" if note["kind"] == "model" else "AutoPeftModelForCausalLM"
+    trust = ", trust_remote_code=True" if note["kind"] == "model" else ""
+    lines = [
+        f"from {'transformers' if note['kind'] == 'model' else 'peft'} import {load}",
+        "from transformers import AutoTokenizer",
+        "",
+        f'model = {load}.from_pretrained("{name}"{trust})',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        f"output = {call}",
+        "print(tokenizer.decode(output[0]))",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _results_table(results: list[dict[str, Any]]) -> str:
+    metrics = list(dict.fromkeys(metric for result in results for metric in result["metrics"]))
+    head = ["data", "decoding", *(metric.replace("_", " ") for metric in metrics)]
+    rows = [
+        [
+            result["dataset"],
+            result["decoding"],
+            *(f"{result['metrics'][metric]:.4g}" if metric in result["metrics"] else "" for metric in metrics),
+        ]
+        for result in results
+    ]
+    return _table(head, rows)
 
 
 def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # of an enumeration
 
 
-def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in rows)]
-    return "\n".join(lines)
+def _table(head, rows) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from ..decoding.config import JacobiConfig
 from ..decoding.mixin import unwrap
-from ..hub.card import training_card
+from ..hub.card import NOTE, TAGS, render_card, training_note
 from .adapters import add_adapter, draft_offsets
 from .callbacks import DecodingCallback
 from .checks import block_size_of, check_data, check_tokenizer
@@ -59,7 +60,7 @@ class JacobiForcingTrainer(Trainer):
     ```
     """
 
-    _tag_names = ("jacobi-forcing", "hf_jacobi")
+    _tag_names = TAGS
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the counts of all micro-batches
 
     def __init__(
@@ -279,17 +280,20 @@ class JacobiForcingTrainer(Trainer):
 
     def _write_card(self, folder: Path, model_name: str | None = None, dataset_name: str | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        card = training_card(
-            name=self.hub_model_id or self.args.hub_model_id or model_name or Path(self.args.output_dir).name,
+        adapted = unwrap(self.model) is not self.accelerator.unwrap_model(self.model)
+        scope = "draft-only adapter" if self.args.adapter_scope == "draft" else "adapter"
+        note = training_note(
             base=self.base_name,
             dataset=dataset_name,
-            tags=list(self._tag_names),
+            kind=scope if adapted else "model",
             args=self.args,
             jacobi=self.jacobi_config,
             history=self.state.log_history,
             step=self.state.best_global_step if self.args.load_best_model_at_end else None,
-            adapter=unwrap(self.model) is not self.accelerator.unwrap_model(self.model),
         )
+        name = self.hub_model_id or self.args.hub_model_id or model_name or Path(self.args.output_dir).name
+        (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+        card = render_card(name, note)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 

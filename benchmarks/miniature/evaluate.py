@@ -1,0 +1,108 @@
+"""Solve rates and tokens per forward of a model on problems, and time beside other ways of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from statistics import median
+
+import torch
+from tqdm import tqdm
+
+from hf_jacobi.evaluation.measuring import Method, measure
+
+from .problems import Problem
+from .tasks import is_solved
+
+
+MAX_NEW_TOKENS = 300
+BATCH_SIZE = 25
+
+
+def answer(model, tokenizer, problems: Sequence[Problem], method: Method) -> list[dict]:
+    """
+    Solves all problems, in batches of similar length.
+
+    Returns:
+        For each problem, in order, its `task`, the new `tokens`, the `forwards` its row took, and whether it is
+        `solved`.
+    """
+    order = sorted(range(len(problems)), key=lambda index: len(problems[index].prompt))
+    answers: list[dict] = [{} for _ in problems]
+    for piece in tqdm(list(_pieces(order)), desc=method.name, leave=False):
+        inputs = tokenizer([problems[index].prompt for index in piece], padding=True, return_tensors="pt")
+        inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        measured = measure(model, inputs, method, MAX_NEW_TOKENS)
+        for index, tokens, forwards in zip(piece, measured.tokens, measured.forwards):
+            text = tokenizer.decode(tokens, skip_special_tokens=True)
+            solved = is_solved(problems[index], text)
+            answers[index] = {
+                "task": problems[index].task,
+                "tokens": tokens,
+                "forwards": forwards,
+                "solved": solved,
+            }
+    return answers
+
+
+def _pieces(order: list[int]) -> Iterator[list[int]]:
+    for start in range(0, len(order), BATCH_SIZE):
+        yield order[start : start + BATCH_SIZE]
+
+
+def summary(answers: list[dict], before: list[dict]) -> dict[str, dict]:
+    """
+    Figures by task and for both.
+
+    Args:
+        answers: those of a model.
+        before: those of the base model to the same problems.
+    """
+    figures = {}
+    for task in (*sorted({row["task"] for row in answers}), "both"):
+        pairs = [(row, old) for row, old in zip(answers, before) if task in (row["task"], "both")]
+        tokens = sum(len(row["tokens"]) for row, _ in pairs)
+        figures[task] = {
+            "problems": len(pairs),
+            "solve_rate": sum(row["solved"] for row, _ in pairs) / len(pairs),
+            "tokens_per_forward": tokens / sum(row["forwards"] for row, _ in pairs),
+            "tokens": tokens,
+            "identical": sum(row["tokens"] == old["tokens"] for row, old in pairs) / len(pairs),
+        }
+    return figures
+
+
+def race(contestants: dict[str, tuple], tokenizer, problems: Sequence[Problem]) -> dict[str, dict]:
+    """
+    Time of several ways of decoding, one problem at a time, each problem by all of them in turn.
+
+    Args:
+        contestants: name to `(model, method)`; the first is what the others are compared with.
+        tokenizer: of all the models.
+        problems: to solve.
+
+    Returns:
+        For each name `tokens_per_second`, `tokens_per_forward`, and `speedup` over the first by tokens per second,
+        in all and as the median over problems.
+    """
+    runs: dict[str, list] = {name: [] for name in contestants}
+    for number, problem in enumerate(tqdm([*problems[:2], *problems], desc="race", leave=False)):
+        inputs = tokenizer(problem.prompt, return_tensors="pt")
+        for name, (model, method) in contestants.items():
+            on_device = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
+            measured = measure(model, on_device, method, MAX_NEW_TOKENS)
+            if number >= 2:  # after a warm-up
+                runs[name].append((len(measured.tokens[0]), measured.forwards[0], measured.seconds))
+    first = next(iter(runs.values()))
+    figures = {}
+    for name, rows in runs.items():
+        tokens, forwards, seconds = (sum(row[column] for row in rows) for column in range(3))
+        pace = [(mine[0] / mine[2]) / (base[0] / base[2]) for mine, base in zip(rows, first)]
+        figures[name] = {
+            "tokens_per_second": tokens / seconds,
+            "tokens_per_forward": tokens / forwards,
+            "speedup": (tokens / seconds) / (sum(row[0] for row in first) / sum(row[2] for row in first)),
+            "median_speedup": median(pace),
+            "problems": len(rows),
+            "threads": torch.get_num_threads(),
+        }
+    return figures

@@ -1,0 +1,140 @@
+"""Jacobi Forcing of the base model by a recipe, with the library's own functions."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_jacobi
+
+from .base import train_base
+from .evaluate import answer, summary
+from .recipes import AR, BASE_PROBLEMS, RECIPES, Recipe, sliding
+from .tasks import training_problems
+
+
+VALIDATION = 100  # problems of each task, none of them held out or trained on
+BATCH_SIZE = 8
+KEPT = 0.01  # of the solve rate may be lost by the checkpoint that is chosen
+
+
+def base_model(folder: Path) -> Path:
+    """The base model, trained if it is not there."""
+    target = folder / "base"
+    if not (target / "config.json").exists():
+        train_base(target, BASE_PROBLEMS)
+    return target
+
+
+def load(path: Path, base: Path | None = None):
+    """A model ready to decode; an adapter on its base."""
+    if (path / "adapter_config.json").exists():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path)
+    return hf_jacobi.enable(model.eval().to("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_tokenizer(base: Path):
+    """The miniature's tokenizer."""
+    return AutoTokenizer.from_pretrained(base)
+
+
+def trajectories(folder: Path, block_size: int) -> Path:
+    """The base model's own completions of problems it was not trained on, with every state of their blocks."""
+    prompts = max(recipe.prompts for recipe in RECIPES.values() if recipe.block_size == block_size)
+    target = folder / f"trajectories-n{block_size}"
+    base = base_model(folder)
+    problems = training_problems(prompts, "forcing")
+    hf_jacobi.collect_trajectories(
+        load(base),
+        load_tokenizer(base),
+        [{"id": str(number), "prompt": problem.prompt} for number, problem in enumerate(problems)],
+        block_size=block_size,
+        max_new_tokens=288,
+        batch_size=64,
+        output_dir=target,
+        overlong="drop",
+        progress=True,
+    )
+    return target
+
+
+def forced_model(folder: Path, recipe: Recipe) -> Path:
+    """The model that a recipe makes, made if it is not there: a folder with the chosen checkpoint and `curve.json`."""
+    target = folder / "models" / recipe.name
+    if (target / "curve.json").exists():
+        return target
+    import datasets
+
+    base = base_model(folder)
+    collected = trajectories(folder, recipe.block_size)
+    rows = datasets.load_dataset(str(collected), split="train", cache_dir=str(folder / "cache"))
+    rows = rows.filter(lambda row: int(row["prompt_id"]) < recipe.prompts, keep_in_memory=True)
+    packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
+    steps = len(packed) // BATCH_SIZE
+    adapter = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    work = folder / "training" / recipe.name
+    trainer = hf_jacobi.JacobiForcingTrainer(
+        model=str(base),
+        args=hf_jacobi.JacobiForcingConfig(
+            output_dir=str(work),
+            per_device_train_batch_size=BATCH_SIZE,
+            max_steps=steps,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(50, steps // 10),
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            save_steps=max(1, steps // recipe.checkpoints),
+            logging_steps=10,
+            report_to="none",
+            seed=0,
+            **recipe.training,
+        ),
+        train_dataset=packed,
+        peft_config=adapter if recipe.adapter else None,
+    )
+    last = sorted(work.glob("checkpoint-*"), key=_step)[-1:]
+    trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+    tokens = sum(map(len, packed["input_ids"]))
+    curve = try_checkpoints(base, work, tokens / len(packed) * BATCH_SIZE)
+    best = choose(curve)
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(
+        work / f"checkpoint-{best['step']}", target, ignore=shutil.ignore_patterns("optimizer.pt", "*.pth")
+    )
+    note = {"chosen": best["step"], "curve": curve, "log": trainer.state.log_history}
+    (target / "curve.json").write_text(json.dumps(note, indent=1))
+    shutil.rmtree(work)
+    return target
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rsplit("-", 1)[1])
+
+
+def try_checkpoints(base: Path, work: Path, tokens_per_step: float) -> list[dict]:
+    """Solve rate and tokens per forward on validation problems: of the base model, and of every checkpoint."""
+    tokenizer = load_tokenizer(base)
+    problems = training_problems(2 * VALIDATION, "validation")
+    before = answer(load(base), tokenizer, problems, AR)
+    curve = [{"step": 0, "tokens": 0, **summary(before, before)["both"]}]
+    for checkpoint in sorted(work.glob("checkpoint-*"), key=_step):
+        answers = answer(load(checkpoint, base), tokenizer, problems, sliding(32))
+        step = _step(checkpoint)
+        curve.append({"step": step, "tokens": round(step * tokens_per_step), **summary(answers, before)["both"]})
+    return curve
+
+
+def choose(curve: list[dict]) -> dict:
+    """The fastest checkpoint that keeps the base model's solve rate; the one that solves most where none does."""
+    base, *checkpoints = curve
+    kept = [point for point in checkpoints if point["solve_rate"] >= base["solve_rate"] - KEPT]
+    if kept:
+        return max(kept, key=lambda point: point["tokens_per_forward"])
+    return max(checkpoints, key=lambda point: point["solve_rate"])

@@ -1,0 +1,86 @@
+"""What the miniature trains and how it decodes: the rows of its tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hf_jacobi.evaluation.measuring import AR, Method
+
+
+BASE_PROBLEMS = 48_000
+MAIN, SHORT = 10_000, 3_000  # prompts of the main table, and of the ablations
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    One Jacobi Forcing of the base model.
+
+    Args:
+        name: of the folder and of the rows.
+        block_size, window_size, noise_schedule: of the data. A window of 1 is CLLM.
+        adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
+        prompts: how many completions it is trained on, each once.
+        learning_rate, ar_loss_weight: of the training.
+        checkpoints: how many are tried on validation problems, the last among them.
+    """
+
+    name: str
+    block_size: int = 16
+    window_size: int = 8
+    noise_schedule: str = "linear"
+    adapter: str | None = None
+    prompts: int = SHORT
+    learning_rate: float = 3e-4
+    ar_loss_weight: float = 10.0
+    checkpoints: int = 1
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """What `JacobiForcingConfig` is told."""
+        scope = "draft" if self.adapter == "draft" else "all"
+        return {
+            "learning_rate": self.learning_rate,
+            "ar_loss_weight": self.ar_loss_weight,
+            "adapter_scope": scope,
+        }
+
+
+def in_blocks(n: int, blocks: int = 1, ratio: float = 0.85, pool: int = 0) -> Method:
+    """The paper's block-wise decoding, with multi-block decoding and recycling if asked for."""
+    name = f"blocks of {n}" + (f", K={blocks}, r={ratio}" if blocks > 1 else "") + (f", pool {pool}" if pool else "")
+    settings: dict[str, Any] = {"block_size": n, "window": "block", "pool_size": pool, "draft_init": "prompt"}
+    return Method(name, "jacobi", settings | {"max_blocks": blocks, "spawn_ratio": ratio})
+
+
+def sliding(n: int, pool: int = 0) -> Method:
+    """A window that always holds `n` positions."""
+    draft = "ngram" if pool else "prompt"
+    settings = {"block_size": n, "window": "sliding", "pool_size": pool, "draft_init": draft}
+    return Method(f"sliding {n}" + (f", pool {pool}" if pool else ""), "jacobi", settings)
+
+
+DRAFT = {"adapter": "draft", "window_size": 1, "noise_schedule": "random", "learning_rate": 2e-3}
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("forcing", prompts=MAIN, checkpoints=5),
+        Recipe("cllm", window_size=1, noise_schedule="random", prompts=MAIN, checkpoints=5),
+        Recipe("draft", **DRAFT, prompts=MAIN, checkpoints=2),  # type: ignore[arg-type]
+        Recipe("linear-w8"),
+        Recipe("random-w8", noise_schedule="random"),
+        Recipe("reverse-w8", noise_schedule="reverse"),
+        Recipe("linear-w4", window_size=4),
+        Recipe("linear-w16", window_size=16),
+        Recipe("random-w1", window_size=1, noise_schedule="random"),
+        Recipe("linear-w8-n32", block_size=32),
+        Recipe("random-w1-n32", block_size=32, window_size=1, noise_schedule="random"),
+        Recipe("linear-w8-n64", block_size=64),
+        Recipe("random-w1-n64", block_size=64, window_size=1, noise_schedule="random"),
+        Recipe("lora", adapter="lora", learning_rate=2e-3),
+        Recipe("draft-short", **DRAFT),  # type: ignore[arg-type]
+    )
+}
+MR = in_blocks(16, blocks=2, pool=4)
+METHODS = (AR, in_blocks(16), MR, sliding(16), sliding(32), sliding(32, pool=4))

@@ -1,0 +1,102 @@
+"""Measurements of the miniature, each kept in a file of its own, so that a run goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import transformers
+
+from hf_jacobi.evaluation.measuring import AR, Method
+
+from .evaluate import answer, race, summary
+from .forcing import base_model, forced_model, load, load_tokenizer
+from .recipes import RECIPES
+from .tasks import held_out_problems
+
+
+class Results:
+    """
+    Figures of models and ways of decoding on held-out problems, measured when first asked for.
+
+    Args:
+        folder: of the whole run.
+        problems: held-out problems of each task.
+    """
+
+    def __init__(self, folder: Path, problems: int):
+        self.folder = folder
+        self.count = problems
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(base_model(self.folder))
+
+    def model(self, name: str):
+        """The model of a recipe, or `"base"`."""
+        base = base_model(self.folder)
+        return load(base if name == "base" else forced_model(self.folder, RECIPES[name]), base)
+
+    def answers(self, name: str, method: Method, count: int) -> list[dict]:
+        """The answers to the first `count` held-out problems of each task."""
+
+        def measure() -> list[dict]:
+            return answer(self.model(name), self.tokenizer, held_out_problems(count), method)
+
+        return self._kept(f"answers/{name}/{method.name}, {count}", measure)
+
+    def quality(self, name: str, method: Method, count: int | None = None) -> dict[str, dict]:
+        """Solve rate, tokens per forward and share of texts identical to the base model's; by task and for both."""
+        count = count or self.count
+        return summary(self.answers(name, method, count), self.answers("base", AR, count))
+
+    def race(self, name: str, contestants: list[tuple[str, Method]], count: int) -> dict[str, dict]:
+        """Time of models with ways of decoding on `count` problems of each task; the first is the yardstick."""
+
+        def measure() -> dict:
+            models = {model: self.model(model) for model in {model for model, _ in contestants}}
+            named = {f"{model}: {method.name}": (models[model], method) for model, method in contestants}
+            return race(named, self.tokenizer, held_out_problems(count))
+
+        return self._kept(f"races/{name}, {count}", measure)
+
+    def curve(self, name: str) -> dict:
+        """What `forced_model` notes of the training."""
+        return json.loads((forced_model(self.folder, RECIPES[name]) / "curve.json").read_text())
+
+    def setup(self) -> dict[str, str | int]:
+        """What the figures were measured on."""
+        return {
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "dtype": "float32",
+        }
+
+    def _kept(self, name: str, measure: Callable):
+        path = self.folder / "results" / f"{name}.json"
+        if path.exists():
+            return json.loads(path.read_text())["result"]
+        start = time.time()
+        result = measure()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        note = {"setup": self.setup(), "seconds": time.time() - start, "result": result}
+        path.write_text(json.dumps(note))
+        return result
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    file = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
+        if file.exists()
+        else []
+    )
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()

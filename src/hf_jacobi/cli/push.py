@@ -1,0 +1,37 @@
+"""`hf-jacobi push`: a checkpoint to the Hub, with the decoder and a model card."""
+
+from __future__ import annotations
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Publish a checkpoint on the Hub so that it decodes fast for whoever loads it"
+    parser = commands.add_parser("push", help=about, description=about)
+    parser.add_argument("model", help="the folder of a model or an adapter")
+    parser.add_argument("repo_id", help="user/name on the Hub")
+    parser.add_argument("--tokenizer", help="a folder or a Hub id (default: beside the model, else of its base)")
+    parser.add_argument("--evaluation", help="a JSON file of what was measured, for the card")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--output-dir", help="keep what is pushed in this folder, empty or new")
+    parser.add_argument("--dry-run", action="store_true", help="only write --output-dir, push nothing")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    from transformers import AutoTokenizer
+
+    from ..hub import publish
+
+    tokenizer = arguments.tokenizer and AutoTokenizer.from_pretrained(arguments.tokenizer)
+    place = publish(
+        arguments.model,
+        arguments.repo_id,
+        tokenizer,
+        arguments.output_dir,
+        arguments.dry_run,
+        evaluation=arguments.evaluation,
+        private=arguments.private,
+    )
+    print(f"{'written to' if arguments.dry_run else 'pushed:'} {place}")
+    return 0

@@ -1,0 +1,113 @@
+"""One `generate` call by one way of decoding, and what it took."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from ..decoding.mixin import unwrap
+
+
+LOOKUP_TOKENS = 10  # what transformers' documentation of prompt lookup uses
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way of decoding.
+
+    Args:
+        name: as reports call it.
+        decoding: `"ar"`, `"jacobi"`, or `"prompt_lookup"`, transformers' own n-gram drafts, which take one row.
+        settings: of `JacobiConfig`, for `"jacobi"`; those of the model's generation config if left out.
+    """
+
+    name: str
+    decoding: Literal["ar", "jacobi", "prompt_lookup"]
+    settings: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    def arguments(self) -> dict[str, Any]:
+        """What `generate` is called with."""
+        if self.decoding == "prompt_lookup":
+            return {"decoding": "ar", "prompt_lookup_num_tokens": LOOKUP_TOKENS}
+        config = {} if self.settings is None else {"jacobi_config": dict(self.settings)}
+        return {"decoding": self.decoding, **config}
+
+
+AR = Method("AR", "ar")
+PROMPT_LOOKUP = Method("prompt lookup", "prompt_lookup")
+
+
+@dataclass
+class Measured:
+    """
+    What a call gave.
+
+    Attributes:
+        tokens: the new tokens of each row, without what follows the end.
+        forwards: forwards each row took part in, the prefill counted as one.
+        positions: positions scored in all, the prefill counted as one per row.
+        seconds: wall-clock of the whole call.
+    """
+
+    tokens: list[list[int]]
+    forwards: list[int]
+    positions: int
+    seconds: float
+
+
+def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_tokens: int) -> Measured:
+    """
+    Decodes greedily.
+
+    Args:
+        model: an enabled model.
+        inputs: `input_ids` and `attention_mask`, `[batch, length]`, padded on the left.
+        method: the way of decoding.
+        max_new_tokens: how far.
+    """
+    length = inputs["input_ids"].shape[1]
+    calls: list[int] = []
+    # The adapter's second pass over the drafts is part of the same forward of the same module.
+    handle = unwrap(model).register_forward_pre_hook(lambda *_: calls.append(1))
+    try:
+        start = _now(model)
+        output = model.generate(
+            **inputs,
+            **method.arguments(),
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            return_dict_in_generate=True,
+        )
+        seconds = _now(model) - start
+    finally:
+        handle.remove()
+    if method.decoding == "jacobi":
+        rows = output.jacobi_stats.per_sequence
+        counts = [row.new_tokens for row in rows]
+        forwards = [row.forwards for row in rows]
+        positions = output.jacobi_stats.positions
+    else:
+        counts = [
+            _up_to_end(row, model.generation_config.eos_token_id) for row in output.sequences[:, length:].tolist()
+        ]
+        forwards = counts if method.decoding == "ar" else [len(calls)]
+        positions = sum(counts)
+    tokens = [row[:count] for row, count in zip(output.sequences[:, length:].tolist(), counts)]
+    return Measured(tokens, forwards, positions, seconds)
+
+
+def _now(model) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def _up_to_end(row: list[int], ends: int | list[int] | None) -> int:
+    """How many tokens a row has up to its end, which counts."""
+    known = {ends} if isinstance(ends, int) else set(ends or ())
+    return next((index + 1 for index, token in enumerate(row) if token in known), len(row))

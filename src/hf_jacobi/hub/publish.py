@@ -1,0 +1,242 @@
+"""`publish`: a checkpoint on the Hub that decodes many tokens per forward for whoever loads it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import tempfile
+from contextlib import nullcontext
+from importlib import resources
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
+from transformers import AutoTokenizer, GenerationConfig
+
+from ..decoding.config import JacobiConfig
+from ..decoding.draft_adapter import is_draft_only
+from ..decoding.mixin import unwrap
+from .card import EVALUATION, NOTE, is_on_hub, render_card
+
+
+ENTRY = "generate"
+CARRIED = "custom_generate"
+REQUIREMENTS = "transformers>=5.16\n"
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin")
+PUBLISHED = (
+    *WEIGHTS,
+    "config.json",
+    "adapter_config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    NOTE,
+    EVALUATION,
+    "LICENSE*",
+)
+
+
+def publish(
+    model_or_dir,
+    repo_id: str,
+    tokenizer=None,
+    output_dir: str | Path | None = None,
+    dry_run: bool = False,
+    *,
+    evaluation: str | Path | dict[str, Any] | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+) -> str:
+    """
+    Pushes a model or an adapter to the Hub with everything it needs to decode fast.
+
+    What is pushed: the weights; the tokenizer; the generation config with `decoding` and `jacobi`; a model card
+    rendered from what was noted of the training and from what was measured; and `custom_generate/`, the decoder itself,
+    so that `AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True).generate(...)` decodes fast where
+    `hf_jacobi` is not installed. (For an adapter, `generate(..., custom_generate=repo_id, trust_remote_code=True)`.)
+
+    Args:
+        model_or_dir (`PreTrainedModel`, `PeftModel`, `str` or `Path`):
+            A model, or the folder of one that `save_pretrained` or `JacobiForcingTrainer` wrote. A LoRA is published
+            as an adapter; `merge_and_unload()` before makes a whole model of it.
+        repo_id (`str`): `"user/name"` on the Hub; made if it is not there.
+        tokenizer (*optional*): the tokenizer; that of the folder, or of the base model, if left out.
+        output_dir (*optional*): where the folder that is pushed is written, empty or new. Needed for a dry run.
+        dry_run (`bool`): write `output_dir` and push nothing.
+        evaluation (*optional*): what was measured, for the card: a dict or a JSON file, as `render_card` takes it;
+            `evaluation.json` of the folder if left out.
+        private (`bool`, *optional*): whether a new repository is private; as the organization has it if left out.
+        token (*optional*): for the Hub; the one that is logged in if left out.
+
+    Returns:
+        The address of the commit, or for a dry run the folder.
+
+    Raises:
+        `ValueError`: no checkpoint, no tokenizer, a bad `repo_id` or evaluation, `output_dir` holds files, or an
+            adapter goes onto a folder of this machine.
+    """
+    validate_repo_id(repo_id)
+    if dry_run and output_dir is None:
+        raise ValueError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
+    if (
+        output_dir is not None
+        and Path(output_dir).expanduser().exists()
+        and any(Path(output_dir).expanduser().iterdir())
+    ):
+        raise ValueError(f"{output_dir} holds files: name an empty folder or a new one.")
+    if isinstance(evaluation, (str, Path)):
+        evaluation = json.loads(Path(evaluation).expanduser().read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as place:
+        folder = Path(place).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_folder(model_or_dir, repo_id, folder, tokenizer, evaluation)
+        if dry_run:
+            return str(folder)
+        base = (_adapter_config(folder) or {}).get("base_model_name_or_path")
+        if base and not is_on_hub(base):
+            raise ValueError(
+                f"others cannot load {base}, which the adapter goes onto: publish that first, and name its repository "
+                "in adapter_config.json (`base_model_name_or_path`)."
+            )
+        api = HfApi(token=token)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with hf_jacobi"))
+
+
+def write_folder(model_or_dir, repo_id: str, folder: Path, tokenizer, evaluation: dict[str, Any] | None) -> None:
+    """Writes everything that is pushed into an empty folder."""
+    if isinstance(model_or_dir, (str, Path)):
+        source = Path(model_or_dir).expanduser()
+        _copy_checkpoint(source, folder)
+    else:
+        source = None
+        model_or_dir.save_pretrained(folder)
+        unwrap(model_or_dir).generation_config.save_pretrained(folder)
+    base = _base_of(folder, None if source else unwrap(model_or_dir).config._name_or_path)
+    _write_tokenizer(folder, tokenizer, [source, base])
+    settings = _write_generation_config(folder)
+    _write_decoder(folder / CARRIED, settings)
+    note = _note(folder, base, settings)
+    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    if evaluation is not None:
+        (folder / EVALUATION).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+    elif (folder / EVALUATION).exists():
+        evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
+    _check_evaluation(evaluation)
+    (folder / "README.md").write_text(render_card(repo_id, note, evaluation, shared=True), encoding="utf-8")
+
+
+def _copy_checkpoint(source: Path, folder: Path) -> None:
+    if not any(path for pattern in WEIGHTS for path in source.glob(pattern)):
+        raise ValueError(f"{source} holds no weights: name a folder that save_pretrained or the trainer wrote.")
+    for path in {path for pattern in PUBLISHED for path in source.glob(pattern)}:
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _adapter_config(folder: Path) -> dict[str, Any] | None:
+    file = folder / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _base_of(folder: Path, trained_from: str | None) -> str | None:
+    """What an adapter goes onto, or what a model was trained from."""
+    if (adapter := _adapter_config(folder)) is not None:
+        return adapter.get("base_model_name_or_path")
+    if (folder / NOTE).exists():
+        return json.loads((folder / NOTE).read_text(encoding="utf-8"))["base_model"]
+    return trained_from
+
+
+def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if (folder / "tokenizer_config.json").exists():
+        return
+    for place in filter(None, places):
+        try:
+            AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+            return
+        except (OSError, ValueError):  # there is none
+            continue
+    raise ValueError("there is no tokenizer beside the model: pass `tokenizer`.")
+
+
+def _write_generation_config(folder: Path) -> dict[str, Any]:
+    """Makes Jacobi decoding the default where nothing was decided; returns `decoding` and `jacobi`."""
+    try:
+        config = GenerationConfig.from_pretrained(folder)
+    except OSError:
+        config = GenerationConfig()
+    config._from_model_config = False  # else it loses our keys when it is loaded again
+    if getattr(config, "decoding", None) is None:
+        config.decoding = "jacobi"
+    config.jacobi = JacobiConfig.coerce(getattr(config, "jacobi", None)).to_dict()
+    config.save_pretrained(folder)
+    return {"decoding": config.decoding, "jacobi": config.jacobi}
+
+
+def _write_decoder(folder: Path, settings: dict[str, Any]) -> None:
+    """The decoder out of this package's own source: the entry, and the modules it needs, directly or not."""
+    package = resources.files("hf_jacobi")
+    sources = {ENTRY: (package / "hub" / "custom_generate.py").read_text(encoding="utf-8")}
+    sources["settings"] = (
+        '"""How this checkpoint decodes, where neither the call nor the generation config says so."""\n\n'
+        f"DECODING = {settings['decoding']!r}\nJACOBI = {settings['jacobi']!r}\n"
+    )
+    missing = set(RELATIVE_IMPORT.findall(sources[ENTRY])) - sources.keys()
+    while missing:
+        name = missing.pop()
+        sources[name] = (package / "decoding" / f"{name}.py").read_text(encoding="utf-8")
+        missing |= set(RELATIVE_IMPORT.findall(sources[name])) - sources.keys()
+    folder.mkdir()
+    for name, source in sources.items():
+        (folder / f"{name}.py").write_text(source, encoding="utf-8")
+    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+
+
+def _note(folder: Path, base: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """What the trainer noted, or what can be told of a checkpoint without that."""
+    adapter = _adapter_config(folder)
+    draft = adapter is not None and is_draft_only(SimpleNamespace(**adapter))
+    known: dict[str, Any] = {
+        "base_model": base if is_on_hub(base) else None,
+        "dataset": None,
+        "kind": "model" if adapter is None else "draft-only adapter" if draft else "adapter",
+        "settings": {},
+        "figures": {},
+        "software": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    if (folder / NOTE).exists():
+        known |= json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    return known | {"jacobi": settings["jacobi"]}
+
+
+def _check_evaluation(evaluation: dict[str, Any] | None) -> None:
+    if evaluation is None:
+        return
+    try:
+        rows = [(row["dataset"], row["decoding"], row["metrics"]) for row in evaluation["results"]]
+        sound = isinstance(evaluation["measured_on"], str) and all(
+            isinstance(value, (int, float)) for *_, metrics in rows for value in metrics.values()
+        )
+    except (KeyError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise ValueError(
+            "an evaluation has `measured_on`, a text, and `results`, a list of `dataset`, `decoding` and `metrics` "
+            "(name to number)."
+        )

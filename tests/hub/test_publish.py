@@ -1,0 +1,158 @@
+"""A published folder, loaded as whoever finds it on the Hub loads it."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from models import tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_jacobi
+from hf_jacobi.hub.card import NOTE
+
+
+PROMPT = [[5, 6, 7, 5, 6, 7, 5]]
+EVALUATION = {
+    "measured_on": "two cores",
+    "results": [
+        {"dataset": "problems", "decoding": "AR", "metrics": {"tokens_per_forward": 1.0, "solve_rate": 0.9}},
+        {"dataset": "problems", "decoding": "jacobi", "metrics": {"tokens_per_forward": 4.25}},
+    ],
+}
+WITHOUT_US = """
+import sys
+sys.modules["hf_jacobi"] = None  # as if it were not installed
+import torch
+from {package} import {loader}
+model = {loader}.from_pretrained("{folder}", {trust})
+inputs = dict(input_ids=torch.tensor({prompt}), attention_mask=torch.ones(1, {length}, dtype=torch.long))
+output = model.generate(**inputs, max_new_tokens=24, do_sample=False, return_dict_in_generate=True, {call})
+print(output.sequences[0].tolist(), type(output).__name__, output.jacobi_stats.forwards)
+plain = model.generate(**inputs, max_new_tokens=24, do_sample=False, decoding="ar", {call})
+print(plain[0].tolist())
+sampled = model.generate(inputs["input_ids"], max_new_tokens=4, do_sample=True, {call})
+assert sampled.shape[1] > {length}
+"""
+
+
+def publish(model, folder, **settings):
+    tokenizer = settings.pop("tokenizer", tiny_tokenizer())
+    return hf_jacobi.publish(model, "someone/fast", tokenizer, folder, dry_run=True, **settings)
+
+
+def run_without_us(tmp_path, folder, adapter: bool):
+    """The text that a process without `hf_jacobi` decodes: by Jacobi decoding, and one token at a time."""
+    script = tmp_path / "use.py"
+    call = f'custom_generate="{folder}", trust_remote_code=True' if adapter else ""
+    values = {"package": "peft", "loader": "AutoPeftModelForCausalLM", "trust": ""}
+    if not adapter:
+        values = {"package": "transformers", "loader": "AutoModelForCausalLM", "trust": "trust_remote_code=True"}
+    script.write_text(WITHOUT_US.format(**values, folder=folder, call=call, prompt=PROMPT, length=len(PROMPT[0])))
+    environment = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    jacobi, plain = done.stdout.splitlines()[-2:]
+    return json.loads(jacobi[: jacobi.index("]") + 1]), json.loads(plain), jacobi
+
+
+def greedy(model) -> list[int]:
+    inputs = torch.tensor(PROMPT)
+    mask = torch.ones_like(inputs)
+    model = hf_jacobi.enable(model)
+    return model.generate(inputs, attention_mask=mask, max_new_tokens=24, do_sample=False, decoding="jacobi")[
+        0
+    ].tolist()
+
+
+def test_a_published_model_decodes_fast_without_this_library(tmp_path):
+    model = tiny_model()
+    expected = greedy(model)
+    model.generation_config.decoding = "jacobi"
+    model.generation_config.jacobi = {"block_size": 8}
+    folder = publish(model, tmp_path / "pushed")
+    text, plain, line = run_without_us(tmp_path, folder, adapter=False)
+    assert text == plain == expected
+    assert "JacobiOutput" in line and int(line.split()[-1]) < len(expected)
+
+
+def test_a_published_draft_adapter_leaves_the_text_of_its_base(tmp_path):
+    base = tiny_model()
+    expected = greedy(base)
+    hf_jacobi.disable(base)
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
+    folder = publish(get_peft_model(model, config), tmp_path / "pushed", tokenizer=None)
+    assert json.loads((tmp_path / "pushed" / NOTE).read_text())["kind"] == "draft-only adapter"
+    text, plain, _ = run_without_us(tmp_path, folder, adapter=True)
+    assert text == plain == expected
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
+
+
+def test_the_card_says_what_was_measured(tmp_path):
+    folder = publish(tiny_model(), tmp_path / "pushed", evaluation=EVALUATION)
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
+    assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
+    assert {"jacobi-forcing", "custom_generate"} <= set(metadata["tags"])
+    metrics = metadata["model-index"][0]["results"][0]["metrics"]
+    assert [metric["value"] for metric in metrics] == [1.0, 0.9, 4.25]
+    assert "| problems | jacobi | 4.25 |  |" in card and "two cores" in card and "someone/fast" in card
+    again = publish(folder, tmp_path / "again", tokenizer=None)
+    assert (tmp_path / "again" / "README.md").read_text() == card and again != folder
+
+
+def test_a_folder_of_the_trainer_is_published_without_its_checkpoints(tmp_path):
+    source = tmp_path / "out"
+    tiny_model().save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    (source / "checkpoint-1").mkdir()
+    (source / "optimizer.pt").write_bytes(b"large")
+    publish(source, tmp_path / "pushed", tokenizer=None)
+    names = {path.name for path in (tmp_path / "pushed").iterdir()}
+    assert {"model.safetensors", "config.json", "custom_generate", "README.md", "generation_config.json"} <= names
+    assert not {"checkpoint-1", "optimizer.pt"} & names
+    assert json.loads((tmp_path / "pushed" / "generation_config.json").read_text())["decoding"] == "jacobi"
+
+
+def test_the_decoder_imports_only_itself_torch_and_transformers(tmp_path):
+    publish(tiny_model(), tmp_path / "pushed")
+    for file in (tmp_path / "pushed" / "custom_generate").glob("*.py"):
+        source = file.read_text()
+        for name in re.findall(r"^\s*from \.(\w+) import", source, re.MULTILINE):
+            assert (file.parent / f"{name}.py").exists()
+        assert "from .." not in source and "import hf_jacobi" not in source
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokenizer": None}, "pass `tokenizer`"),
+        ({"evaluation": {"results": []}}, "`measured_on`"),
+        ({"evaluation": {"measured_on": "x", "results": [{"dataset": "a"}]}}, "`measured_on`"),
+    ],
+)
+def test_bad_input_is_refused(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        publish(tiny_model(), tmp_path / "pushed", **settings)
+
+
+def test_bad_places_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="pass `output_dir` too"):
+        hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer(), dry_run=True)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="holds files"):
+        publish(tiny_model(), tmp_path / "full")
+    with pytest.raises(ValueError, match="no weights"):
+        publish(tmp_path / "full", tmp_path / "new")
+    with pytest.raises(ValueError, match="[Rr]epo"):
+        hf_jacobi.publish(tiny_model(), "not a name!", tiny_tokenizer(), tmp_path / "new", dry_run=True)
