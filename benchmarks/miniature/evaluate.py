@@ -1,11 +1,9 @@
-"""Solve rates and tokens per forward of a model on problems, and time beside other ways of decoding."""
+"""Solve rates and tokens per forward of a model on problems."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from statistics import median
 
-import torch
 from tqdm import tqdm
 
 from hf_jacobi.evaluation.measuring import Method, measure
@@ -67,42 +65,5 @@ def summary(answers: list[dict], before: list[dict]) -> dict[str, dict]:
             "tokens_per_forward": tokens / sum(row["forwards"] for row, _ in pairs),
             "tokens": tokens,
             "identical": sum(row["tokens"] == old["tokens"] for row, old in pairs) / len(pairs),
-        }
-    return figures
-
-
-def race(contestants: dict[str, tuple], tokenizer, problems: Sequence[Problem]) -> dict[str, dict]:
-    """
-    Time of several ways of decoding, one problem at a time, each problem by all of them in turn.
-
-    Args:
-        contestants: name to `(model, method)`; the first is what the others are compared with.
-        tokenizer: of all the models.
-        problems: to solve.
-
-    Returns:
-        For each name `tokens_per_second`, `tokens_per_forward`, and `speedup` over the first by tokens per second,
-        in all and as the median over problems.
-    """
-    runs: dict[str, list] = {name: [] for name in contestants}
-    for number, problem in enumerate(tqdm([*problems[:2], *problems], desc="race", leave=False)):
-        inputs = tokenizer(problem.prompt, return_tensors="pt")
-        for name, (model, method) in contestants.items():
-            on_device = {key: inputs[key].to(model.device) for key in ("input_ids", "attention_mask")}
-            measured = measure(model, on_device, method, MAX_NEW_TOKENS)
-            if number >= 2:  # after a warm-up
-                runs[name].append((len(measured.tokens[0]), measured.forwards[0], measured.seconds))
-    first = next(iter(runs.values()))
-    figures = {}
-    for name, rows in runs.items():
-        tokens, forwards, seconds = (sum(row[column] for row in rows) for column in range(3))
-        pace = [(mine[0] / mine[2]) / (base[0] / base[2]) for mine, base in zip(rows, first)]
-        figures[name] = {
-            "tokens_per_second": tokens / seconds,
-            "tokens_per_forward": tokens / forwards,
-            "speedup": (tokens / seconds) / (sum(row[0] for row in first) / sum(row[2] for row in first)),
-            "median_speedup": median(pace),
-            "problems": len(rows),
-            "threads": torch.get_num_threads(),
         }
     return figures

@@ -13,8 +13,8 @@ NAMES = (
     "Olga", "Paul", "Rosa", "Sam", "Tina", "Victor",
 )  # fmt: skip
 ITEMS = (
-    "apples", "books", "cards", "coins", "cookies", "eggs", "flowers", "marbles", "pencils", "plums", "shells", "stamps",
-    "stickers", "stones", "tickets", "toys",
+    "apples", "books", "cards", "coins", "cookies", "eggs", "flowers", "marbles", "pencils", "plums", "shells",
+    "stamps", "stickers", "stones", "tickets", "toys",
 )  # fmt: skip
 BEGIN = (
     ("{name} has {c} {item}.", "{name} has {c} {item} at first."),

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import torch
 import transformers
+from tqdm import tqdm
 
-from hf_jacobi.evaluation.measuring import AR, Method
+from hf_jacobi.evaluation.measuring import AR, Method, compare, race
 
-from .evaluate import answer, race, summary
+from .evaluate import MAX_NEW_TOKENS, answer, summary
 from .forcing import base_model, forced_model, load, load_tokenizer
 from .recipes import RECIPES
 from .tasks import held_out_problems
@@ -61,7 +62,10 @@ class Results:
         def measure() -> dict:
             models = {model: self.model(model) for model in {model for model, _ in contestants}}
             named = {f"{model}: {method.name}": (models[model], method) for model, method in contestants}
-            return race(named, self.tokenizer, held_out_problems(count))
+            prompts = [self.tokenizer(problem.prompt, return_tensors="pt") for problem in held_out_problems(count)]
+            prompts = [{key: prompt[key] for key in ("input_ids", "attention_mask")} for prompt in prompts]
+            runs = race(named, prompts, MAX_NEW_TOKENS)
+            return compare(list(tqdm(runs, desc="race", total=len(prompts), leave=False)))
 
         return self._kept(f"races/{name}, {count}", measure)
 

@@ -26,6 +26,11 @@ MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("draft-only adapter, sliding window with recycling", "draft", sliding(32, pool=4)),
 )
 BLOCKS = {n: in_blocks(n) for n in (16, 32, 64)}
+TITLES = {
+    "schedules": "Table 2: noise schedules (window of 8)",
+    "windows": "Table 3: window size; a window of 1 is clean context",
+    "adapters": "Table 6: what is trained",
+}
 COMPARED = {
     "schedules": ("linear-w8", "random-w8", "reverse-w8"),
     "windows": ("random-w1", "linear-w4", "linear-w8", "linear-w16"),
@@ -75,7 +80,79 @@ def grid(results: Results, model: str) -> dict[str, Any]:
         return results.quality(model, method, SCANNED)["both"]["tokens_per_forward"]
 
     return {
-        "pools": {n: {pool: scan(in_blocks(n, pool=pool)) for pool in POOLS} for n in SIZES},
-        "sliding": {n: {pool: scan(sliding(n, pool=pool)) for pool in POOLS} for n in SIZES},
-        "flights": {k: {ratio: scan(in_blocks(16, blocks=k, ratio=ratio)) for ratio in RATIOS} for k in FLIGHTS},
+        "pools": {str(n): {str(pool): scan(in_blocks(n, pool=pool)) for pool in POOLS} for n in SIZES},
+        "sliding": {str(n): {str(pool): scan(sliding(n, pool=pool)) for pool in POOLS} for n in SIZES},
+        "flights": {
+            str(k): {str(ratio): scan(in_blocks(16, blocks=k, ratio=ratio)) for ratio in RATIOS} for k in FLIGHTS
+        },
     }
+
+
+def markdown(head: list[str], rows: list[list]) -> str:
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in lines)
+
+
+def render(figures: dict[str, Any]) -> str:
+    """All tables that there are figures for, as the page `README.md` beside this file shows them."""
+    parts = []
+    if "main" in figures:
+        parts += ["### Table 1: ways of decoding", _main(figures["main"])]
+    for name, title in TITLES.items():
+        if name in figures:
+            parts += [f"### {title}", _comparison(figures[name])]
+    if "block_sizes" in figures:
+        parts += ["### Jacobi Forcing against CLLM by block size, same budget", _comparison(figures["block_sizes"])]
+    if "grid" in figures:
+        grid = figures["grid"]
+        parts += ["### Table 4: block size and pool, tokens per forward"]
+        parts += [
+            "In blocks:",
+            _grid("n", "pool", grid["pools"]),
+            "Sliding window:",
+            _grid("n", "pool", grid["sliding"]),
+        ]
+        parts += ["### Table 5: K and r, tokens per forward, blocks of 16", _grid("K", "r", grid["flights"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _main(rows: dict[str, Any]) -> str:
+    head = [
+        "decoding",
+        "TPF math",
+        "TPF sql",
+        "TPF",
+        "solved math",
+        "solved sql",
+        "same text as AR",
+        "TPS",
+        "speed-up",
+    ]
+    lines = []
+    for title, row in rows.items():
+        race = row["race"]
+        cells = [title, "", "", f"{race['tokens_per_forward']:.2f}", "", "", ""]
+        if "both" in row:
+            cells[1:4] = [f"{row[task]['tokens_per_forward']:.2f}" for task in ("math", "sql", "both")]
+            cells[4:6] = [f"{100 * row[task]['solve_rate']:.1f}%" for task in ("math", "sql")]
+            cells[6] = f"{100 * row['both']['identical']:.1f}%"
+        lines.append([*cells, f"{race['tokens_per_second']:.0f}", f"{race['speedup']:.2f}x"])
+    return markdown(head, lines)
+
+
+def _comparison(recipes: dict[str, Any]) -> str:
+    methods = list(next(iter(recipes.values())))
+    head = ["trained", "solved math", "solved sql", *(f"TPF {method}" for method in methods)]
+    lines = []
+    for recipe, found in recipes.items():
+        first = found[methods[0]]
+        solved = [f"{100 * first[task]['solve_rate']:.1f}%" for task in ("math", "sql")]
+        lines.append([recipe, *solved, *(f"{found[method]['both']['tokens_per_forward']:.2f}" for method in methods)])
+    return markdown(head, lines)
+
+
+def _grid(row: str, column: str, values: dict[str, dict[str, float]]) -> str:
+    columns = list(next(iter(values.values())))
+    head = [f"{row} \\ {column}", *columns]
+    return markdown(head, [[key, *(f"{line[name]:.2f}" for name in columns)] for key, line in values.items()])

@@ -66,19 +66,22 @@ ARITHMETIC = (
     "A train travels {a} miles an hour for {b} hours. How far does it travel?",
 )
 
-TOPICS = """
-photosynthesis;gravity;inflation;democracy;the water cycle;volcanoes;electricity;magnets;the solar system;evolution;
-vaccines;the internet;climate change;recycling;rainbows;black holes;the human heart;sleep;earthquakes;tides;
-the moon;insurance;taxes;the stock market;solar panels;electric cars;bicycles;airplanes;bridges;concrete;glass;paper;
-bread;cheese;coffee;tea;chocolate;honey;salt;sugar;bees;whales;penguins;elephants;spiders;ants;trees;mushrooms;coral reefs;
-deserts;rain forests;rivers;glaciers;clouds;lightning;snow;wind;computers;keyboards;databases;encryption;passwords;
-search engines;social media;robots;artificial intelligence;machine learning;programming;operating systems;networks;
-libraries;museums;schools;hospitals;newspapers;photography;painting;music;dancing;theater;poetry;novels;chess;football;
-swimming;running;yoga;meditation;cooking;gardening;fishing;camping;hiking;traveling;learning a language;public speaking;
-time management;saving money;studying for an exam;writing an essay;job interviews;teamwork;leadership;negotiation;
-friendship;kindness;patience;curiosity;history;geography;mathematics;physics;chemistry;biology;economics;philosophy;
-psychology;law;medicine;architecture;farming;fashion;birds;cats;dogs;horses;vegetables;fruit;rice;soup;
-""".replace("\n", "").split(";")[:-1]
+TOPIC_LIST = """
+photosynthesis; gravity; inflation; democracy; the water cycle; volcanoes; electricity; magnets; the solar system;
+evolution; vaccines; the internet; climate change; recycling; rainbows; black holes; the human heart; sleep;
+earthquakes; tides; the moon; insurance; taxes; the stock market; solar panels; electric cars; bicycles; airplanes;
+bridges; concrete; glass; paper; bread; cheese; coffee; tea; chocolate; honey; salt; sugar; bees; whales; penguins;
+elephants; spiders; ants; trees; mushrooms; coral reefs; deserts; rain forests; rivers; glaciers; clouds; lightning;
+snow; wind; computers; keyboards; databases; encryption; passwords; search engines; social media; robots; artificial
+intelligence; machine learning; programming; operating systems; networks; libraries; museums; schools; hospitals;
+newspapers; photography; painting; music; dancing; theater; poetry; novels; chess; football; swimming; running;
+yoga; meditation; cooking; gardening; fishing; camping; hiking; traveling; learning a language; public speaking;
+time management; saving money; studying for an exam; writing an essay; job interviews; teamwork; leadership;
+negotiation; friendship; kindness; patience; curiosity; history; geography; mathematics; physics; chemistry;
+biology; economics; philosophy; psychology; law; medicine; architecture; farming; fashion; birds; cats; dogs;
+horses; vegetables; fruit; rice; soup
+"""
+TOPICS = [topic.strip() for topic in TOPIC_LIST.replace("\n", " ").split(";")]
 INSTRUCTIONS = (
     "Explain {topic} in simple terms.",
     "What are three interesting facts about {topic}?",

@@ -154,5 +154,5 @@ def test_bad_places_are_refused(tmp_path):
         publish(tiny_model(), tmp_path / "full")
     with pytest.raises(ValueError, match="no weights"):
         publish(tmp_path / "full", tmp_path / "new")
-    with pytest.raises(ValueError, match="[Rr]epo"):
+    with pytest.raises(ValueError, match="repo"):
         hf_jacobi.publish(tiny_model(), "not a name!", tiny_tokenizer(), tmp_path / "new", dry_run=True)

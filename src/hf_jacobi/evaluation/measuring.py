@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any, Literal
 
 import torch
@@ -99,6 +100,64 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
         positions = sum(counts)
     tokens = [row[:count] for row, count in zip(output.sequences[:, length:].tolist(), counts)]
     return Measured(tokens, forwards, positions, seconds)
+
+
+def race(
+    contestants: Mapping[str, tuple[Any, Method]],
+    prompts: Sequence[Mapping[str, torch.Tensor]],
+    max_new_tokens: int,
+    warm_up: int = 1,
+) -> Iterator[dict[str, Measured]]:
+    """
+    Decodes each prompt by every contestant in turn, so that a machine that slows down does so for all.
+
+    Args:
+        contestants: name to `(model, method)`.
+        prompts: `input_ids` and `attention_mask` each, `[1, length]`.
+        max_new_tokens: how far.
+        warm_up: how many of the prompts are decoded beforehand, unmeasured.
+
+    Yields:
+        For each prompt what each contestant took.
+    """
+    for number, prompt in enumerate([*prompts[:warm_up], *prompts]):
+        runs = {name: measure(model, prompt, method, max_new_tokens) for name, (model, method) in contestants.items()}
+        if number >= warm_up:
+            yield runs
+
+
+def compare(runs: Sequence[Mapping[str, Measured]]) -> dict[str, dict[str, float]]:
+    """
+    The figures of a race; the first contestant is the yardstick.
+
+    Args:
+        runs: what `race` gave.
+
+    Returns:
+        For each name `tokens_per_second`, `tokens_per_forward`, `positions_per_token`, `speedup` (ratio of tokens per
+        second, over all prompts), `slowest` (the least of that ratio on one prompt), `median_speedup`, and
+        `identical` (share of the texts that are the first contestant's).
+    """
+    figures = {}
+    first = [next(iter(run.values())) for run in runs]
+    for name in runs[0]:
+        mine = [run[name] for run in runs]
+        ratios = [_pace([one]) / _pace([other]) for one, other in zip(mine, first)]
+        tokens = sum(len(run.tokens[0]) for run in mine)
+        figures[name] = {
+            "tokens_per_second": _pace(mine),
+            "tokens_per_forward": tokens / sum(run.forwards[0] for run in mine),
+            "positions_per_token": sum(run.positions for run in mine) / tokens,
+            "speedup": _pace(mine) / _pace(first),
+            "median_speedup": median(ratios),
+            "slowest": min(ratios),
+            "identical": sum(one.tokens == other.tokens for one, other in zip(mine, first)) / len(runs),
+        }
+    return figures
+
+
+def _pace(runs: Sequence[Measured]) -> float:
+    return sum(len(run.tokens[0]) for run in runs) / sum(run.seconds for run in runs)
 
 
 def _now(model) -> float:

@@ -61,9 +61,9 @@ def publish(
     """
     Pushes a model or an adapter to the Hub with everything it needs to decode fast.
 
-    What is pushed: the weights; the tokenizer; the generation config with `decoding` and `jacobi`; a model card
-    rendered from what was noted of the training and from what was measured; and `custom_generate/`, the decoder itself,
-    so that `AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True).generate(...)` decodes fast where
+    What is pushed: the weights; the tokenizer; the generation config with `decoding` and `jacobi`; a model card out
+    of what was noted of the training and of what was measured; and `custom_generate/`, the decoder itself, so that
+    `AutoModelForCausalLM.from_pretrained(repo_id, trust_remote_code=True).generate(...)` decodes fast where
     `hf_jacobi` is not installed. (For an adapter, `generate(..., custom_generate=repo_id, trust_remote_code=True)`.)
 
     Args:

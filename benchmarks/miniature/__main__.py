@@ -1,0 +1,68 @@
+"""
+The paper's tables in miniature, from nothing: data, base model, trajectories, Jacobi Forcing, evaluation, tables.
+
+    python -m benchmarks.miniature                      # table 1, the curves
+    python -m benchmarks.miniature --ablations          # tables 2 to 6, too
+
+Everything is kept in `--folder` as it is made, and a run that was interrupted goes on there. The figures go to
+`benchmarks/results/miniature.json`, and from there the tables to `benchmarks/miniature/README.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from .plots import contour, curves
+from .results import Results
+from .tables import COMPARED, by_block_size, comparison, grid, main_table, render
+
+
+HERE = Path(__file__).parent
+FIGURES = HERE.parent / "results" / "miniature.json"
+START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="where everything is kept")
+    parser.add_argument("--ablations", action="store_true", help="also tables 2 to 6, which take hours")
+    parser.add_argument("--problems", type=int, default=500, help="held-out problems of each task (default: 500)")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    results = Results(arguments.folder, arguments.problems)
+    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    figures["setup"] = results.setup()
+
+    def keep(name: str, value: Any) -> None:
+        figures[name] = value
+        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+
+    keep("main", main_table(results))
+    keep("curves", {name: {"curve": results.curve(name)["curve"]} for name in ("forcing", "cllm", "draft")})
+    if arguments.ablations:
+        keep("grid", grid(results, "forcing"))
+        for name, recipes in COMPARED.items():
+            keep(name, comparison(results, recipes))
+        keep("block_sizes", by_block_size(results))
+    write_page(figures)
+    print(render(figures))
+
+
+def write_page(figures: dict[str, Any]) -> None:
+    """Puts the tables into the page, and the plots beside it."""
+    page = HERE / "README.md"
+    before, _, rest = page.read_text().partition(START)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{START}{render(figures)}{END}{after}")
+    curves(figures, HERE / "curves.png")
+    if "grid" in figures:
+        contour(figures, HERE / "contour.png")
+
+
+if __name__ == "__main__":
+    main()
