@@ -17,6 +17,7 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .forcing import Workplace
 from .plots import contour, curves
 from .results import Results
 from .tables import COMPARED, by_block_size, comparison, grid, main_table, render
@@ -27,20 +28,23 @@ FIGURES = HERE.parent / "results" / "miniature.json"
 START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="where everything is kept")
     parser.add_argument("--ablations", action="store_true", help="also tables 2 to 6, which take hours")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="where the figures are written")
+    parser.add_argument("--fraction", type=float, default=1.0, help="of the training data, for trying out")
     parser.add_argument("--problems", type=int, default=500, help="held-out problems of each task (default: 500)")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
-    results = Results(arguments.folder, arguments.problems)
-    figures = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    results = Results(Workplace(arguments.folder, arguments.fraction), arguments.problems)
+    file = arguments.figures
+    figures = json.loads(file.read_text()) if file.exists() else {}
     figures["setup"] = results.setup()
 
     def keep(name: str, value: Any) -> None:
         figures[name] = value
-        FIGURES.write_text(json.dumps(figures, indent=1) + "\n")
+        file.write_text(json.dumps(figures, indent=1) + "\n")
 
     keep("main", main_table(results))
     keep("curves", {name: {"curve": results.curve(name)["curve"]} for name in ("forcing", "cllm", "draft")})
@@ -49,7 +53,8 @@ def main() -> None:
         for name, recipes in COMPARED.items():
             keep(name, comparison(results, recipes))
         keep("block_sizes", by_block_size(results))
-    write_page(figures)
+    if file == FIGURES:
+        write_page(figures)
     print(render(figures))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -115,3 +116,4 @@ def train_base(folder: Path, problems: int, batch_size: int = 24, learning_rate:
     trainer.train(resume_from_checkpoint=(folder / "training").is_dir() and get_last_checkpoint(folder / "training"))
     trainer.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    shutil.rmtree(folder / "training")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hf_jacobi
 
 from .base import train_base
-from .evaluate import answer, summary
+from .evaluate import MAX_NEW_TOKENS, answer, summary
 from .recipes import AR, BASE_PROBLEMS, RECIPES, Recipe, sliding
 from .tasks import training_problems
 
@@ -23,11 +25,29 @@ BATCH_SIZE = 8
 KEPT = 0.01  # of the solve rate may be lost by the checkpoint that is chosen
 
 
-def base_model(folder: Path) -> Path:
+@dataclass(frozen=True)
+class Workplace:
+    """
+    Where a run keeps what it makes, and how much it makes of it.
+
+    Args:
+        folder: where everything is kept.
+        fraction: the share of the training data that is used; less than 1 is for trying out.
+    """
+
+    folder: Path
+    fraction: float = 1.0
+
+    def some_of(self, count: int) -> int:
+        """That share of a number of problems."""
+        return max(2 * BATCH_SIZE, int(count * self.fraction))
+
+
+def base_model(place: Workplace) -> Path:
     """The base model, trained if it is not there."""
-    target = folder / "base"
+    target = place.folder / "base"
     if not (target / "config.json").exists():
-        train_base(target, BASE_PROBLEMS)
+        train_base(target, place.some_of(BASE_PROBLEMS))
     return target
 
 
@@ -45,41 +65,36 @@ def load_tokenizer(base: Path):
     return AutoTokenizer.from_pretrained(base)
 
 
-def trajectories(folder: Path, block_size: int) -> Path:
+def trajectories(place: Workplace, block_size: int) -> datasets.Dataset:
     """The base model's own completions of problems it was not trained on, with every state of their blocks."""
     prompts = max(recipe.prompts for recipe in RECIPES.values() if recipe.block_size == block_size)
-    target = folder / f"trajectories-n{block_size}"
-    base = base_model(folder)
-    problems = training_problems(prompts, "forcing")
-    hf_jacobi.collect_trajectories(
+    base = base_model(place)
+    problems = training_problems(place.some_of(prompts), "forcing")
+    return hf_jacobi.collect_trajectories(
         load(base),
         load_tokenizer(base),
         [{"id": str(number), "prompt": problem.prompt} for number, problem in enumerate(problems)],
         block_size=block_size,
-        max_new_tokens=288,
+        max_new_tokens=MAX_NEW_TOKENS,
         batch_size=64,
-        output_dir=target,
-        overlong="drop",
+        output_dir=place.folder / f"trajectories-n{block_size}",
         progress=True,
     )
-    return target
 
 
-def forced_model(folder: Path, recipe: Recipe) -> Path:
+def forced_model(place: Workplace, recipe: Recipe) -> Path:
     """The model that a recipe makes, made if it is not there: a folder with the chosen checkpoint and `curve.json`."""
-    target = folder / "models" / recipe.name
+    target = place.folder / "models" / recipe.name
     if (target / "curve.json").exists():
         return target
-    import datasets
-
-    base = base_model(folder)
-    collected = trajectories(folder, recipe.block_size)
-    rows = datasets.load_dataset(str(collected), split="train", cache_dir=str(folder / "cache"))
-    rows = rows.filter(lambda row: int(row["prompt_id"]) < recipe.prompts, keep_in_memory=True)
+    base = base_model(place)
+    prompts = place.some_of(recipe.prompts)
+    rows = trajectories(place, recipe.block_size)
+    rows = rows.filter(lambda row: int(row["prompt_id"]) < prompts, keep_in_memory=True)
     packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
     steps = len(packed) // BATCH_SIZE
     adapter = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    work = folder / "training" / recipe.name
+    work = place.folder / "training" / recipe.name
     trainer = hf_jacobi.JacobiForcingTrainer(
         model=str(base),
         args=hf_jacobi.JacobiForcingConfig(
@@ -102,7 +117,7 @@ def forced_model(folder: Path, recipe: Recipe) -> Path:
     last = sorted(work.glob("checkpoint-*"), key=_step)[-1:]
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     tokens = sum(map(len, packed["input_ids"]))
-    curve = try_checkpoints(base, work, tokens / len(packed) * BATCH_SIZE)
+    curve = try_checkpoints(base, work, tokens / len(packed) * BATCH_SIZE, place.some_of(2 * VALIDATION))
     best = choose(curve)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(
@@ -118,10 +133,10 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def try_checkpoints(base: Path, work: Path, tokens_per_step: float) -> list[dict]:
+def try_checkpoints(base: Path, work: Path, tokens_per_step: float, count: int) -> list[dict]:
     """Solve rate and tokens per forward on validation problems: of the base model, and of every checkpoint."""
     tokenizer = load_tokenizer(base)
-    problems = training_problems(2 * VALIDATION, "validation")
+    problems = training_problems(count, "validation")
     before = answer(load(base), tokenizer, problems, AR)
     curve = [{"step": 0, "tokens": 0, **summary(before, before)["both"]}]
     for checkpoint in sorted(work.glob("checkpoint-*"), key=_step):

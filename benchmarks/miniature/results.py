@@ -16,7 +16,7 @@ from tqdm import tqdm
 from hf_jacobi.evaluation.measuring import AR, Method, compare, race
 
 from .evaluate import MAX_NEW_TOKENS, answer, summary
-from .forcing import base_model, forced_model, load, load_tokenizer
+from .forcing import Workplace, base_model, forced_model, load, load_tokenizer
 from .recipes import RECIPES
 from .tasks import held_out_problems
 
@@ -26,22 +26,22 @@ class Results:
     Figures of models and ways of decoding on held-out problems, measured when first asked for.
 
     Args:
-        folder: of the whole run.
+        place: where models and measurements are kept.
         problems: held-out problems of each task.
     """
 
-    def __init__(self, folder: Path, problems: int):
-        self.folder = folder
+    def __init__(self, place: Workplace, problems: int):
+        self.place = place
         self.count = problems
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(base_model(self.folder))
+        return load_tokenizer(base_model(self.place))
 
     def model(self, name: str):
         """The model of a recipe, or `"base"`."""
-        base = base_model(self.folder)
-        return load(base if name == "base" else forced_model(self.folder, RECIPES[name]), base)
+        base = base_model(self.place)
+        return load(base if name == "base" else forced_model(self.place, RECIPES[name]), base)
 
     def answers(self, name: str, method: Method, count: int) -> list[dict]:
         """The answers to the first `count` held-out problems of each task."""
@@ -71,7 +71,7 @@ class Results:
 
     def curve(self, name: str) -> dict:
         """What `forced_model` notes of the training."""
-        return json.loads((forced_model(self.folder, RECIPES[name]) / "curve.json").read_text())
+        return json.loads((forced_model(self.place, RECIPES[name]) / "curve.json").read_text())
 
     def setup(self) -> dict[str, str | int]:
         """What the figures were measured on."""
@@ -84,7 +84,7 @@ class Results:
         }
 
     def _kept(self, name: str, measure: Callable):
-        path = self.folder / "results" / f"{name}.json"
+        path = self.place.folder / "results" / f"{name}.json"
         if path.exists():
             return json.loads(path.read_text())["result"]
         start = time.time()

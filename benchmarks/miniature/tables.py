@@ -50,7 +50,7 @@ FLIGHTS, RATIOS = (1, 2, 3, 4), (0.5, 0.7, 0.85, 1.0)
 
 def main_table(results: Results) -> dict[str, Any]:
     """Table 1. Prompt lookup takes one row at a time, so its quality is AR's and its speed is of the race alone."""
-    race = results.race("main", [(model, method) for _, model, method in MAIN_ROWS], RACED)
+    race = results.race("main", [(model, method) for _, model, method in MAIN_ROWS], min(RACED, results.count))
     rows = {}
     for title, model, method in MAIN_ROWS:
         timed = race[f"{model}: {method.name}"]
@@ -77,7 +77,7 @@ def grid(results: Results, model: str) -> dict[str, Any]:
     """Tables 4 and 5: tokens per forward by block size and pool, and by K and r."""
 
     def scan(method: Method) -> float:
-        return results.quality(model, method, SCANNED)["both"]["tokens_per_forward"]
+        return results.quality(model, method, min(SCANNED, results.count))["both"]["tokens_per_forward"]
 
     return {
         "pools": {str(n): {str(pool): scan(in_blocks(n, pool=pool)) for pool in POOLS} for n in SIZES},

@@ -1,0 +1,127 @@
+"""
+A Jacobi-forced SmolLM2 beside the one it was trained from: tokens per forward, time, text, perplexity.
+
+    python -m benchmarks.smollm2.evaluate ADAPTER held_out.jsonl --output benchmarks/results/smollm2.json
+
+Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model and by that
+of the trained one, each with its own default settings, one prompt at a time. In domain are held-out prompts of the
+kinds it was trained on; out of domain are chat prompts (`benchmarks/prompts.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+import hf_jacobi
+from hf_jacobi.cli.demo import encode
+from hf_jacobi.cli.models import load
+from hf_jacobi.decoding.draft_adapter import is_draft_only
+from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race
+
+from ..prompts import CHAT
+
+
+TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instructions": "instructions, held out"}
+OUT_OF_DOMAIN = "chat, other prompts"
+
+
+def trained(path: Path, base: torch.nn.Module):
+    """The trained model: an adapter on a copy of the base, or a whole one."""
+    if (path / "adapter_config.json").exists():
+        return PeftModel.from_pretrained(copy.deepcopy(base), path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype)
+
+
+def settings_of(path: Path) -> dict:
+    """How the trained model decodes by default."""
+    return json.loads((path / "generation_config.json").read_text())["jacobi"]
+
+
+@torch.no_grad()
+def perplexity(model, texts: list[tuple[list[int], list[int]]]) -> float:
+    """Of completions given their prompts, under causal forwards of the model."""
+    loss, count = 0.0, 0
+    for prompt, completion in texts:
+        ids = torch.tensor([prompt + completion], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        loss += torch.nn.functional.cross_entropy(logits, ids[0, len(prompt) :], reduction="sum").item()
+        count += len(completion)
+    return math.exp(loss / count)
+
+
+def measure(arguments) -> dict:
+    """All figures, by kind of prompt, and in domain together."""
+    base, tokenizer = load(arguments.model, arguments.dtype)
+    hf_jacobi.enable(base)
+    model = hf_jacobi.enable(trained(arguments.trained, base).eval())
+    draft_only = any(is_draft_only(config) for config in getattr(model, "peft_config", {}).values())
+    prompts: dict[str, list[str]] = {}
+    for line in arguments.held_out.read_text().splitlines():
+        row = json.loads(line)
+        prompts.setdefault(TITLES[row["kind"]], []).append(row["messages"][0]["content"])
+    prompts[OUT_OF_DOMAIN] = list(CHAT)
+    contestants = {
+        "AR": (base, AR),
+        "prompt lookup": (base, PROMPT_LOOKUP),
+        "Jacobi, before": (base, Method("Jacobi, before", "jacobi", {})),
+        "Jacobi, trained": (model, Method("Jacobi, trained", "jacobi", settings_of(arguments.trained))),
+    }
+    figures, runs, texts = [], {}, []
+    for kind, found in prompts.items():
+        inputs = [encode(tokenizer, prompt, base.device) for prompt in found[: arguments.prompts]]
+        raced = race(contestants, inputs, arguments.max_new_tokens)
+        runs[kind] = list(tqdm(raced, desc=kind, total=len(inputs)))
+        texts += [(x["input_ids"][0].tolist(), run["AR"].tokens[0]) for x, run in zip(inputs, runs[kind])]
+        figures += rows(kind, runs[kind])
+        if kind == list(TITLES.values())[-1]:
+            figures += rows("in domain, held out", [run for runs_of in runs.values() for run in runs_of])
+    ppl = {"perplexity_before": perplexity(base, texts), "perplexity_after": perplexity(model, texts)}
+    figures.append({"dataset": "all texts above", "decoding": "AR", "metrics": ppl})
+    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return {
+        "measured_on": f"{machine}, {torch.get_num_threads()} threads, {str(base.dtype).removeprefix('torch.')}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; {arguments.prompts} prompts of each kind, at "
+        f"most {arguments.max_new_tokens} new tokens, one prompt at a time, speed-up over AR in the same run",
+        "draft_only": draft_only,
+        "results": figures,
+    }
+
+
+def rows(dataset: str, runs: list[dict[str, Measured]]) -> list[dict]:
+    """One entry for each way of decoding."""
+    kept = ("tokens_per_forward", "speedup", "slowest", "tokens_per_second", "positions_per_token", "identical")
+    return [
+        {"dataset": dataset, "decoding": name, "metrics": {key: round(values[key], 4) for key in kept}}
+        for name, values in compare(runs).items()
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained", type=Path, help="the folder of an adapter or a model")
+    parser.add_argument("held_out", type=Path, help="held_out.jsonl of benchmarks.smollm2.prompts")
+    parser.add_argument("--model", help="what it was trained from (default: the demo model)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--prompts", type=int, default=20, help="of each kind (default: 20)")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path, required=True, help="a JSON file, which `hf-jacobi push` takes")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    for row in result["results"]:
+        print(row["dataset"], row["decoding"], row["metrics"], sep=" | ")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""The miniature: its problems, its choice of a checkpoint, its pages, and all of it at the smallest size."""
+
+import json
+import random
+from itertools import islice, pairwise
+
+import pytest
+
+from benchmarks.miniature import evaluate, forcing, results, sql_task
+from benchmarks.miniature.__main__ import END, FIGURES, HERE, START, main
+from benchmarks.miniature.forcing import choose
+from benchmarks.miniature.problems import problems
+from benchmarks.miniature.tables import render
+from benchmarks.miniature.tasks import TASKS, held_out_problems, is_solved, training_problems
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_worked_solution_solves_its_problem_and_another_does_not(name):
+    found = list(islice(problems(TASKS[name].make, "test", held_out=False), 40))
+    assert all(is_solved(problem, problem.completion) for problem in found)
+    wrong = [is_solved(problem, other.completion) for problem, other in pairwise(found)]
+    assert sum(wrong) <= 2, "by chance"
+    assert not any(is_solved(problem, "") for problem in found)
+
+
+def test_no_held_out_template_and_numbers_are_trained_on():
+    held_out = held_out_problems(50)
+    assert len(held_out) == 100 and all(problem.is_held_out for problem in held_out)
+    for seed in ("base", "forcing", "validation"):
+        training = training_problems(400, seed)
+        assert not {problem.key for problem in training} & {problem.key for problem in held_out}
+    assert held_out == held_out_problems(50)[:100]
+
+
+def test_the_key_of_a_math_problem_is_its_template_and_numbers():
+    problem = TASKS["math"].make(random.Random(0))
+    numbers = [word.strip(".,") for word in problem.prompt.split() if word.strip(".,").isdigit()]
+    assert numbers and all(number in problem.key for number in numbers)
+
+
+def test_a_query_can_neither_write_nor_run_on_for_ever():
+    rows = sql_task.run("SELECT COUNT(*) FROM books")
+    assert rows == [(sql_task.ROWS,)]
+    assert sql_task.run("DELETE FROM books") is None
+    assert sql_task.run("SELECT COUNT(*) FROM books a, books b, books c, books d, books e") is None
+    assert sql_task.run("-- a comment\nSELECT COUNT(*) FROM books;") == rows
+    assert sql_task.run("no query") is None
+
+
+def test_the_fastest_checkpoint_that_keeps_the_solve_rate_is_chosen():
+    def point(step, solved, speed):
+        return {"step": step, "solve_rate": solved, "tokens_per_forward": speed}
+
+    curve = [point(0, 0.9, 1.0), point(1, 0.9, 2.0), point(2, 0.895, 3.0), point(3, 0.8, 4.0)]
+    assert choose(curve)["step"] == 2
+    assert choose([curve[0], point(1, 0.7, 2.0), point(2, 0.75, 1.5)])["step"] == 2, "none keeps it"
+
+
+@pytest.mark.skipif(not FIGURES.exists(), reason="nothing measured yet")
+def test_the_page_shows_what_was_measured():
+    tables = (HERE / "README.md").read_text().partition(START)[2].partition(END)[0]
+    assert tables == render(json.loads(FIGURES.read_text()))
+
+
+def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    for module in (evaluate, forcing, results):
+        monkeypatch.setattr(module, "MAX_NEW_TOKENS", 8)
+    command = ["--folder", str(tmp_path), "--figures", str(tmp_path / "figures.json")]
+    command += ["--fraction", "0.0001", "--problems", "2"]
+    main(command)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["main"]["AR"]["both"]["tokens_per_forward"] == 1.0
+    assert figures["main"]["draft-only adapter, sliding window"]["both"]["identical"] == 1.0
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert len(made) == 4
+    main(command)
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
