@@ -11,7 +11,6 @@ kinds it was trained on; out of domain are chat prompts (`benchmarks/prompts.py`
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import math
 import platform
@@ -19,13 +18,13 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftModel
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import hf_jacobi
+from hf_jacobi import JacobiConfig
 from hf_jacobi.cli.demo import encode
-from hf_jacobi.cli.models import load
+from hf_jacobi.cli.models import load, with_adapter
 from hf_jacobi.decoding.draft_adapter import is_draft_only
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race
 
@@ -36,16 +35,12 @@ TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instr
 OUT_OF_DOMAIN = "chat, other prompts"
 
 
-def trained(path: Path, base: torch.nn.Module):
-    """The trained model: an adapter on a copy of the base, or a whole one."""
+def trained(path: Path, base):
+    """The trained model, an adapter on the base or a whole one, and how it decodes by default."""
     if (path / "adapter_config.json").exists():
-        return PeftModel.from_pretrained(copy.deepcopy(base), path)
-    return AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype)
-
-
-def settings_of(path: Path) -> dict:
-    """How the trained model decodes by default."""
-    return json.loads((path / "generation_config.json").read_text())["jacobi"]
+        return with_adapter(base, path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype).eval()
+    return model, JacobiConfig.coerce(model.generation_config.jacobi)
 
 
 @torch.no_grad()
@@ -64,7 +59,8 @@ def measure(arguments) -> dict:
     """All figures, by kind of prompt, and in domain together."""
     base, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(base)
-    model = hf_jacobi.enable(trained(arguments.trained, base).eval())
+    model, config = trained(arguments.trained, base)
+    hf_jacobi.enable(model)
     draft_only = any(is_draft_only(config) for config in getattr(model, "peft_config", {}).values())
     prompts: dict[str, list[str]] = {}
     for line in arguments.held_out.read_text().splitlines():
@@ -75,7 +71,7 @@ def measure(arguments) -> dict:
         "AR": (base, AR),
         "prompt lookup": (base, PROMPT_LOOKUP),
         "Jacobi, before": (base, Method("Jacobi, before", "jacobi", {})),
-        "Jacobi, trained": (model, Method("Jacobi, trained", "jacobi", settings_of(arguments.trained))),
+        "Jacobi, trained": (model, Method("Jacobi, trained", "jacobi", config.to_dict())),
     }
     figures, runs, texts = [], {}, []
     for kind, found in prompts.items():
@@ -85,14 +81,14 @@ def measure(arguments) -> dict:
         texts += [(x["input_ids"][0].tolist(), run["AR"].tokens[0]) for x, run in zip(inputs, runs[kind])]
         figures += rows(kind, runs[kind])
         if kind == list(TITLES.values())[-1]:
-            figures += rows("in domain, held out", [run for runs_of in runs.values() for run in runs_of])
+            figures += rows("in domain, held out", [run for found in runs.values() for run in found])
     ppl = {"perplexity_before": perplexity(base, texts), "perplexity_after": perplexity(model, texts)}
     figures.append({"dataset": "all texts above", "decoding": "AR", "metrics": ppl})
     machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
     return {
-        "measured_on": f"{machine}, {torch.get_num_threads()} threads, {str(base.dtype).removeprefix('torch.')}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; {arguments.prompts} prompts of each kind, at "
-        f"most {arguments.max_new_tokens} new tokens, one prompt at a time, speed-up over AR in the same run",
+        "measured_on": f"{machine}, {torch.get_num_threads()} threads, {base.dtype}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; {arguments.prompts} prompts of each "
+        f"kind, at most {arguments.max_new_tokens} new tokens, one prompt at a time, speed-up over AR in the same run",
         "draft_only": draft_only,
         "results": figures,
     }

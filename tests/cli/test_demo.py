@@ -8,9 +8,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from models import VOCABULARY, tiny_model
+from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_jacobi
 from hf_jacobi import cli
@@ -52,6 +54,29 @@ def test_plain_lines_when_not_a_terminal(checkpoint, capsys):
     assert "\x1b[" not in out, "no terminal codes in a pipe"
     ar, jacobi = out.split("--- Jacobi ---")[0].split("---\n")[1], out.split("--- Jacobi ---\n")[1]
     assert jacobi.startswith(ar.strip())
+
+
+def test_an_adapter_drafts_and_the_text_stays(checkpoint, tmp_path, capsys):
+    base = AutoModelForCausalLM.from_pretrained(checkpoint)
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
+    adapted = get_peft_model(base, config)
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "lora_B" in name:
+                weight.normal_()
+    adapted.save_pretrained(tmp_path)
+    settings = {"decoding": "jacobi", "jacobi": {"block_size": 5}}
+    (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+    command = ["demo", "--model", checkpoint, "--prompt", "w5 w6", "--max-new-tokens", "20", "--json"]
+    assert cli.main([*command, "--adapter", str(tmp_path), "--pool-size", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["identical"] and report["adapter"] == tmp_path.name
+    assert (report["jacobi_config"]["block_size"], report["jacobi_config"]["pool_size"]) == (5, 2)
+    assert cli.main(command) == 0
+    without = json.loads(capsys.readouterr().out)
+    assert without["adapter"] is None and without["ar"]["text"] == report["ar"]["text"]
+    assert cli.main([*command, "--adapter", checkpoint]) == 2
+    assert cli.main([*command, "--adapter", str(tmp_path), "--base"]) == 2
 
 
 def test_version_and_help(capsys):

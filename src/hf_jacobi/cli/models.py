@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
+import itertools
+import json
 import os
 import shutil
 import tempfile
@@ -11,8 +14,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..decoding import JacobiConfig
+
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
+DEMO_ADAPTER = Path(__file__).parent.parent / "adapters" / "smollm2-135m-instruct-draft"  # see its card
 
 
 def cache_folder() -> Path:
@@ -40,6 +46,25 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), AutoTokenizer.from_pretrained(path)
+
+
+def with_adapter(model, folder: Path):
+    """
+    The model with a PEFT adapter on it, and how that decodes by default. `model` itself stays as it is.
+
+    Args:
+        model: the base model, whose weights both then share.
+        folder: what `JacobiForcingTrainer` wrote.
+
+    Returns:
+        The adapted model and its `JacobiConfig`.
+    """
+    from peft import PeftModel
+
+    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    adapted = PeftModel.from_pretrained(copy.deepcopy(model, shared), folder).eval()
+    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
+    return adapted, JacobiConfig.coerce(settings["jacobi"])
 
 
 def first_time_note(name: str | None) -> str:
