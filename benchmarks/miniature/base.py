@@ -76,7 +76,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> datas
     return datasets.Dataset.from_list(list(rows()))
 
 
-def train_base(folder: Path, problems: int, batch_size: int = 24, learning_rate: float = 1.5e-3) -> None:
+def train_base(folder: Path, problems: int, batch_size: int = 16, learning_rate: float = 1.5e-3) -> None:
     """
     Trains the base model into `folder`, which also gets the tokenizer; an interrupted training goes on.
 
@@ -100,9 +100,10 @@ def train_base(folder: Path, problems: int, batch_size: int = 24, learning_rate:
         adam_beta2=0.98,
         bf16=True,
         use_cpu=not torch.cuda.is_available(),
+        torch_compile=bool(shutil.which("g++")),  # nearly twice as fast on a CPU
         train_sampling_strategy="group_by_length",
         logging_steps=25,
-        save_steps=250,
+        save_steps=500,
         save_total_limit=1,
         report_to="none",
         seed=0,

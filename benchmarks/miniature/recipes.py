@@ -8,7 +8,7 @@ from typing import Any
 from hf_jacobi.evaluation.measuring import AR, Method
 
 
-BASE_PROBLEMS = 48_000
+BASE_PROBLEMS = 120_000
 MAIN, SHORT = 10_000, 3_000  # prompts of the main table, and of the ablations
 
 
