@@ -17,9 +17,8 @@ def test_push_writes_what_would_be_pushed(tmp_path, capsys):
     assert "output_dir" in capsys.readouterr().err
     command += ["--output-dir", str(tmp_path / "pushed")]
     assert cli.main(command) == 2, "no tokenizer"
-    command[-1] = str(tmp_path / "again")
     command += ["--tokenizer", str(tmp_path / "tokenizer"), "--evaluation", str(tmp_path / "evaluation.json")]
     assert cli.main(command) == 0
-    assert str(tmp_path / "again") in capsys.readouterr().out
-    assert (tmp_path / "again" / "custom_generate" / "generate.py").exists()
-    assert "# someone/fast" in (tmp_path / "again" / "README.md").read_text()
+    assert str(tmp_path / "pushed") in capsys.readouterr().out
+    assert (tmp_path / "pushed" / "custom_generate" / "generate.py").exists()
+    assert "# someone/fast" in (tmp_path / "pushed" / "README.md").read_text()

@@ -143,6 +143,15 @@ def test_the_decoder_imports_only_itself_torch_and_transformers(tmp_path):
 def test_bad_input_is_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
         publish(tiny_model(), tmp_path / "pushed", **settings)
+    assert not list(tmp_path.iterdir()), "nothing is left half-written"
+
+
+def test_an_adapter_on_a_folder_is_not_pushed(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="publish that first"):
+        hf_jacobi.publish(model, "someone/fast", tiny_tokenizer())
 
 
 def test_bad_places_are_refused(tmp_path):
@@ -154,5 +163,5 @@ def test_bad_places_are_refused(tmp_path):
         publish(tiny_model(), tmp_path / "full")
     with pytest.raises(ValueError, match="no weights"):
         publish(tmp_path / "full", tmp_path / "new")
-    with pytest.raises(ValueError, match="repo"):
+    with pytest.raises(ValueError, match="Repo id"):
         hf_jacobi.publish(tiny_model(), "not a name!", tiny_tokenizer(), tmp_path / "new", dry_run=True)

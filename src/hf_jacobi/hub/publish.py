@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import tempfile
-from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,18 +88,21 @@ def publish(
     validate_repo_id(repo_id)
     if dry_run and output_dir is None:
         raise ValueError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
-    if (
-        output_dir is not None
-        and Path(output_dir).expanduser().exists()
-        and any(Path(output_dir).expanduser().iterdir())
-    ):
+    target = None if output_dir is None else Path(output_dir).expanduser()
+    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output_dir} holds files: name an empty folder or a new one.")
     if isinstance(evaluation, (str, Path)):
         evaluation = json.loads(Path(evaluation).expanduser().read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() if output_dir is None else nullcontext(output_dir) as place:
-        folder = Path(place).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
+        folder = Path(place) / "pushed"
+        folder.mkdir()
         write_folder(model_or_dir, repo_id, folder, tokenizer, evaluation)
+        if target is not None:  # at once: what failed leaves nothing
+            if target.exists():
+                target.rmdir()
+            folder = folder.rename(target)
         if dry_run:
             return str(folder)
         base = (_adapter_config(folder) or {}).get("base_model_name_or_path")
