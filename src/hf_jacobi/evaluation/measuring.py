@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
@@ -53,12 +54,21 @@ class Measured:
         forwards: forwards each row took part in, the prefill counted as one.
         positions: positions scored in all, the prefill counted as one per row.
         seconds: wall-clock of the whole call.
+        first_seconds: wall-clock up to the end of the first forward, which gives the first token.
+        peak_bytes: memory in use at the most, on the GPU, else by the process; `None` where that cannot be told.
     """
 
     tokens: list[list[int]]
     forwards: list[int]
     positions: int
     seconds: float
+    first_seconds: float
+    peak_bytes: int | None
+
+    @property
+    def count(self) -> int:
+        """New tokens of all rows."""
+        return sum(map(len, self.tokens))
 
 
 def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_tokens: int) -> Measured:
@@ -72,9 +82,9 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
         max_new_tokens: how far.
     """
     length = inputs["input_ids"].shape[1]
-    calls: list[int] = []
-    # The adapter's second pass over the drafts is part of the same forward of the same module.
-    handle = unwrap(model).register_forward_pre_hook(lambda *_: calls.append(1))
+    ends: list[float] = []
+    handle = unwrap(model).register_forward_hook(lambda *_: ends.append(_now(model) if not ends else 0.0))
+    memory = PeakMemory(model.device)
     try:
         start = _now(model)
         output = model.generate(
@@ -96,10 +106,34 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
         counts = [
             _up_to_end(row, model.generation_config.eos_token_id) for row in output.sequences[:, length:].tolist()
         ]
-        forwards = counts if method.decoding == "ar" else [len(calls)]
+        forwards = counts if method.decoding == "ar" else [len(ends)]
         positions = sum(counts)
     tokens = [row[:count] for row, count in zip(output.sequences[:, length:].tolist(), counts)]
-    return Measured(tokens, forwards, positions, seconds)
+    return Measured(tokens, forwards, positions, seconds, ends[0] - start, memory.peak())
+
+
+class PeakMemory:
+    """The most memory in use since it was made: of a GPU, or on Linux of this process."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.known = True
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            return
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+        except OSError:
+            self.known = False
+
+    def peak(self) -> int | None:
+        """In bytes, `None` where it cannot be told."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        if not self.known:
+            return None
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
 def race(
@@ -113,7 +147,7 @@ def race(
 
     Args:
         contestants: name to `(model, method)`.
-        prompts: `input_ids` and `attention_mask` each, `[1, length]`.
+        prompts: `input_ids` and `attention_mask` each, `[batch, length]`.
         max_new_tokens: how far.
         warm_up: how many of the prompts are decoded beforehand, unmeasured.
 
@@ -126,7 +160,7 @@ def race(
             yield runs
 
 
-def compare(runs: Sequence[Mapping[str, Measured]]) -> dict[str, dict[str, float]]:
+def compare(runs: Sequence[Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
     """
     The figures of a race; the first contestant is the yardstick.
 
@@ -134,30 +168,39 @@ def compare(runs: Sequence[Mapping[str, Measured]]) -> dict[str, dict[str, float
         runs: what `race` gave.
 
     Returns:
-        For each name `tokens_per_second`, `tokens_per_forward`, `positions_per_token`, `speedup` (ratio of tokens per
-        second, over all prompts), `slowest` (the least of that ratio on one prompt), `median_speedup`, and
-        `identical` (share of the texts that are the first contestant's).
+        For each name `tokens_per_second`, `tokens_per_forward` (of a row), `positions_per_token`, `speedup` (ratio of
+        tokens per second, over all prompts), `slowest`, `median_speedup`, `fastest` (of that ratio on single prompts),
+        `identical` (share of the rows whose text is the first contestant's), `first_token_seconds` (median) and
+        `peak_bytes` (the most; `None` where it cannot be told).
     """
     figures = {}
     first = [next(iter(run.values())) for run in runs]
+    rows = sum(len(run.tokens) for run in first)
     for name in runs[0]:
         mine = [run[name] for run in runs]
         ratios = [_pace([one]) / _pace([other]) for one, other in zip(mine, first)]
-        tokens = sum(len(run.tokens[0]) for run in mine)
+        tokens = sum(run.count for run in mine)
+        same = sum(
+            one == other for run, of_first in zip(mine, first) for one, other in zip(run.tokens, of_first.tokens)
+        )
+        peaks = [run.peak_bytes for run in mine]
         figures[name] = {
             "tokens_per_second": _pace(mine),
-            "tokens_per_forward": tokens / sum(run.forwards[0] for run in mine),
+            "tokens_per_forward": tokens / sum(sum(run.forwards) for run in mine),
             "positions_per_token": sum(run.positions for run in mine) / tokens,
             "speedup": _pace(mine) / _pace(first),
-            "median_speedup": median(ratios),
             "slowest": min(ratios),
-            "identical": sum(one.tokens == other.tokens for one, other in zip(mine, first)) / len(runs),
+            "median_speedup": median(ratios),
+            "fastest": max(ratios),
+            "identical": same / rows,
+            "first_token_seconds": median(run.first_seconds for run in mine),
+            "peak_bytes": None if None in peaks else max(peaks),
         }
     return figures
 
 
 def _pace(runs: Sequence[Measured]) -> float:
-    return sum(len(run.tokens[0]) for run in runs) / sum(run.seconds for run in runs)
+    return sum(run.count for run in runs) / sum(run.seconds for run in runs)
 
 
 def _now(model) -> float:

@@ -1,0 +1,44 @@
+"""Ways of decoding against each other."""
+
+import pytest
+from models import padded_prompts, tiny_model
+
+import hf_jacobi
+from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Method, compare, measure, race
+
+
+JACOBI = Method("Jacobi", "jacobi", {"block_size": 6})
+
+
+def test_every_way_counts_the_same_text():
+    model = hf_jacobi.enable(tiny_model())
+    found = {method.name: measure(model, padded_prompts(1), method, 20) for method in (AR, PROMPT_LOOKUP, JACOBI)}
+    assert len({str(measured.tokens) for measured in found.values()}) == 1
+    ar, lookup, jacobi = found.values()
+    assert ar.forwards == [ar.count] and ar.positions == ar.count
+    assert lookup.forwards[0] <= ar.count and jacobi.forwards[0] <= ar.count < jacobi.positions
+    assert all(0 < measured.first_seconds < measured.seconds for measured in found.values())
+    assert all(measured.peak_bytes is None or measured.peak_bytes > 1e6 for measured in found.values())
+
+
+def test_rows_of_a_batch_are_counted_up_to_their_end():
+    model = hf_jacobi.enable(tiny_model())
+    fifth = measure(model, padded_prompts(3), AR, 20).tokens[1][4]
+    model.generation_config.eos_token_id = fifth  # so that one row ends early
+    ar, jacobi = (measure(model, padded_prompts(3), method, 20) for method in (AR, JACOBI))
+    assert ar.tokens == jacobi.tokens and len(ar.tokens[1]) <= 5
+    assert ar.forwards == [len(row) for row in ar.tokens]
+
+
+def test_a_race_compares_with_its_first_contestant():
+    model = hf_jacobi.enable(tiny_model())
+    other = hf_jacobi.enable(tiny_model(seed=1))
+    contestants = {"AR": (model, AR), "Jacobi": (model, JACOBI), "another model": (other, JACOBI)}
+    runs = list(race(contestants, [padded_prompts(1), padded_prompts(1)], 12))
+    assert len(runs) == 2
+    figures = compare(runs)
+    assert figures["AR"]["speedup"] == figures["AR"]["identical"] == figures["AR"]["tokens_per_forward"] == 1.0
+    assert figures["Jacobi"]["identical"] == 1.0 and figures["another model"]["identical"] == 0.0
+    assert figures["Jacobi"]["slowest"] <= figures["Jacobi"]["median_speedup"] <= figures["Jacobi"]["fastest"]
+    pace = [figures[name]["tokens_per_second"] for name in ("Jacobi", "AR")]
+    assert figures["Jacobi"]["speedup"] == pytest.approx(pace[0] / pace[1])
