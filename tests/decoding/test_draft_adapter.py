@@ -7,6 +7,7 @@ import torch
 from models import padded_prompts, tiny_model
 
 import hf_jacobi
+from hf_jacobi.decoding import draft_adapter
 from hf_jacobi.decoding.draft_adapter import DRAFT_ONLY, DraftAdapter
 
 
@@ -121,3 +122,18 @@ def test_it_survives_saving(tmp_path):
     ours, theirs = model.generate(**prompts, **settings), loaded.generate(**prompts, **settings)
     assert torch.equal(ours.sequences, theirs.sequences)
     assert ours.jacobi_stats.to_dict() == theirs.jacobi_stats.to_dict()
+
+
+def test_the_quick_way_through_a_layer_drafts_as_peft_does(monkeypatch):
+    model = with_adapter()
+    inputs = padded_prompts(2)
+    arguments = {"jacobi_config": {"block_size": 6}, "max_new_tokens": 24, "output_trajectory": True}
+
+    def drafts() -> list:
+        output = model.generate(**inputs, decoding="jacobi", return_dict_in_generate=True, **arguments)
+        return [[step.draft for step in trajectory.steps] for trajectory in output.trajectory]
+
+    quick = drafts()
+    assert not any("forward" in vars(module) for module in model.modules()), "every layer has its own forward back"
+    monkeypatch.setattr(draft_adapter, "_has_nothing_else", lambda layer: False)
+    assert drafts() == quick

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+from torch.nn.functional import linear
 
 
 # What marks such an adapter in its configuration (`alora_invocation_tokens` of PEFT's activated LoRA): a token that no
@@ -46,16 +47,40 @@ class DraftAdapter:
     @contextmanager
     def listening(self):
         """While this is open, the layers ask how many tokens the adapter is on for."""
-
-        def tell(module, arguments, keywords):
-            return arguments, keywords | {"alora_offsets": [self.tokens] * arguments[0].shape[0]}
-
-        handles = [layer.register_forward_pre_hook(tell, with_kwargs=True) for layer in self.layers]
+        handles = []
+        quick = [layer for layer in self.layers if _has_nothing_else(layer)]
         try:
+            for layer in self.layers:
+                if layer in quick:
+                    layer.forward = self._quick_forward(layer)
+                else:
+                    handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+            for layer in quick:
+                layer.__dict__.pop("forward", None)
+
+    def _tell(self, module, arguments, keywords):
+        return arguments, keywords | {"alora_offsets": [self.tokens] * arguments[0].shape[0]}
+
+    def _quick_forward(self, layer: torch.nn.Module):
+        """What the layer's own forward does, in as few operations as that takes."""
+        name = layer.active_adapters[0]
+        dtype = layer.get_base_layer().weight.dtype
+        dtype = dtype if dtype.is_floating_point else layer.lora_A[name].weight.dtype  # where the base is quantized
+        down = layer.lora_A[name].weight.to(dtype)
+        up = (layer.lora_B[name].weight * layer.scaling[name]).to(dtype)
+
+        def forward(x: torch.Tensor, *arguments, alora_offsets=None, **keywords) -> torch.Tensor:
+            result = layer.base_layer(x, *arguments, **keywords)
+            if self.tokens:
+                drafts = linear(linear(x[:, -self.tokens :].to(dtype), down), up)
+                result[:, -self.tokens :] += drafts.to(result.dtype)
+            return result
+
+        return forward
 
     @contextmanager
     def on(self, tokens: int):
@@ -65,3 +90,13 @@ class DraftAdapter:
             yield
         finally:
             self.tokens = 0
+
+
+def _has_nothing_else(layer: torch.nn.Module) -> bool:
+    """Whether a layer's one adapter is a plain LoRA for drafts, of which no gradient is wanted."""
+    if len(layer.active_adapters) != 1 or layer.training or torch.is_grad_enabled() or layer.merged:
+        return False
+    name, down, up = layer.active_adapters[0], getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})
+    if name not in down or name not in up:
+        return False
+    return all(type(part) is torch.nn.Linear and part.bias is None for part in (down[name], up[name]))
