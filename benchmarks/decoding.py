@@ -23,8 +23,7 @@ import transformers
 import hf_jacobi
 from hf_jacobi.cli.demo import encode
 from hf_jacobi.cli.models import DEMO_MODEL, load
-
-from .prompts import CHAT
+from hf_jacobi.evaluation.prompts import CHAT
 
 
 PAPER = {"max_blocks": 2, "spawn_ratio": 0.85, "pool_size": 4}  # multi-block and recycling as the paper recommends

@@ -13,8 +13,7 @@ import time
 import hf_jacobi
 from hf_jacobi.cli.demo import encode
 from hf_jacobi.cli.models import DEMO_MODEL, load
-
-from .prompts import CHAT
+from hf_jacobi.evaluation.prompts import CHAT
 
 
 CONFIGS = {"ar": None, "default": {}, "n16": {"block_size": 16}, "n64": {"block_size": 64}}

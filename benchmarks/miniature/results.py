@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from functools import cached_property
-from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
 
+from hf_jacobi.evaluation.bench import processor
 from hf_jacobi.evaluation.measuring import AR, Method, compare, race
 
 from .evaluate import MAX_NEW_TOKENS, answer, summary
@@ -93,14 +92,3 @@ class Results:
         note = {"setup": self.setup(), "seconds": time.time() - start, "result": result}
         path.write_text(json.dumps(note))
         return result
-
-
-def processor() -> str:
-    """The name of the CPU."""
-    file = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in file.read_text().splitlines() if line.startswith("model name")]
-        if file.exists()
-        else []
-    )
-    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()

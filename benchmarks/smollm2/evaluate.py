@@ -6,7 +6,7 @@ A Jacobi-forced SmolLM2 beside the one it was trained from: tokens per forward, 
 
 Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model and by that
 of the trained one, each with its own default settings, one prompt at a time. In domain are held-out prompts of the
-kinds it was trained on; out of domain are chat prompts (`benchmarks/prompts.py`).
+kinds it was trained on; out of domain are chat prompts (`src/hf_jacobi/evaluation/prompts.py`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
@@ -27,10 +25,10 @@ from hf_jacobi import JacobiConfig
 from hf_jacobi.cli.demo import encode
 from hf_jacobi.cli.models import DEMO_ADAPTER, load, with_adapter
 from hf_jacobi.decoding.draft_adapter import is_draft_only
+from hf_jacobi.evaluation.bench import setup_of
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race
+from hf_jacobi.evaluation.prompts import CHAT
 from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
-
-from ..prompts import CHAT
 
 
 TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instructions": "instructions, held out"}
@@ -87,10 +85,10 @@ def measure(arguments) -> dict:
             figures += rows("in domain, held out", [run for found in runs.values() for run in found])
     ppl = {"perplexity_before": perplexity(base, texts), "perplexity_after": perplexity(model, texts)}
     figures.append({"dataset": "all texts above", "decoding": "AR", "metrics": ppl})
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    setup = setup_of(base)
     return {
-        "measured_on": f"{machine}, {torch.get_num_threads()} threads, {base.dtype}, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}; {arguments.prompts} prompts of each "
+        "measured_on": f"{setup['device']}, {setup['threads']} threads, {setup['dtype']}, torch {setup['torch']}, "
+        f"transformers {setup['transformers']}; {arguments.prompts} prompts of each "
         f"kind, at most {arguments.max_new_tokens} new tokens, one prompt at a time, speed-up over AR in the same run",
         "draft_only": draft_only,
         "results": figures,

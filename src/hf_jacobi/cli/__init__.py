@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
-from . import collect, demo, pack, push, train
+from . import bench, collect, demo, pack, push, train
 
 
-COMMANDS = (demo, collect, pack, train, push)
+COMMANDS = (demo, collect, pack, train, bench, push)
 
 
 def main(argv: list[str] | None = None) -> int:

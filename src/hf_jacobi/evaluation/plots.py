@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -66,3 +67,34 @@ def _kind(row: dict[str, Sequence[int]], index: int) -> str:
     if row["block_ids"][index] < 0:
         return PROMPT if row["labels"][index] == -100 else COMPLETION
     return RIGHT if row["twin_ids"][index] < 0 else WRONG
+
+
+def bench_bars(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
+    """
+    Speed-up over the first way of decoding, by batch size, with the range over batches.
+
+    Args:
+        report: what `bench` returned.
+        axes: where to draw; new axes if left out.
+    """
+    axes = axes or pyplot.figure(figsize=(8, 4)).subplots()
+    rows = report["results"]
+    names = list(dict.fromkeys(row["decoding"] for row in rows))
+    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
+    width = 0.8 / len(sizes)
+    for place, size in enumerate(sizes):
+        found = [row for row in rows if row["batch_size"] == size]
+        heights = [names.index(row["decoding"]) + (place - (len(sizes) - 1) / 2) * width for row in found]
+        speed = [row["speedup"] for row in found]
+        below = [max(0.0, row["speedup"] - row["slowest"]) for row in found]
+        above = [max(0.0, row["fastest"] - row["speedup"]) for row in found]
+        axes.barh(heights, speed, height=0.9 * width, xerr=[below, above], label=f"batch of {size}")
+        for height, row in zip(heights, found):
+            axes.text(0.02, height, f"TPF {row['tokens_per_forward']:.2f}", va="center", fontsize=7)
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.axvline(1.0, color="gray", linewidth=0.8)
+    axes.set_xlabel(f"tokens per second against {names[0]}")
+    if len(sizes) > 1:
+        axes.legend()
+    return axes

@@ -1,4 +1,4 @@
-"""The prompts of the benchmarks: short questions as people put them to an assistant, written for this project."""
+"""Short questions as people put them to an assistant, written for this project: what is benchmarked by default."""
 
 CHAT = [
     "What is the capital of France?",

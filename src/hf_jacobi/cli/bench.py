@@ -1,0 +1,99 @@
+"""`hf-jacobi bench`: ways of decoding side by side on this machine."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+from ..decoding import enable
+from .models import DEMO_MODEL, load, with_adapter
+from .options import add_dtype, positive, settings
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = (
+        "Measure AR, prompt lookup and Jacobi decoding in one run: tokens per forward, time, memory, same text or not"
+    )
+    parser = commands.add_parser("bench", help=about, description=about)
+    parser.add_argument("model", nargs="?", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
+    parser.add_argument("--adapter", type=Path, help="the folder of an adapter for it; AR then runs without it")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompts", help="a JSON, JSONL, Parquet, CSV or text file (default: short questions)")
+    source.add_argument("--dataset", help="a data set on the Hub, or a folder")
+    parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
+    parser.add_argument("--dataset-split", help="the split (default: train)")
+    parser.add_argument("--count", type=positive, default=16, help="how many prompts (default: 16)")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows together (default: 1)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the texts (default: 128)")
+    parser.add_argument("--repeats", type=positive, default=1, help="how often each batch is decoded (default: 1)")
+    parser.add_argument(
+        "--config", type=settings, action="append", help="settings of JacobiConfig as JSON instead; repeatable"
+    )
+    add_dtype(parser)
+    parser.add_argument("--attention", help="attention implementation, such as sdpa or eager")
+    parser.add_argument("--compile", action="store_true", help="compile the model's forward with torch.compile")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    parser.add_argument("--plot", type=Path, help="draw them into this PNG file (needs matplotlib)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    import torch
+    from tqdm import tqdm
+
+    from ..evaluation.bench import bench, methods_of, table
+    from ..evaluation.measuring import Method
+
+    base, tokenizer = load(arguments.model, arguments.dtype, attention=arguments.attention)
+    model, own = with_adapter(base, arguments.adapter) if arguments.adapter else (base, None)
+    prompts = prompts_of(arguments, tokenizer)
+    for one in {id(base): base, id(model): model}.values():
+        enable(one)
+        if arguments.compile:
+            one.forward = torch.compile(one.forward, dynamic=True)
+    methods = list(methods_of(model))
+    if own is not None:
+        methods.insert(2, Method("Jacobi, the adapter's", "jacobi", own.to_dict()))
+    if arguments.config:
+        named = (Method(f"Jacobi, {json.dumps(config)}", "jacobi", config) for config in arguments.config)
+        methods = [*methods[:2], *named]
+    report = bench(
+        model,
+        tokenizer,
+        prompts,
+        methods,
+        batch_sizes=arguments.batch_sizes,
+        max_new_tokens=arguments.max_new_tokens,
+        repeats=arguments.repeats,
+        base=base,
+        progress=lambda runs, total: tqdm(runs, total=total, unit=" batches", leave=False),
+    )
+    report["setup"] |= {"model": arguments.model or DEMO_MODEL, "compile": arguments.compile}
+    report["setup"] |= {"adapter": arguments.adapter and arguments.adapter.name}
+    if arguments.output:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.plot:
+        from ..evaluation.plots import bench_bars
+
+        bench_bars(report).figure.savefig(arguments.plot, dpi=120, bbox_inches="tight")
+    print(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value))
+    print(table(report))
+    return 0
+
+
+def prompts_of(arguments, tokenizer) -> list[list[int]]:
+    """The tokens of the prompts that were asked for."""
+    from ..evaluation.prompts import CHAT
+
+    if arguments.prompts or arguments.dataset:
+        from ..trajectories.prompts import encode_prompt, open_prompts
+
+        rows = open_prompts(arguments.prompts or arguments.dataset, arguments.dataset_split, arguments.dataset_name)
+        rows = enumerate(islice(rows, arguments.count))
+        return [encode_prompt(number, row, None, tokenizer, as_chat=False).ids for number, row in rows]
+    from .demo import encode
+
+    return [encode(tokenizer, prompt, "cpu")["input_ids"][0].tolist() for prompt in CHAT[: arguments.count]]

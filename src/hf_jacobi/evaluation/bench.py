@@ -1,0 +1,147 @@
+"""`bench`: AR, prompt lookup and Jacobi decoding side by side, on one machine in one run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ..decoding.mixin import setting_of, unwrap
+from .measuring import AR, PROMPT_LOOKUP, Method, compare, race
+
+
+DEFAULT_METHODS = (
+    AR,
+    PROMPT_LOOKUP,
+    Method("Jacobi, default", "jacobi", {}),
+    Method("Jacobi, n=16, K=2, r=0.85, pool 4", "jacobi", {"block_size": 16, "max_blocks": 2}),
+    Method("Jacobi, n=32, sliding, pool 4", "jacobi", {"block_size": 32}),
+    Method("Jacobi, n=16, blocks, no pool", "jacobi", {"block_size": 16, "window": "block", "pool_size": 0}),
+)
+
+
+def methods_of(model) -> tuple[Method, ...]:
+    """What is compared by default: `DEFAULT_METHODS`, and the settings in the model's generation config, if any."""
+    own = setting_of("jacobi", None, unwrap(model))
+    if own is None:
+        return DEFAULT_METHODS
+    return (*DEFAULT_METHODS[:2], Method("Jacobi, the checkpoint's", "jacobi", own), *DEFAULT_METHODS[2:])
+
+
+def bench(
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    methods: Sequence[Method] | None = None,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    max_new_tokens: int = 128,
+    repeats: int = 1,
+    base=None,
+    progress: Callable[[Iterator, int], Iterator] = lambda runs, total: runs,
+) -> dict[str, Any]:
+    """
+    Decodes the same prompts in several ways, each batch by all of them in turn.
+
+    Args:
+        model: an enabled model.
+        tokenizer: its tokenizer, which pads.
+        prompts: token ids of each prompt.
+        methods: the ways of decoding; the first is what the others are compared with. `methods_of(model)` if left out.
+            Prompt lookup takes part with batches of one.
+        batch_sizes: rows decoded together; prompts that do not fill a batch are left out.
+        max_new_tokens: how far.
+        repeats: how often each batch is decoded.
+        base: what decodes by AR and by prompt lookup, if that is not `model`; for a draft-only adapter its base model.
+        progress: wraps the iterator over batches, given how many there are.
+
+    Returns:
+        `setup`, what it ran on, and `results`: for each batch size and way `compare`'s figures with `batch_size`,
+        `decoding`, and `runs`, tokens per second of each batch.
+
+    Raises:
+        `ValueError`: there are fewer prompts than a batch has rows.
+    """
+    methods = methods_of(model) if methods is None else methods
+    too_large = [size for size in batch_sizes if size > len(prompts)]
+    if too_large or not prompts:
+        raise ValueError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
+    results = []
+    for size in batch_sizes:
+        batches = [pad(prompts[start : start + size], tokenizer) for start in range(0, len(prompts) - size + 1, size)]
+        batches = [{name: rows.to(unwrap(model).device) for name, rows in batch.items()} for batch in batches]
+        contestants = {
+            method.name: (base if base is not None and method.decoding != "jacobi" else model, method)
+            for method in methods
+            if size == 1 or method.decoding != "prompt_lookup"
+        }
+        raced = race(contestants, batches * repeats, max_new_tokens)
+        runs = list(progress(raced, len(batches) * repeats))
+        for name, figures in compare(runs).items():
+            pace = [run[name].count / run[name].seconds for run in runs]
+            results.append({"batch_size": size, "decoding": name, **figures, "runs": pace})
+    return {"setup": setup_of(model) | {"max_new_tokens": max_new_tokens, "prompts": len(prompts)}, "results": results}
+
+
+def pad(prompts: Sequence[Sequence[int]], tokenizer) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, `[batch, length]`, padded on the left."""
+    filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    length = max(map(len, prompts))
+    ids = [[filler] * (length - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def setup_of(model) -> dict[str, Any]:
+    """What a model runs on."""
+    inner = unwrap(model)
+    on_gpu = inner.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(inner.device) if on_gpu else processor(),
+        "threads": torch.get_num_threads(),
+        "dtype": str(inner.dtype).removeprefix("torch."),
+        "attention": inner.config.get_text_config(decoder=True)._attn_implementation,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def processor() -> str:
+    """The name of the CPU and how many cores there are."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report as a table in Markdown; a speed-up for text that is not the first one's is marked with a star."""
+    head = (
+        "batch", "decoding", "TPF", "tokens/s", "speed-up", "slowest", "fastest", "first token", "memory", "identical",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    differs = False
+    for row in report["results"]:
+        star = "" if row["identical"] == 1 else " *"
+        differs = differs or bool(star)
+        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
+        cells = [
+            row["batch_size"],
+            row["decoding"],
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup']:.2f}x{star}",
+            f"{row['slowest']:.2f}x",
+            f"{row['fastest']:.2f}x",
+            f"{1000 * row['first_token_seconds']:.0f} ms",
+            memory,
+            f"{100 * row['identical']:.0f}%",
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    if differs:
+        lines += ["", "* Some of the text is not that of the first line."]
+    return "\n".join(lines)

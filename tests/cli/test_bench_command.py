@@ -1,0 +1,35 @@
+"""`hf-jacobi bench` on a tiny checkpoint."""
+
+import json
+
+import pytest
+from models import tiny_model, tiny_tokenizer
+
+from hf_jacobi import cli
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_bench_writes_figures_a_table_and_a_picture(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"w5 w{n} w7"}) + "\n" for n in range(6, 9)))
+    command = ["bench", checkpoint, "--prompts", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "8"]
+    command += ["--batch-sizes", "1", "3", "--config", '{"block_size": 4}', "--attention", "eager"]
+    command += ["--output", str(tmp_path / "bench.json"), "--plot", str(tmp_path / "bench.png")]
+    assert cli.main(command) == 0
+    report = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["batch_size"] for row in report["results"]] == [1, 1, 1, 3, 3]
+    assert report["setup"]["attention"] == "eager"
+    assert (tmp_path / "bench.png").stat().st_size > 1000
+    assert '| 3 | Jacobi, {"block_size": 4} |' in capsys.readouterr().out
+
+
+def test_bad_settings_are_refused_before_the_model_is_loaded(capsys):
+    for text, message in (("{", "Expecting"), ('{"block": 3}', "unknown settings"), ("3", "JacobiConfig or a dict")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["bench", "nowhere", "--config", text])
+        assert message in capsys.readouterr().err
