@@ -23,6 +23,7 @@ EXTRAS = {
         "trl>=1.0",
         "matplotlib>=3.8",
         "rich>=13",
+        "evaluate>=0.4.6",
     ],
     "dev": ["ruff>=0.14", "mypy>=1.13", "pre-commit>=4"],
 }
@@ -36,7 +37,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_jacobi": ["adapters/*/*"]},
+    package_data={"hf_jacobi": ["adapters/*/*", "evaluation/metrics/*/*.py"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.16"],
     extras_require=EXTRAS,

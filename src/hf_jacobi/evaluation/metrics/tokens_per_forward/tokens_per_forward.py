@@ -1,0 +1,36 @@
+"""Tokens per forward, the measure of parallel decoding that no hardware changes."""
+
+import datasets
+import evaluate
+
+
+DESCRIPTION = """TPF: new tokens over forward passes, the prefill counted as one. 1 is autoregressive decoding."""
+INPUTS = """
+Args:
+    predictions: new tokens of each text (`output.jacobi_stats.per_sequence[i].new_tokens`).
+    references: forward passes each text took part in (`output.jacobi_stats.per_sequence[i].forwards`).
+
+Returns:
+    tokens_per_forward: ratio of the sums.
+
+Example:
+    >>> tokens_per_forward.compute(predictions=[12, 20], references=[4, 4])
+    {'tokens_per_forward': 4.0}
+"""
+
+
+@evaluate.utils.file_utils.add_start_docstrings(DESCRIPTION, INPUTS)
+class TokensPerForward(evaluate.Metric):
+    def _info(self):
+        counts = datasets.Value("int64")
+        return evaluate.MetricInfo(
+            description=DESCRIPTION,
+            citation="",
+            inputs_description=INPUTS,
+            features=datasets.Features({"predictions": counts, "references": counts}),
+        )
+
+    def _compute(self, predictions, references):
+        if min(references) < 1:
+            raise ValueError("a text takes at least one forward.")
+        return {"tokens_per_forward": sum(predictions) / sum(references)}
