@@ -29,6 +29,7 @@ __all__ = [
     "disable",
     "enable",
     "pack_trajectories",
+    "plots",
     "publish",
 ]
 
@@ -39,6 +40,7 @@ _LATER = {
     "collect_trajectories": "trajectories",
     "pack_trajectories": "trajectories",
     "publish": "hub",
+    "plots": "evaluation.plots",
 }
 
 
@@ -48,5 +50,6 @@ def __getattr__(name: str):
     try:
         module = importlib.import_module(f".{_LATER[name]}", __name__)
     except ModuleNotFoundError as error:
-        raise ImportError(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[train]'") from error
-    return getattr(module, name)
+        extra = "eval" if name == "plots" else "train"
+        raise ImportError(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[{extra}]'") from error
+    return module if _LATER[name].endswith(f".{name}") else getattr(module, name)

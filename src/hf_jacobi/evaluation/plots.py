@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
+from ..decoding.stats import JacobiStats, Trajectory, TrajectoryStep
 from ..trajectories.statistics import BINS, PackingStatistics
 
 
 PROMPT, COMPLETION, RIGHT, WRONG, PADDING = "#d9d9d9", "#9ecae1", "#a1d99b", "#fdae6b", "#ffffff"
+ACCEPTED, RECYCLED = "#31a354", "#3182bd"
+CURVES = ("consistency_loss", "ar_loss", "noisy_accuracy", "eval_tokens_per_forward", "eval_agreement")
 SHOWN = ("input_ids", "position_ids", "block_ids", "window_start", "labels", "seq_ids", "twin_ids")
 
 
@@ -97,4 +101,131 @@ def bench_bars(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     axes.set_xlabel(f"tokens per second against {names[0]}")
     if len(sizes) > 1:
         axes.legend()
+    return axes
+
+
+def trajectory(
+    record: Trajectory, tokenizer=None, first: int = 0, forwards: int = 24, axes: Axes | None = None
+) -> Axes:
+    """
+    How a text came about: one line per forward, one column per position.
+
+    Each line shows the draft of that forward. Green was right and committed; blue was committed out of the pool; pale
+    green right, but behind something wrong; orange wrong. Grey is text that was there before.
+
+    Args:
+        record: one of `output.trajectory`.
+        tokenizer: writes the tokens into the cells; left out, they stay empty.
+        first: the first forward shown; 0 is the prefill, which drafts nothing.
+        forwards: how many are shown.
+        axes: where to draw; new axes if left out.
+    """
+    steps = [step for step in record.steps[first : first + forwards] if step.draft]
+    text = record.tokens
+    begin = min((step.start for step in steps), default=record.prompt_length)
+    end = max((step.start + len(step.draft) for step in steps), default=begin + 1)
+    axes = axes or pyplot.figure(figsize=(max(4, 0.32 * (end - begin)), max(2, 0.3 * len(steps)))).subplots()
+    for line, step in enumerate(steps):
+        if step.start > begin:
+            axes.add_patch(Rectangle((begin, line), step.start - begin, 1, facecolor=PROMPT, edgecolor="none"))
+        for offset, token in enumerate(step.draft):
+            position = step.start + offset
+            place = position - record.prompt_length
+            right = place < len(text) and (place < 0 or text[place] == token)
+            color = state_of(offset, right, step)
+            axes.add_patch(Rectangle((position, line), 1, 1, facecolor=color, edgecolor="white", linewidth=0.5))
+            if tokenizer is not None:
+                word = tokenizer.decode([token]).replace("$", r"\$")[:6]
+                axes.text(position + 0.5, line + 0.5, word, ha="center", va="center", fontsize=5)
+    axes.set(xlim=(begin, end), ylim=(len(steps), 0), xlabel="position", ylabel="forward")
+    axes.set_xticks([tick for tick in range(begin, end) if (tick - record.prompt_length) % 8 == 0])
+    axes.set_xticklabels([str(int(tick) - record.prompt_length) for tick in axes.get_xticks()])
+    shown = {
+        "there before": PROMPT,
+        "right, committed": ACCEPTED,
+        "committed from the pool": RECYCLED,
+        "right, behind a wrong one": RIGHT,
+        "wrong": WRONG,
+    }
+    handles = [Patch(color=color, label=label) for label, color in shown.items()]
+    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncol=5, fontsize=6, frameon=False)
+    return axes
+
+
+def state_of(offset: int, right: bool, step: TrajectoryStep) -> str:
+    """The colour of the token at `offset` in the draft of a forward."""
+    if offset == 0:
+        return PROMPT
+    if offset < len(step.accepted):  # committed by this forward, so if it was not in the draft, it came from the pool
+        return ACCEPTED if right else RECYCLED
+    return RIGHT if right else WRONG
+
+
+def accepted_tokens(stats: JacobiStats, axes: Axes | None = None) -> Axes:
+    """
+    How many tokens each forward committed.
+
+    Args:
+        stats: `output.jacobi_stats`, or of one row.
+        axes: where to draw; new axes if left out.
+    """
+    axes = axes or pyplot.figure(figsize=(7, 2.5)).subplots()
+    axes.bar(range(len(stats.accepted_per_forward)), stats.accepted_per_forward, width=1.0, color=ACCEPTED)
+    mean = stats.tokens_per_forward
+    axes.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"{mean:.2f} tokens per forward")
+    axes.set(xlabel="forward", ylabel="tokens committed")
+    axes.legend(fontsize=8)
+    return axes
+
+
+def training_curves(
+    history: Sequence[Mapping[str, float]], names: Sequence[str] = CURVES, axes: Sequence[Axes] | None = None
+) -> Sequence[Axes]:
+    """
+    What was logged over a training.
+
+    Args:
+        history: `trainer.state.log_history`, or that of a `trainer_state.json`.
+        names: of what is shown, each in axes of its own; those never logged are left out.
+        axes: as many axes as there are names; new ones if left out.
+
+    Returns:
+        The axes.
+
+    Raises:
+        `ValueError`: none of the names was logged.
+    """
+    shown = [name for name in names if any(name in entry for entry in history)]
+    if not shown:
+        raise ValueError(f"none of {list(names)} was logged.")
+    if axes is None:
+        figure = pyplot.figure(figsize=(3.5 * len(shown), 3), layout="constrained")
+        axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for one, name in zip(axes, shown):
+        points = [(entry["step"], entry[name]) for entry in history if name in entry]
+        one.plot(*zip(*points), marker="." if len(points) < 30 else None)
+        one.set(xlabel="step", title=name.replace("_", " "))
+    return axes
+
+
+def attention_mask(row: Mapping[str, Sequence[int]], axes: Axes | None = None) -> Axes:
+    """
+    Which token of a packed row sees which: a line for each token that looks, a column for each it may see.
+
+    Args:
+        row: a row that `pack_trajectories` made.
+        axes: where to draw; new axes if left out.
+    """
+    from ..training.mask import RowTensors, visible  # needs more than the rest of this file
+
+    rows = RowTensors.of({name: torch.tensor([list(row[name])]) for name in SHOWN})
+    count = len(row["input_ids"])
+    places = torch.arange(count)
+    seen = visible(rows, torch.zeros(1, dtype=torch.long), places[:, None], places[None, :])
+    axes = axes or pyplot.figure(figsize=(5, 5)).subplots()
+    axes.imshow(seen, cmap="Blues", vmin=0, vmax=1.5, interpolation="nearest")
+    noise = next((place for place, block in enumerate(row["block_ids"]) if block >= 0), count)
+    for draw in (axes.axhline, axes.axvline):
+        draw(noise - 0.5, color="black", linewidth=0.6)
+    axes.set(xlabel="token that is seen", ylabel="token that looks")
     return axes
