@@ -11,8 +11,7 @@ import functools
 import time
 
 import hf_jacobi
-from hf_jacobi.cli.demo import encode
-from hf_jacobi.cli.models import DEMO_MODEL, load
+from hf_jacobi.cli.models import DEMO_MODEL, encode, load
 from hf_jacobi.evaluation.prompts import CHAT
 
 

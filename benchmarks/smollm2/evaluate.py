@@ -22,8 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_jacobi
 from hf_jacobi import JacobiConfig
-from hf_jacobi.cli.demo import encode
-from hf_jacobi.cli.models import DEMO_ADAPTER, load, with_adapter
+from hf_jacobi.cli.models import DEMO_ADAPTER, encode, load, with_adapter
 from hf_jacobi.decoding.draft_adapter import is_draft_only
 from hf_jacobi.evaluation.bench import setup_of
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race

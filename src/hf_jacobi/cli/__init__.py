@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
-from . import bench, collect, demo, pack, push, train
+from . import bench, collect, demo, pack, push, train, tune
 
 
-COMMANDS = (demo, collect, pack, train, bench, push)
+COMMANDS = (demo, collect, pack, train, bench, tune, push)
 
 
 def main(argv: list[str] | None = None) -> int:

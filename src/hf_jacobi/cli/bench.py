@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from itertools import islice
 from pathlib import Path
 
 from ..decoding import enable
 from .models import DEMO_MODEL, load, with_adapter
-from .options import add_dtype, positive, settings
+from .options import add_dtype, add_prompts, positive, prompts_of, settings
 
 
 def add_parser(commands) -> None:
@@ -19,12 +18,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("bench", help=about, description=about)
     parser.add_argument("model", nargs="?", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
     parser.add_argument("--adapter", type=Path, help="the folder of an adapter for it; AR then runs without it")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument("--prompts", help="a JSON, JSONL, Parquet, CSV or text file (default: short questions)")
-    source.add_argument("--dataset", help="a data set on the Hub, or a folder")
-    parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
-    parser.add_argument("--dataset-split", help="the split (default: train)")
-    parser.add_argument("--count", type=positive, default=16, help="how many prompts (default: 16)")
+    add_prompts(parser, count=16)
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows together (default: 1)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the texts (default: 128)")
     parser.add_argument("--repeats", type=positive, default=1, help="how often each batch is decoded (default: 1)")
@@ -82,18 +76,3 @@ def run(arguments) -> int:
     print(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value))
     print(table(report))
     return 0
-
-
-def prompts_of(arguments, tokenizer) -> list[list[int]]:
-    """The tokens of the prompts that were asked for."""
-    from ..evaluation.prompts import CHAT
-
-    if arguments.prompts or arguments.dataset:
-        from ..trajectories.prompts import encode_prompt, open_prompts
-
-        rows = open_prompts(arguments.prompts or arguments.dataset, arguments.dataset_split, arguments.dataset_name)
-        rows = enumerate(islice(rows, arguments.count))
-        return [encode_prompt(number, row, None, tokenizer, as_chat=False).ids for number, row in rows]
-    from .demo import encode
-
-    return [encode(tokenizer, prompt, "cpu")["input_ids"][0].tolist() for prompt in CHAT[: arguments.count]]

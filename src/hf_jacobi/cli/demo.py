@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
-from .models import DEMO_ADAPTER, DEMO_MODEL, first_time_note, load, with_adapter
+from .models import DEMO_ADAPTER, DEMO_MODEL, encode, first_time_note, load, with_adapter
 from .options import add_dtype, positive
 
 
@@ -156,20 +156,6 @@ def adapter_of(arguments) -> Path | None:
             raise OSError(f"{arguments.adapter} holds no adapter: name a folder that `hf-jacobi train` wrote")
         return arguments.adapter
     return DEMO_ADAPTER if arguments.model is None else None
-
-
-def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
-    """The prompt as the model expects it: through its chat template if it has one, else as plain text."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt is empty: give --prompt some text")
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]) -> dict:

@@ -51,6 +51,20 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
     return model.eval(), AutoTokenizer.from_pretrained(path)
 
 
+def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
+    """The prompt as the model expects it: through its chat template if it has one, else as plain text."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    if encoded["input_ids"].shape[1] == 0:
+        raise ValueError("the prompt is empty: give --prompt some text")
+    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
 def with_adapter(model, folder: Path):
     """
     The model with a PEFT adapter on it, and how that decodes by default. `model` itself stays as it is.

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+from itertools import islice
 from typing import Any
 
 from ..decoding import JacobiConfig
+from ..evaluation.prompts import CHAT
+from .models import encode
 
 
 def positive(text: str) -> int:
@@ -35,3 +38,24 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what the model computes in (default: as it was saved)",
     )
+
+
+def add_prompts(parser: argparse.ArgumentParser, count: int) -> None:
+    """Adds the options that `prompts_of` reads, for `count` prompts by default."""
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--prompts", help="a JSON, JSONL, Parquet, CSV or text file (default: short questions)")
+    source.add_argument("--dataset", help="a data set on the Hub, or a folder")
+    parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
+    parser.add_argument("--dataset-split", help="the split (default: train)")
+    parser.add_argument("--count", type=positive, default=count, help=f"how many prompts (default: {count})")
+
+
+def prompts_of(arguments, tokenizer) -> list[list[int]]:
+    """The tokens of the prompts that were asked for."""
+    if not (arguments.prompts or arguments.dataset):
+        return [encode(tokenizer, prompt, "cpu")["input_ids"][0].tolist() for prompt in CHAT[: arguments.count]]
+    from ..trajectories.prompts import encode_prompt, open_prompts  # these need `datasets`
+
+    rows = open_prompts(arguments.prompts or arguments.dataset, arguments.dataset_split, arguments.dataset_name)
+    rows = enumerate(islice(rows, arguments.count))
+    return [encode_prompt(number, row, None, tokenizer, as_chat=False).ids for number, row in rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -228,4 +229,71 @@ def attention_mask(row: Mapping[str, Sequence[int]], axes: Axes | None = None) -
     for draw in (axes.axhline, axes.axvline):
         draw(noise - 0.5, color="black", linewidth=0.6)
     axes.set(xlabel="token that is seen", ylabel="token that looks")
+    return axes
+
+
+def knee(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
+    """
+    What a forward takes by how many tokens it scores: flat up to the knee, where more tokens cost next to nothing.
+
+    Args:
+        report: what `tune` returned.
+        axes: where to draw; new axes if left out.
+    """
+    axes = axes or pyplot.figure(figsize=(4.5, 3.2)).subplots()
+    tokens, seconds = report["knee"]["tokens"], report["knee"]["seconds"]
+    axes.plot(tokens, [1000 * value for value in seconds], marker="o")
+    axes.axhline(1000 * seconds[0], color="gray", linestyle="--", linewidth=0.8)
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="tokens of a forward", ylabel="milliseconds", ylim=(0, None))
+    return axes
+
+
+def tuned_settings(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
+    """
+    Predicted tokens per second over tokens and positions per forward, a point for each setting, the chosen one marked.
+
+    Args:
+        report: what `tune` returned.
+        axes: where to draw; new axes if left out.
+    """
+    axes = axes or pyplot.figure(figsize=(5.5, 4)).subplots()
+    costs = report["knee"]
+    rows = report["grid"]
+    across = [row["positions_per_forward"] for row in rows]
+    up = [row["tokens_per_forward"] for row in rows]
+    positions = np.linspace(1, 1.05 * max(across), 60)
+    yields = np.linspace(1, 1.1 * max(up), 60)
+    seconds = np.interp(positions, costs["tokens"], costs["seconds"]) + costs["overhead"]
+    lines = axes.contourf(positions, yields, yields[:, None] / seconds[None, :], levels=12, cmap="Blues")
+    axes.figure.colorbar(lines, ax=axes, label="tokens per second, predicted")
+    axes.scatter(across, up, color="black", s=12)
+    chosen = next(row for row in rows if row["settings"] == report["jacobi"])
+    point = (chosen["positions_per_forward"], chosen["tokens_per_forward"])
+    axes.scatter(*point, color=WRONG, marker="*", s=120, label=str(report["jacobi"] or "default"))
+    axes.set(xlabel="positions per forward", ylabel="tokens per forward")
+    axes.legend(fontsize=7)
+    return axes
+
+
+def predicted_against_measured(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
+    """
+    Tokens per second of the settings that were checked, as predicted and as measured.
+
+    Args:
+        report: what `tune` returned.
+        axes: where to draw; new axes if left out.
+    """
+    axes = axes or pyplot.figure(figsize=(4, 4)).subplots()
+    pairs = [
+        (row["predicted"], report["checked"][str(row["settings"])]["tokens_per_second"])
+        for row in report["grid"]
+        if str(row["settings"]) in report["checked"]
+    ]
+    axes.scatter(*zip(*pairs))
+    top = 1.15 * max(max(pair) for pair in pairs)
+    axes.plot((0, top), (0, top), color="gray", linewidth=0.8)
+    axes.axhline(report["checked"]["AR"]["tokens_per_second"], color="gray", linestyle="--", label="AR")
+    axes.set(xlabel="predicted tokens per second", ylabel="measured", xlim=(0, top), ylim=(0, top))
+    axes.legend(fontsize=8)
     return axes

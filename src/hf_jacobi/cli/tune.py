@@ -1,0 +1,101 @@
+"""`hf-jacobi tune`: the fastest settings on this machine, written into a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ..decoding import JacobiConfig, enable
+from .models import DEMO_MODEL, demo_checkpoint, load, with_adapter
+from .options import add_dtype, add_prompts, positive, prompts_of
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Find the settings of Jacobi decoding that are fastest on this machine, and write them into the checkpoint"
+    parser = commands.add_parser("tune", help=about, description=about)
+    parser.add_argument("model", nargs="?", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
+    parser.add_argument("--adapter", type=Path, help="the folder of an adapter for it, whose settings are tuned")
+    add_prompts(parser, count=6)
+    parser.add_argument("--max-new-tokens", type=positive, default=48, help="length of the texts (default: 48)")
+    add_dtype(parser)
+    parser.add_argument("--output", type=Path, help="write what was measured to this JSON file")
+    parser.add_argument("--plots", type=Path, help="draw the knee, the settings and the check into this folder")
+    parser.add_argument("--save-to", type=Path, help="the generation_config.json of this folder instead")
+    parser.add_argument("--dry-run", action="store_true", help="change no checkpoint")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    from tqdm import tqdm
+
+    from ..evaluation.tune import tune
+
+    target = None if arguments.dry_run else target_of(arguments)
+    base, tokenizer = load(arguments.model, arguments.dtype)
+    model = with_adapter(base, arguments.adapter)[0] if arguments.adapter else base
+    for one in {id(base): base, id(model): model}.values():
+        enable(one)
+    report = tune(
+        model,
+        tokenizer,
+        prompts_of(arguments, tokenizer),
+        base=base,
+        max_new_tokens=arguments.max_new_tokens,
+        progress=lambda items, title: tqdm(items, desc=title, leave=False),
+    )
+    if arguments.output:
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    if arguments.plots:
+        from ..evaluation import plots
+
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        for draw in (plots.knee, plots.tuned_settings, plots.predicted_against_measured):
+            draw(report).figure.savefig(arguments.plots / f"{draw.__name__}.png", dpi=120, bbox_inches="tight")
+    print_report(report)
+    if target is not None:
+        write_settings(target, report)
+        print(f"written to {target}")
+    return 0
+
+
+def target_of(arguments) -> Path:
+    """The generation config that the settings are written into."""
+    folder = (
+        arguments.save_to or arguments.adapter or (Path(arguments.model) if arguments.model else demo_checkpoint())
+    )
+    if not folder.expanduser().is_dir():
+        raise ValueError(
+            f"{folder} is no folder to write the settings into: name one with --save-to, or use --dry-run"
+        )
+    return folder.expanduser() / "generation_config.json"
+
+
+def write_settings(file: Path, report: dict) -> None:
+    """Puts the settings into a generation config, and leaves the rest of it as it is."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    content |= {"decoding": report["decoding"], "jacobi": JacobiConfig(**report["jacobi"]).to_dict()}
+    content.pop("_from_model_config", None)  # one derived from the model's would lose these keys
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def print_report(report: dict) -> None:
+    """What was found, and on what."""
+    setup = report["setup"]
+    print(", ".join(f"{name} {value}" for name, value in setup.items()))
+    print("\nforward over    " + "".join(f"{tokens:>8}" for tokens in report["knee"]["tokens"]) + "  tokens")
+    print("takes           " + "".join(f"{1000 * value:>8.1f}" for value in report["knee"]["seconds"]) + "  ms")
+    print(f"\n{'TPF':>6}{'positions':>11}{'tokens/s, predicted':>21}{'measured':>10}  settings")
+    for row in sorted(report["grid"], key=lambda row: -row["predicted"]):
+        checked = report["checked"].get(str(row["settings"]))
+        measured = f"{checked['tokens_per_second']:.1f}" if checked else ""
+        print(
+            f"{row['tokens_per_forward']:>6.2f}{row['positions_per_forward']:>11.1f}{row['predicted']:>21.1f}"
+            f"{measured:>10}  {row['settings'] or 'default'}"
+        )
+    print(f"{1:>6.2f}{1:>11.1f}{'':>21}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
+    if report["decoding"] == "ar":
+        print("\nNothing was faster than one token at a time, so that is what the checkpoint is to do.")
+    else:
+        print(f"\n{report['speedup']:.2f}x AR with {report['jacobi'] or 'the default settings'}")

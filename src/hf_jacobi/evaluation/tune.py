@@ -1,0 +1,174 @@
+"""
+`tune`: the settings of Jacobi decoding that are fastest on this machine.
+
+What a forward costs depends on the machine and on how many tokens it scores; how many tokens it yields depends on the
+model, the text and the settings. Both are measured by themselves, tokens per second are predicted for every setting
+from the two, and the best few are checked against AR.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DynamicCache
+
+from ..decoding.draft_adapter import DraftAdapter
+from ..decoding.mixin import unwrap
+from .bench import pad, setup_of
+from .measuring import AR, Method, compare, measure, race
+
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXT = 192  # tokens in the cache while forwards are timed
+CHECKED = 3  # settings that are measured against AR
+WORTHWHILE = 1.02  # times AR; less is noise
+GRID: tuple[Mapping[str, Any], ...] = (
+    {},
+    *({"block_size": n, "pool_size": pool} for n in (2, 4, 8, 16, 32) for pool in (0, 4)),
+    {"block_size": 64, "pool_size": 4},
+    *({"block_size": n, "adaptive": True} for n in (8, 32)),
+    *({"block_size": n, "window": "block", "max_blocks": 2} for n in (16, 32)),
+)
+Progress = Callable[[Iterable, str], Iterable]
+
+
+@dataclass(frozen=True)
+class Knee:
+    """
+    What a forward takes by the number of tokens it scores.
+
+    Attributes:
+        tokens: numbers of tokens, rising.
+        seconds: what a forward over so many took, the median.
+        overhead: seconds of a step outside the model's forward.
+    """
+
+    tokens: tuple[int, ...]
+    seconds: tuple[float, ...]
+    overhead: float = 0.0
+
+    def step(self, tokens: float) -> float:
+        """Seconds of a step whose forward scores so many tokens, between the measured ones along a line."""
+        return float(np.interp(tokens, self.tokens, self.seconds)) + self.overhead
+
+
+@torch.inference_mode()
+def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
+    """
+    Times forwards over 1, 2, 4, ... tokens behind a cache of `CONTEXT` tokens, for one row.
+
+    Args:
+        model: a model; a draft-only adapter is on for half of the tokens, as when it drafts.
+        sizes: the numbers of tokens.
+        repeats: how often each is timed, in turn.
+    """
+    inner = unwrap(model)
+    vocabulary = inner.config.get_text_config(decoder=True).vocab_size
+    draw = torch.Generator().manual_seed(0)
+    context = torch.randint(vocabulary, (1, CONTEXT), generator=draw).to(inner.device)
+    cache = DynamicCache(config=inner.config)
+    inner(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    adapter = DraftAdapter.of(inner)
+    times: dict[int, list[float]] = {size: [] for size in sizes}
+    with adapter.listening() if adapter else nullcontext():
+        for repeat in range(repeats + 1):
+            for size in sizes:
+                ids, behind = context[:, :1].expand(1, size), copy.deepcopy(cache)
+                with adapter.on(size // 2) if adapter else nullcontext():
+                    start = _now(inner)
+                    inner(input_ids=ids, past_key_values=behind, use_cache=True)
+                    if repeat:  # after a warm-up
+                        times[size].append(_now(inner) - start)
+    return Knee(tuple(sizes), tuple(median(times[size]) for size in sizes))
+
+
+def _now(model) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def tune(
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    base=None,
+    grid: Sequence[Mapping[str, Any]] = GRID,
+    max_new_tokens: int = 64,
+    progress: Progress = lambda items, title: items,
+) -> dict[str, Any]:
+    """
+    Finds the fastest settings for one row at a time.
+
+    Args:
+        model: an enabled model.
+        tokenizer: its tokenizer.
+        prompts: token ids of texts like those that are to be fast.
+        base: what decodes by AR, if that is not `model`.
+        grid: the settings that are tried, each a dict of `JacobiConfig`'s.
+        max_new_tokens: how far the prompts are decoded.
+        progress: wraps what is gone through, given a title.
+
+    Returns:
+        `decoding` (`"jacobi"`, or `"ar"` where no setting was faster) and `jacobi`, the settings; `speedup`, measured;
+        `predicted` and `measured` tokens per second of the chosen settings; `knee`, `grid` (every setting with its
+        tokens per forward and its prediction) and `checked` (the best few with AR); `setup`.
+
+    Raises:
+        `ValueError`: there are no prompts.
+    """
+    if not prompts:
+        raise ValueError("there are no prompts to tune for.")
+    inputs = [pad([prompt], tokenizer) for prompt in prompts]
+    inputs = [{name: rows.to(unwrap(model).device) for name, rows in one.items()} for one in inputs]
+    writer = base if base is not None else model
+    measure(writer, inputs[0], AR, 8)  # warm-up
+    knee = measure_knee(model)
+    alone = measure_knee(writer, SIZES[:1])
+    plain = [measure(writer, one, AR, max_new_tokens) for one in inputs]
+    overhead = sum(run.seconds for run in plain) / sum(run.count for run in plain) - alone.seconds[0]
+    knee = Knee(knee.tokens, knee.seconds, max(0.0, overhead))
+    rows = []
+    for settings in progress(grid, "tokens per forward"):
+        rows.append({"settings": dict(settings), **_yield_of(model, inputs, settings, max_new_tokens, knee)})
+    best = sorted(rows, key=lambda row: -row["predicted"])[:CHECKED]
+    contestants = {"AR": (writer, AR)}
+    contestants |= {str(row["settings"]): (model, Method("", "jacobi", row["settings"])) for row in best}
+    figures = compare(list(progress(race(contestants, inputs, max_new_tokens), "checking")))
+    winner = max(best, key=lambda row: figures[str(row["settings"])]["tokens_per_second"])
+    found = figures[str(winner["settings"])]
+    faster = found["speedup"] >= WORTHWHILE
+    return {
+        "decoding": "jacobi" if faster else "ar",
+        "jacobi": winner["settings"],
+        "speedup": found["speedup"],
+        "predicted": winner["predicted"],
+        "measured": found["tokens_per_second"],
+        "knee": {"tokens": knee.tokens, "seconds": knee.seconds, "overhead": knee.overhead},
+        "grid": rows,
+        "checked": figures,
+        "setup": setup_of(model) | {"prompts": len(prompts), "max_new_tokens": max_new_tokens},
+    }
+
+
+def _yield_of(model, prompts, settings: Mapping[str, Any], max_new_tokens: int, knee: Knee) -> dict[str, float]:
+    """Tokens per forward with some settings, and the tokens per second that follow from the knee."""
+    method = Method("", "jacobi", settings)
+    runs = [measure(model, prompt, method, max_new_tokens) for prompt in prompts]
+    forwards = sum(run.forwards[0] for run in runs)
+    tokens_per_forward = sum(run.count for run in runs) / forwards
+    positions = sum(run.positions for run in runs) / forwards
+    return {
+        "tokens_per_forward": tokens_per_forward,
+        "positions_per_forward": positions,
+        "predicted": tokens_per_forward / knee.step(positions),
+    }
