@@ -2,7 +2,7 @@
 Metrics for the library `evaluate`, loaded by path, so that no network is needed:
 
 ```python
->>> agreement = evaluate.load(hf_jacobi.evaluation.metrics.path_of("agreement"))
+>>> agreement = evaluate.load(path_of("agreement"))
 >>> agreement.compute(predictions=[[5, 6, 7]], references=[[5, 6, 8]])
 {'tokens': 0.6666666666666666, 'texts': 0.0}
 ```
