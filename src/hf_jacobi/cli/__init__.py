@@ -6,10 +6,10 @@ import argparse
 import sys
 
 from .. import __version__
-from . import bench, collect, demo, pack, push, train, tune
+from . import bench, collect, demo, eval, pack, push, train, tune
 
 
-COMMANDS = (demo, collect, pack, train, bench, tune, push)
+COMMANDS = (demo, collect, pack, train, bench, tune, eval, push)
 
 
 def main(argv: list[str] | None = None) -> int:
