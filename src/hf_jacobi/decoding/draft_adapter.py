@@ -5,7 +5,6 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
-from torch.nn.functional import linear
 
 
 # What marks such an adapter in its configuration (`alora_invocation_tokens` of PEFT's activated LoRA): a token that no
@@ -66,18 +65,22 @@ class DraftAdapter:
         return arguments, keywords | {"alora_offsets": [self.tokens] * arguments[0].shape[0]}
 
     def _quick_forward(self, layer: torch.nn.Module):
-        """What the layer's own forward does, in as few operations as that takes."""
-        name = layer.active_adapters[0]
-        dtype = layer.get_base_layer().weight.dtype
-        dtype = dtype if dtype.is_floating_point else layer.lora_A[name].weight.dtype  # where the base is quantized
-        down = layer.lora_A[name].weight.to(dtype)
-        up = (layer.lora_B[name].weight * layer.scaling[name]).to(dtype)
+        """
+        What the layer's own forward does, in as few operations as that takes.
+
+        On a CPU the adapter computes in float32: a bfloat16 product of this size takes 40 microseconds there whatever
+        it holds, a float32 one 5, and a forward has hundreds of them.
+        """
+        name, base = layer.active_adapters[0], layer.get_base_layer().weight
+        half = base.device.type != "cpu" and base.dtype in (torch.float16, torch.bfloat16)
+        dtype = base.dtype if half else torch.float32
+        down = layer.lora_A[name].weight.t().to(dtype).contiguous()
+        up = (layer.lora_B[name].weight * layer.scaling[name]).t().to(dtype).contiguous()
 
         def forward(x: torch.Tensor, *arguments, alora_offsets=None, **keywords) -> torch.Tensor:
             result = layer.base_layer(x, *arguments, **keywords)
             if self.tokens:
-                drafts = linear(linear(x[:, -self.tokens :].to(dtype), down), up)
-                result[:, -self.tokens :] += drafts.to(result.dtype)
+                result[:, -self.tokens :].add_(x[:, -self.tokens :].to(dtype) @ down @ up)
             return result
 
         return forward
