@@ -1,8 +1,9 @@
 """
 A Jacobi-forced SmolLM2 beside the one it was trained from: tokens per forward, time, text, perplexity.
 
-    python -m benchmarks.smollm2.evaluate held_out.jsonl                    # the adapter of the demo, and its card
-    python -m benchmarks.smollm2.evaluate held_out.jsonl --trained FOLDER   # another one
+    python -m benchmarks.smollm2.evaluate FOLDER held_out.jsonl
+
+which writes FOLDER/evaluation.json; `hf-jacobi push FOLDER ...` makes the card of it.
 
 Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model and by that
 of the trained one, each with its own default settings, one prompt at a time. In domain are held-out prompts of the
@@ -22,16 +23,15 @@ from transformers import AutoModelForCausalLM
 
 import hf_jacobi
 from hf_jacobi import JacobiConfig
-from hf_jacobi.cli.models import DEMO_ADAPTER, encode, load, with_adapter
+from hf_jacobi.cli.models import encode, load, with_adapter
 from hf_jacobi.decoding.draft_adapter import is_draft_only
 from hf_jacobi.evaluation.bench import setup_of
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race
 from hf_jacobi.evaluation.prompts import CHAT
-from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
+from hf_jacobi.hub.card import EVALUATION
 
 
 TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instructions": "instructions, held out"}
-CARDS = Path(__file__).parents[2] / "model_cards"
 OUT_OF_DOMAIN = "chat, other prompts"
 
 
@@ -103,16 +103,10 @@ def rows(dataset: str, runs: list[dict[str, Measured]]) -> list[dict]:
     ]
 
 
-def card_of(adapter: Path) -> str:
-    """The card of an adapter that comes with the package."""
-    note = json.loads((adapter / NOTE).read_text())
-    return render_card(adapter.name, note, json.loads((adapter / EVALUATION).read_text()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trained", type=Path, help="the folder of an adapter or a model")
     parser.add_argument("held_out", type=Path, help="held_out.jsonl of benchmarks.smollm2.prompts")
-    parser.add_argument("--trained", type=Path, default=DEMO_ADAPTER, help="the folder of an adapter or a model")
     parser.add_argument("--model", help="what it was trained from (default: the demo model)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--prompts", type=int, default=20, help="of each kind (default: 20)")
@@ -120,8 +114,6 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments)
     (arguments.trained / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
-    if arguments.trained == DEMO_ADAPTER:
-        (CARDS / f"{DEMO_ADAPTER.name}.md").write_text(card_of(DEMO_ADAPTER))
     for row in result["results"]:
         print(row["dataset"], row["decoding"], row["metrics"], sep=" | ")
 

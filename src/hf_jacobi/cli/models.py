@@ -18,7 +18,6 @@ from ..decoding import JacobiConfig
 
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
-DEMO_ADAPTER = Path(__file__).parent.parent / "adapters" / "smollm2-135m-instruct-draft"  # see its card
 
 
 def cache_folder() -> Path:
@@ -75,7 +74,12 @@ def with_adapter(model, folder: Path):
 
     Returns:
         The adapted model and its `JacobiConfig`.
+
+    Raises:
+        `OSError`: there is no adapter.
     """
+    if not (folder / "adapter_config.json").exists():
+        raise OSError(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote")
     from peft import PeftModel
 
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
