@@ -12,7 +12,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -48,7 +48,7 @@ class Knee:
     Attributes:
         tokens: numbers of tokens, rising.
         seconds: what a forward over so many took, the median.
-        overhead: seconds of a step outside the model's forward.
+        overhead: seconds of a step beside such a forward: drafting, accepting, masks; the median over the settings.
     """
 
     tokens: tuple[int, ...]
@@ -133,13 +133,14 @@ def tune(
     writer = base if base is not None else model
     measure(writer, inputs[0], AR, 8)  # warm-up
     knee = measure_knee(model)
-    alone = measure_knee(writer, SIZES[:1])
-    plain = [measure(writer, one, AR, max_new_tokens) for one in inputs]
-    overhead = sum(run.seconds for run in plain) / sum(run.count for run in plain) - alone.seconds[0]
-    knee = Knee(knee.tokens, knee.seconds, max(0.0, overhead))
-    rows = []
-    for settings in progress(grid, "tokens per forward"):
-        rows.append({"settings": dict(settings), **_yield_of(model, inputs, settings, max_new_tokens, knee)})
+    rows = [
+        {"settings": dict(settings), **_yield_of(model, inputs, settings, max_new_tokens)}
+        for settings in progress(grid, "tokens per forward")
+    ]
+    beside = [row.pop("seconds_per_forward") - knee.step(row["positions_per_forward"]) for row in rows]
+    knee = replace(knee, overhead=max(0.0, median(beside)))
+    for row in rows:
+        row["predicted"] = row["tokens_per_forward"] / knee.step(row["positions_per_forward"])
     best = sorted(rows, key=lambda row: -row["predicted"])[:CHECKED]
     contestants = {"AR": (writer, AR)}
     contestants |= {str(row["settings"]): (model, Method("", "jacobi", row["settings"])) for row in best}
@@ -160,15 +161,12 @@ def tune(
     }
 
 
-def _yield_of(model, prompts, settings: Mapping[str, Any], max_new_tokens: int, knee: Knee) -> dict[str, float]:
-    """Tokens per forward with some settings, and the tokens per second that follow from the knee."""
-    method = Method("", "jacobi", settings)
-    runs = [measure(model, prompt, method, max_new_tokens) for prompt in prompts]
+def _yield_of(model, prompts, settings: Mapping[str, Any], max_new_tokens: int) -> dict[str, float]:
+    """What a forward yields and scores with some settings, and what it takes with all that is around it."""
+    runs = [measure(model, prompt, Method("", "jacobi", settings), max_new_tokens) for prompt in prompts]
     forwards = sum(run.forwards[0] for run in runs)
-    tokens_per_forward = sum(run.count for run in runs) / forwards
-    positions = sum(run.positions for run in runs) / forwards
     return {
-        "tokens_per_forward": tokens_per_forward,
-        "positions_per_forward": positions,
-        "predicted": tokens_per_forward / knee.step(positions),
+        "tokens_per_forward": sum(run.count for run in runs) / forwards,
+        "positions_per_forward": sum(run.positions for run in runs) / forwards,
+        "seconds_per_forward": sum(run.seconds for run in runs) / forwards,
     }
