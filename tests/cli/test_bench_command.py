@@ -33,3 +33,11 @@ def test_bad_settings_are_refused_before_the_model_is_loaded(capsys):
         with pytest.raises(SystemExit, match="2"):
             cli.main(["bench", "nowhere", "--config", text])
         assert message in capsys.readouterr().err
+
+
+def test_what_would_fail_at_the_end_fails_at_once(checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("w5 w6\n\nw7\n")
+    assert cli.main(["bench", checkpoint, "--prompts", str(tmp_path / "prompts.txt")]) == 2
+    assert "is empty" in capsys.readouterr().err
+    assert cli.main(["bench", checkpoint, "--plot", str(tmp_path / "bench.xyz")]) == 2
+    assert "bench.xyz is no picture" in capsys.readouterr().err

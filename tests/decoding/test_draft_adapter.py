@@ -1,6 +1,7 @@
 """A draft-only adapter changes what is tried, never what is written."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -137,3 +138,30 @@ def test_the_quick_way_through_a_layer_drafts_as_peft_does(monkeypatch):
     assert not any("forward" in vars(module) for module in model.modules()), "every layer has its own forward back"
     monkeypatch.setattr(draft_adapter, "_has_nothing_else", lambda layer: False)
     assert drafts() == quick
+
+
+def test_threads_take_turns_with_an_adapter():
+    model = with_adapter()
+    prompts = padded_prompts(1)
+    expected = tiny_model().generate(**prompts, max_new_tokens=30, do_sample=False)
+
+    def texts(block_size: int) -> list:
+        config = {"block_size": block_size}
+        return [
+            model.generate(**prompts, max_new_tokens=30, do_sample=False, decoding="jacobi", jacobi_config=config)
+            for _ in range(4)
+        ]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = itertools.chain.from_iterable(pool.map(texts, (3, 12)))
+    assert all(torch.equal(text, expected) for text in found)
+
+
+def test_a_forward_that_was_put_on_a_layer_is_still_there_afterwards():
+    model = with_adapter()
+    layer = next(module for module in model.modules() if hasattr(module, "lora_A"))
+    plain = layer.forward
+    layer.forward = lambda *args, **kwargs: plain(*args, **kwargs)
+    mine = layer.forward
+    model.generate(**padded_prompts(1), max_new_tokens=4, decoding="jacobi")
+    assert layer.forward is mine

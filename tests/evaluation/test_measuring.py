@@ -17,6 +17,7 @@ def test_every_way_counts_the_same_text():
     ar, lookup, jacobi = found.values()
     assert ar.forwards == [ar.count] and ar.positions == ar.count
     assert lookup.forwards[0] <= ar.count and jacobi.forwards[0] <= ar.count < jacobi.positions
+    assert lookup.positions >= ar.count
     assert all(0 < measured.first_seconds < measured.seconds for measured in found.values())
     assert all(measured.peak_bytes is None or measured.peak_bytes > 1e6 for measured in found.values())
 
@@ -42,3 +43,11 @@ def test_a_race_compares_with_its_first_contestant():
     assert figures["Jacobi"]["slowest"] <= figures["Jacobi"]["median_speedup"] <= figures["Jacobi"]["fastest"]
     pace = [figures[name]["tokens_per_second"] for name in ("Jacobi", "AR")]
     assert figures["Jacobi"]["speedup"] == pytest.approx(pace[0] / pace[1])
+
+
+def test_other_ways_that_a_generation_config_asks_for_are_left_out():
+    model = hf_jacobi.enable(tiny_model())
+    expected = measure(model, padded_prompts(2), AR, 10).tokens
+    model.generation_config.prompt_lookup_num_tokens = 5
+    for method in (AR, JACOBI):
+        assert measure(model, padded_prompts(2), method, 10).tokens == expected

@@ -84,3 +84,14 @@ def test_no_prompts_are_refused():
 
 def test_the_knee_of_a_model_with_a_sliding_window():
     assert len(measure_knee(tiny_model("gemma3"), sizes=(1, 4), repeats=1).seconds) == 2
+
+
+def test_the_knee_of_a_model_with_few_positions():
+    knee = measure_knee(tiny_model(max_position_embeddings=64), repeats=1)
+    assert knee.tokens == (1, 2, 4, 8, 16, 32)
+
+
+def test_a_setting_that_drafts_nothing_is_no_winner():
+    model = timed(repeating(), 0.002, 0.0)
+    nothing = ({"block_size": 1, "pool_size": 0},)
+    assert tune(model, tiny_tokenizer(), PROMPTS, grid=nothing, max_new_tokens=6)["decoding"] == "ar"

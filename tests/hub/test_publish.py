@@ -102,7 +102,7 @@ def test_the_card_says_what_was_measured(tmp_path):
     card = (tmp_path / "pushed" / "README.md").read_text()
     metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
-    assert {"jacobi-forcing", "custom_generate"} <= set(metadata["tags"])
+    assert {"hf_jacobi", "custom_generate"} <= set(metadata["tags"])
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
     assert [metric["value"] for metric in metrics] == [1.0, 0.9, 4.25]
     assert "| problems | jacobi | 4.25 |  |" in card and "two cores" in card and "someone/fast" in card
@@ -165,3 +165,32 @@ def test_bad_places_are_refused(tmp_path):
         publish(tmp_path / "full", tmp_path / "new")
     with pytest.raises(ValueError, match="Repo id"):
         hf_jacobi.publish(tiny_model(), "not a name!", tiny_tokenizer(), tmp_path / "new", dry_run=True)
+
+
+def test_another_tokenizer_replaces_that_of_the_folder(tmp_path):
+    source = tmp_path / "out"
+    tiny_model().save_pretrained(source)
+    tiny_tokenizer(template=True).save_pretrained(source)
+    publish(source, tmp_path / "pushed", tokenizer=tiny_tokenizer(template=False))
+    assert AutoTokenizer.from_pretrained(tmp_path / "pushed").chat_template is None
+
+
+def test_a_model_that_was_not_trained_is_not_called_so(tmp_path):
+    publish(tiny_model(), tmp_path / "pushed")
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    assert "trained with Jacobi Forcing" not in card and "jacobi-forcing\n" not in card and "relation" not in card
+
+
+def test_a_generation_config_is_kept_even_where_it_is_odd(tmp_path):
+    source = tmp_path / "out"
+    tiny_model().save_pretrained(source)
+    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.5, "decoding": "ar"}))
+    publish(source, tmp_path / "pushed")
+    kept = json.loads((tmp_path / "pushed" / "generation_config.json").read_text())
+    assert kept["temperature"] == 0.5 and kept["decoding"] == "ar"
+
+
+def test_an_adapter_of_another_name_is_refused(tmp_path):
+    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="draft")
+    with pytest.raises(ValueError, match="'default'"):
+        publish(model, tmp_path / "pushed")

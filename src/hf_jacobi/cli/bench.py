@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..decoding import enable
 from .models import DEMO_MODEL, load, with_adapter
-from .options import add_dtype, add_prompts, positive, prompts_of, settings
+from .options import add_dtype, add_prompts, check_places, positive, prompts_of, settings
 
 
 def add_parser(commands) -> None:
@@ -38,6 +38,8 @@ def run(arguments) -> int:
     import torch
     from tqdm import tqdm
 
+    check_places(arguments.output, arguments.plot)
+    from ..decoding.mixin import unwrap
     from ..evaluation.bench import bench, methods_of, table
     from ..evaluation.measuring import Method
 
@@ -47,7 +49,8 @@ def run(arguments) -> int:
     for one in {id(base): base, id(model): model}.values():
         enable(one)
         if arguments.compile:
-            one.forward = torch.compile(one.forward, dynamic=True)
+            inner = unwrap(one)  # PEFT's `generate` calls this one
+            inner.forward = torch.compile(inner.forward, dynamic=True)
     methods = list(methods_of(model))
     if own is not None:
         methods.insert(2, Method("Jacobi, the adapter's", "jacobi", own.to_dict()))
@@ -67,12 +70,12 @@ def run(arguments) -> int:
     )
     report["setup"] |= {"model": arguments.model or DEMO_MODEL, "compile": arguments.compile}
     report["setup"] |= {"adapter": arguments.adapter and arguments.adapter.name}
+    print(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value))
+    print(table(report))
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:
         from ..evaluation.plots import bench_bars
 
         bench_bars(report).figure.savefig(arguments.plot, dpi=120, bbox_inches="tight")
-    print(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value))
-    print(table(report))
     return 0

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .models import DEMO_MODEL, demo_checkpoint
-from .options import add_dtype, positive
+from .options import add_dtype, check_places, positive
 
 
 def add_parser(commands) -> None:
@@ -36,6 +36,7 @@ def run(arguments) -> int:
         from lm_eval import simple_evaluate
     except ModuleNotFoundError as error:
         raise ImportError(f"this needs {error.name}: pip install 'hf_jacobi[eval]'") from error
+    check_places(arguments.output)
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 

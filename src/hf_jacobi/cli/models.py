@@ -78,14 +78,16 @@ def with_adapter(model, folder: Path):
     Raises:
         `OSError`: there is no adapter.
     """
+    folder = folder.expanduser()
     if not (folder / "adapter_config.json").exists():
         raise OSError(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote")
     from peft import PeftModel
 
     shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     adapted = PeftModel.from_pretrained(copy.deepcopy(model, shared), folder).eval()
-    settings = json.loads((folder / "generation_config.json").read_text(encoding="utf-8"))
-    return adapted, JacobiConfig.coerce(settings["jacobi"])
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return adapted, JacobiConfig.coerce(settings.get("jacobi"))
 
 
 def first_time_note(name: str | None) -> str:

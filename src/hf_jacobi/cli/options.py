@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from ..decoding import JacobiConfig
@@ -40,6 +41,28 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_places(output: Path | None, picture: Path | None = None) -> None:
+    """
+    Makes the folders of what will be written, before any work is lost.
+
+    Raises:
+        `OSError`: one cannot be made.
+        `ValueError`: a picture would be of a kind that is not known.
+        `ImportError`: matplotlib is not installed.
+    """
+    for file in filter(None, (output, picture)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    if picture is None:
+        return
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError as error:
+        raise ImportError("pictures need matplotlib: pip install 'hf_jacobi[eval]'") from error
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if picture.suffix.removeprefix(".") not in known:
+        raise ValueError(f"{picture} is no picture that can be drawn: end its name in one of {', '.join(known)}.")
+
+
 def add_prompts(parser: argparse.ArgumentParser, count: int) -> None:
     """Adds the options that `prompts_of` reads, for `count` prompts by default."""
     source = parser.add_mutually_exclusive_group()
@@ -58,4 +81,7 @@ def prompts_of(arguments, tokenizer) -> list[list[int]]:
 
     rows = open_prompts(arguments.prompts or arguments.dataset, arguments.dataset_split, arguments.dataset_name)
     rows = enumerate(islice(rows, arguments.count))
-    return [encode_prompt(number, row, None, tokenizer, as_chat=False).ids for number, row in rows]
+    prompts = [encode_prompt(number, row, None, tokenizer, as_chat=False) for number, row in rows]
+    if empty := [prompt.name for prompt in prompts if not prompt.ids]:
+        raise ValueError(f"prompt {empty[0]} is empty: leave it out.")
+    return [prompt.ids for prompt in prompts]

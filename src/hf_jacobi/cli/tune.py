@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..decoding import JacobiConfig, enable
 from .models import DEMO_MODEL, demo_checkpoint, load, with_adapter
-from .options import add_dtype, add_prompts, positive, prompts_of
+from .options import add_dtype, add_prompts, check_places, positive, prompts_of
 
 
 def add_parser(commands) -> None:
@@ -32,6 +32,7 @@ def run(arguments) -> int:
 
     from ..evaluation.tune import tune
 
+    check_places(arguments.output, arguments.plots and arguments.plots / "knee.png")
     target = None if arguments.dry_run else target_of(arguments)
     base, tokenizer = load(arguments.model, arguments.dtype)
     model = with_adapter(base, arguments.adapter)[0] if arguments.adapter else base
@@ -45,18 +46,17 @@ def run(arguments) -> int:
         max_new_tokens=arguments.max_new_tokens,
         progress=lambda items, title: tqdm(items, desc=title, leave=False),
     )
+    print_report(report)
+    if target is not None:
+        write_settings(target, report)
+        print(f"written to {target}")
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plots:
         from ..evaluation import plots
 
-        arguments.plots.mkdir(parents=True, exist_ok=True)
         for draw in (plots.knee, plots.tuned_settings, plots.predicted_against_measured):
             draw(report).figure.savefig(arguments.plots / f"{draw.__name__}.png", dpi=120, bbox_inches="tight")
-    print_report(report)
-    if target is not None:
-        write_settings(target, report)
-        print(f"written to {target}")
     return 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +12,7 @@ import torch
 # What marks such an adapter in its configuration (`alora_invocation_tokens` of PEFT's activated LoRA): a token that no
 # text holds, so that PEFT by itself never switches it on, and the model without this library is the base model.
 DRAFT_ONLY = (-1,)
+_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
 def is_draft_only(adapter_config) -> bool:
@@ -45,23 +48,31 @@ class DraftAdapter:
 
     @contextmanager
     def listening(self):
-        """While this is open, the layers ask how many tokens the adapter is on for."""
-        handles = []
-        quick = [layer for layer in self.layers if _has_nothing_else(layer)]
-        try:
-            for layer in self.layers:
-                if layer in quick:
-                    layer.forward = self._quick_forward(layer)
-                else:
-                    handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for layer in quick:
-                layer.__dict__.pop("forward", None)
+        """
+        While this is open, the layers ask how many tokens the adapter is on for.
+
+        Threads that decode with the same adapter take turns.
+        """
+        with _LOCKS.setdefault(self.layers[0], threading.RLock()):
+            handles, before = [], {}
+            try:
+                for layer in self.layers:
+                    if _has_nothing_else(layer):
+                        before[layer] = vars(layer).get("forward")
+                        layer.forward = self._quick_forward(layer)
+                    else:
+                        handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
+                yield
+            finally:
+                for handle in handles:
+                    handle.remove()
+                for layer, forward in before.items():
+                    del layer.forward
+                    if forward is not None:
+                        layer.forward = forward
 
     def _tell(self, module, arguments, keywords):
+        _check_rows(arguments[0])
         return arguments, keywords | {"alora_offsets": [self.tokens] * arguments[0].shape[0]}
 
     def _quick_forward(self, layer: torch.nn.Module):
@@ -80,6 +91,7 @@ class DraftAdapter:
         def forward(x: torch.Tensor, *arguments, alora_offsets=None, **keywords) -> torch.Tensor:
             result = layer.base_layer(x, *arguments, **keywords)
             if self.tokens:
+                _check_rows(x)
                 result[:, -self.tokens :].add_(x[:, -self.tokens :].to(dtype) @ down @ up)
             return result
 
@@ -95,8 +107,18 @@ class DraftAdapter:
             self.tokens = 0
 
 
+def _check_rows(x: torch.Tensor) -> None:
+    if x.dim() != 3:
+        raise ValueError(
+            "a draft-only adapter cannot serve a layer that gets its tokens without their rows: train it with other "
+            "target_modules, such as those of the attention."
+        )
+
+
 def _has_nothing_else(layer: torch.nn.Module) -> bool:
     """Whether a layer's one adapter is a plain LoRA for drafts, of which no gradient is wanted."""
+    if any(hasattr(part, "_hf_hook") for part in layer.modules()):
+        return False  # accelerate brings the weights when its own forward is called
     if len(layer.active_adapters) != 1 or layer.training or torch.is_grad_enabled() or layer.merged:
         return False
     name, down, up = layer.active_adapters[0], getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})

@@ -68,6 +68,10 @@ def bench(
     """
     methods = methods_of(model) if methods is None else methods
     too_large = [size for size in batch_sizes if size > len(prompts)]
+    if not all(prompts):
+        raise ValueError("a prompt is empty: leave it out.")
+    if len({method.name for method in methods}) < len(methods):
+        raise ValueError("two ways of decoding have the same name.")
     if too_large or not prompts:
         raise ValueError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
     results = []

@@ -10,6 +10,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ..decoding import JacobiConfig, JacobiStats, enable
+from .measuring import up_to_end
 
 
 SETTINGS = tuple(field.name for field in dataclasses.fields(JacobiConfig) if field.name != "seed")
@@ -46,8 +47,8 @@ class JacobiLM(HFLM):
         if decoding == "jacobi":
             rows = [(row.new_tokens, row.forwards) for row in output.jacobi_stats.per_sequence]
         else:
-            count = output.sequences.shape[1] - context.shape[1]
-            rows = [(count, count)] * len(output.sequences)
+            counts = [up_to_end(row, self.eot_token_id) for row in output.sequences[:, context.shape[1] :].tolist()]
+            rows = [(count, count) for count in counts]
         self.stats.new_tokens += sum(tokens for tokens, _ in rows)
         self.stats.forwards += sum(forwards for _, forwards in rows)
         return output.sequences

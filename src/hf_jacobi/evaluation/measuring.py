@@ -17,6 +17,10 @@ from ..decoding.mixin import unwrap
 LOOKUP_TOKENS = 10  # what transformers' documentation of prompt lookup uses
 
 
+# What a generation config may ask for that is another way of decoding, or another number of texts.
+ALONE = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "cache_implementation": None}
+
+
 @dataclass(frozen=True)
 class Method:
     """
@@ -35,9 +39,9 @@ class Method:
     def arguments(self) -> dict[str, Any]:
         """What `generate` is called with."""
         if self.decoding == "prompt_lookup":
-            return {"decoding": "ar", "prompt_lookup_num_tokens": LOOKUP_TOKENS}
+            return ALONE | {"decoding": "ar", "prompt_lookup_num_tokens": LOOKUP_TOKENS}
         config = {} if self.settings is None else {"jacobi_config": dict(self.settings)}
-        return {"decoding": self.decoding, **config}
+        return ALONE | {"decoding": self.decoding, **config}
 
 
 AR = Method("AR", "ar")
@@ -83,7 +87,14 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
     """
     length = inputs["input_ids"].shape[1]
     ends: list[float] = []
-    handle = unwrap(model).register_forward_hook(lambda *_: ends.append(_now(model) if not ends else 0.0))
+    scored: list[int] = []
+
+    def note(module, arguments, keywords, output) -> None:
+        ends.append(_now(model) if not ends else 0.0)
+        ids = keywords.get("input_ids")
+        scored.append(ids.shape[1] if len(ends) > 1 and ids is not None else 1)
+
+    handle = unwrap(model).register_forward_hook(note, with_kwargs=True)
     memory = PeakMemory(model.device)
     try:
         start = _now(model)
@@ -104,10 +115,10 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
         positions = output.jacobi_stats.positions
     else:
         counts = [
-            _up_to_end(row, model.generation_config.eos_token_id) for row in output.sequences[:, length:].tolist()
+            up_to_end(row, model.generation_config.eos_token_id) for row in output.sequences[:, length:].tolist()
         ]
         forwards = counts if method.decoding == "ar" else [len(ends)]
-        positions = sum(counts)
+        positions = sum(counts) if method.decoding == "ar" else sum(scored)
     tokens = [row[:count] for row, count in zip(output.sequences[:, length:].tolist(), counts)]
     return Measured(tokens, forwards, positions, seconds, ends[0] - start, memory.peak())
 
@@ -209,7 +220,7 @@ def _now(model) -> float:
     return time.perf_counter()
 
 
-def _up_to_end(row: list[int], ends: int | list[int] | None) -> int:
+def up_to_end(row: list[int], ends: int | list[int] | None) -> int:
     """How many tokens a row has up to its end, which counts."""
     known = {ends} if isinstance(ends, int) else set(ends or ())
     return next((index + 1 for index, token in enumerate(row) if token in known), len(row))

@@ -116,8 +116,7 @@ def render_card(
     parts = [
         f"---\n{_metadata(name, note, evaluation, shared)}\n---",
         f"# {name}",
-        f"{subject} trained with Jacobi Forcing (Hu et al., [arXiv 2512.14681](https://arxiv.org/abs/2512.14681)) to "
-        f"write several tokens per forward pass. {KINDS[note['kind']]}",
+        f"{subject} {_made(note)} several tokens per forward pass. {KINDS[note['kind']]}",
         "## Use",
         _usage(name, note),
     ]
@@ -143,15 +142,24 @@ def render_card(
     return "\n\n".join(parts) + "\n"
 
 
+def _made(note: dict[str, Any]) -> str:
+    paper = "(Hu et al., [arXiv 2512.14681](https://arxiv.org/abs/2512.14681))"
+    if not note["settings"]:
+        return f"as it is, with a decoder that writes, where it can be guessed {paper},"
+    return f"trained with Jacobi Forcing {paper} to write"
+
+
 def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None, shared: bool) -> str:
     adapter = note["kind"] != "model"
     data: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": [*TAGS, *(["custom_generate"] if shared else [])],
+        "tags": [*(TAGS if note["settings"] else TAGS[1:]), *(["custom_generate"] if shared else [])],
     }
     if note["base_model"]:
-        data |= {"base_model": note["base_model"], "base_model_relation": "adapter" if adapter else "finetune"}
+        data["base_model"] = note["base_model"]
+        if adapter or note["settings"]:
+            data["base_model_relation"] = "adapter" if adapter else "finetune"
     if note["dataset"]:
         data["datasets"] = [note["dataset"]]
     if evaluation and evaluation["results"]:
@@ -232,4 +240,4 @@ def _plain(value: Any) -> Any:
 
 def _table(head, rows) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in lines)
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in lines)

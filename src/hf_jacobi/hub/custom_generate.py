@@ -24,7 +24,7 @@ def generate(*args, model, decoding=None, jacobi_config=None, output_trajectory=
     """
     of_call = args[1] if len(args) > 1 else kwargs.get("generation_config")
     if decoding is None:
-        decoding = setting_of("decoding", of_call, model) or DECODING
+        decoding = "ar" if kwargs.get("custom_generate") else setting_of("decoding", of_call, model) or DECODING
     if decoding == "jacobi" and jacobi_config is None:
         jacobi_config = setting_of("jacobi", of_call, model) or JACOBI
     plain = functools.partial(type(model).generate, model)

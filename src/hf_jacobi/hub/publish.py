@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import tempfile
@@ -15,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from ..decoding.config import JacobiConfig
 from ..decoding.draft_adapter import is_draft_only
@@ -28,11 +29,7 @@ CARRIED = "custom_generate"
 REQUIREMENTS = "transformers>=5.16\n"
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin")
-PUBLISHED = (
-    *WEIGHTS,
-    "config.json",
-    "adapter_config.json",
-    "generation_config.json",
+TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -40,6 +37,14 @@ PUBLISHED = (
     "merges.txt",
     "*.model",
     "chat_template*",
+)
+PUBLISHED = (
+    *WEIGHTS,
+    *TOKENIZER,
+    "config.json",
+    "*.py",  # a model's own code
+    "adapter_config.json",
+    "generation_config.json",
     NOTE,
     EVALUATION,
     "LICENSE*",
@@ -113,36 +118,50 @@ def publish(
             )
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload with hf_jacobi"))
+        return str(
+            api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                commit_message="Upload with hf_jacobi",
+                # What an earlier upload left: old weights in another layout would be loaded before the new ones.
+                delete_patterns=[*PUBLISHED, f"{CARRIED}/*"],
+            )
+        )
 
 
 def write_folder(model_or_dir, repo_id: str, folder: Path, tokenizer, evaluation: dict[str, Any] | None) -> None:
     """Writes everything that is pushed into an empty folder."""
     if isinstance(model_or_dir, (str, Path)):
         source = Path(model_or_dir).expanduser()
-        _copy_checkpoint(source, folder)
+        _copy_checkpoint(source, folder, PUBLISHED if tokenizer is None else set(PUBLISHED) - set(TOKENIZER))
     else:
         source = None
         model_or_dir.save_pretrained(folder)
-        unwrap(model_or_dir).generation_config.save_pretrained(folder)
+        _write_json(folder / "generation_config.json", unwrap(model_or_dir).generation_config.to_diff_dict())
+        if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+            raise ValueError("an adapter is published if its name is 'default': make it with that name.")
     base = _base_of(folder, None if source else unwrap(model_or_dir).config._name_or_path)
     _write_tokenizer(folder, tokenizer, [source, base])
     settings = _write_generation_config(folder)
     _write_decoder(folder / CARRIED, settings)
     note = _note(folder, base, settings)
-    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+    _write_json(folder / NOTE, note)
     if evaluation is not None:
-        (folder / EVALUATION).write_text(json.dumps(evaluation, indent=2) + "\n", encoding="utf-8")
+        _write_json(folder / EVALUATION, evaluation)
     elif (folder / EVALUATION).exists():
         evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
     _check_evaluation(evaluation)
     (folder / "README.md").write_text(render_card(repo_id, note, evaluation, shared=True), encoding="utf-8")
 
 
-def _copy_checkpoint(source: Path, folder: Path) -> None:
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy_checkpoint(source: Path, folder: Path, patterns) -> None:
     if not any(path for pattern in WEIGHTS for path in source.glob(pattern)):
         raise ValueError(f"{source} holds no weights: name a folder that save_pretrained or the trainer wrote.")
-    for path in {path for pattern in PUBLISHED for path in source.glob(pattern)}:
+    for path in {path for pattern in patterns for path in source.glob(pattern)}:
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
@@ -179,16 +198,13 @@ def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
 
 def _write_generation_config(folder: Path) -> dict[str, Any]:
     """Makes Jacobi decoding the default where nothing was decided; returns `decoding` and `jacobi`."""
-    try:
-        config = GenerationConfig.from_pretrained(folder)
-    except OSError:
-        config = GenerationConfig()
-    config._from_model_config = False  # else it loses our keys when it is loaded again
-    if getattr(config, "decoding", None) is None:
-        config.decoding = "jacobi"
-    config.jacobi = JacobiConfig.coerce(getattr(config, "jacobi", None)).to_dict()
-    config.save_pretrained(folder)
-    return {"decoding": config.decoding, "jacobi": config.jacobi}
+    file = folder / "generation_config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    content.pop("_from_model_config", None)  # one derived from the model's loses our keys when it is loaded
+    content["decoding"] = content.get("decoding") or "jacobi"
+    content["jacobi"] = JacobiConfig.coerce(content.get("jacobi")).to_dict()
+    _write_json(file, content)
+    return {"decoding": content["decoding"], "jacobi": content["jacobi"]}
 
 
 def _write_decoder(folder: Path, settings: dict[str, Any]) -> None:
@@ -232,9 +248,9 @@ def _check_evaluation(evaluation: dict[str, Any] | None) -> None:
         return
     try:
         rows = [(row["dataset"], row["decoding"], row["metrics"]) for row in evaluation["results"]]
-        sound = isinstance(evaluation["measured_on"], str) and all(
-            isinstance(value, (int, float)) for *_, metrics in rows for value in metrics.values()
-        )
+        sound = isinstance(evaluation["measured_on"], str) and isinstance(evaluation["results"], list)
+        values = [value for *_, metrics in rows for value in metrics.values()]
+        sound = sound and all(not isinstance(value, bool) and math.isfinite(value) for value in values)
     except (KeyError, TypeError, AttributeError):
         sound = False
     if not sound:

@@ -87,6 +87,7 @@ class ShardFolder:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
                     raise ValueError(f"another run is at work in {self.folder}: wait for it, or stop it.") from None
+            self._check_settings(self.settings)  # another run may have begun since
             for scratch in self.folder.glob(".*.tmp"):
                 scratch.unlink(missing_ok=True)
             text = json.dumps(self.settings, indent=2)
