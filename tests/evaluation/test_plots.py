@@ -46,7 +46,8 @@ def test_a_trajectory_colours_what_was_committed(output):
     colours = [to_hex(patch.get_facecolor()) for patch in axes.patches]
     steps = [step for step in record.steps if step.draft]
     committed = sum(min(len(step.accepted), len(step.draft)) - 1 for step in steps if step.accepted)
-    assert colours.count(plots.ACCEPTED) + colours.count(plots.RECYCLED) == committed
+    painted = colours.count(plots.ACCEPTED) + colours.count(plots.RECYCLED)
+    assert committed <= painted <= committed + 1, "a text may end inside a draft"
     assert (colours.count(plots.RECYCLED) > 0) == (stats.recycled_tokens > 0)
     assert plots.WRONG in colours
     assert len(plots.trajectory(record, forwards=3).patches) < len(axes.patches)

@@ -157,8 +157,10 @@ def state_of(offset: int, right: bool, step: TrajectoryStep) -> str:
     """The colour of the token at `offset` in the draft of a forward."""
     if offset == 0:
         return PROMPT
-    if offset < len(step.accepted):  # committed by this forward, so if it was not in the draft, it came from the pool
-        return ACCEPTED if right else RECYCLED
+    if offset <= len(step.accepted) and right:
+        return ACCEPTED
+    if offset < len(step.accepted):  # committed, though it was not in the draft; the last one is the model's own
+        return RECYCLED
     return RIGHT if right else WRONG
 
 
@@ -270,7 +272,8 @@ def tuned_settings(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     axes.scatter(across, up, color="black", s=12)
     chosen = next(row for row in rows if row["settings"] == report["jacobi"])
     point = (chosen["positions_per_forward"], chosen["tokens_per_forward"])
-    axes.scatter(*point, color=WRONG, marker="*", s=120, label=str(report["jacobi"] or "default"))
+    label = str(report["jacobi"] or "default") + (", but AR was faster" if report["decoding"] == "ar" else "")
+    axes.scatter(*point, color=WRONG, marker="*", s=120, label=label)
     axes.set(xlabel="positions per forward", ylabel="tokens per forward")
     axes.legend(fontsize=7)
     return axes
