@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
     results = Results(Workplace(arguments.folder, arguments.fraction), arguments.problems)
     file = arguments.figures
     figures = json.loads(file.read_text()) if file.exists() else {}
-    figures["setup"] = results.setup()
+    figures["setup"] = results.setup
 
     def keep(name: str, value: Any) -> None:
         figures[name] = value

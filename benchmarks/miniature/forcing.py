@@ -13,10 +13,11 @@ from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_jacobi
+from hf_jacobi.evaluation.measuring import AR
 
 from .base import train_base
 from .evaluate import MAX_NEW_TOKENS, answer, summary
-from .recipes import AR, BASE_PROBLEMS, RECIPES, Recipe, sliding
+from .recipes import BASE_PROBLEMS, RECIPES, Recipe, sliding
 from .tasks import training_problems
 
 

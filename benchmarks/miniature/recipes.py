@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from hf_jacobi.evaluation.measuring import AR, Method
+from hf_jacobi.evaluation.measuring import Method
 
 
 BASE_PROBLEMS = 120_000
@@ -83,4 +83,4 @@ RECIPES = {
     )
 }
 MR = in_blocks(16, blocks=2, pool=4)
-METHODS = (AR, in_blocks(16), MR, sliding(16), sliding(32), sliding(32, pool=4))
+METHODS = (in_blocks(16), MR, sliding(16), sliding(32), sliding(32, pool=4))

@@ -7,11 +7,9 @@ import time
 from collections.abc import Callable
 from functools import cached_property
 
-import torch
-import transformers
 from tqdm import tqdm
 
-from hf_jacobi.evaluation.bench import processor
+from hf_jacobi.evaluation.bench import setup_of
 from hf_jacobi.evaluation.measuring import AR, Method, compare, race
 
 from .evaluate import MAX_NEW_TOKENS, answer, summary
@@ -72,15 +70,10 @@ class Results:
         """What `forced_model` notes of the training."""
         return json.loads((forced_model(self.place, RECIPES[name]) / "curve.json").read_text())
 
+    @cached_property
     def setup(self) -> dict[str, str | int]:
-        """What the figures were measured on."""
-        return {
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "dtype": "float32",
-        }
+        """What the figures are measured on."""
+        return setup_of(self.model("base"))
 
     def _kept(self, name: str, measure: Callable):
         path = self.place.folder / "results" / f"{name}.json"
@@ -89,6 +82,6 @@ class Results:
         start = time.time()
         result = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
-        note = {"setup": self.setup(), "seconds": time.time() - start, "result": result}
+        note = {"setup": self.setup, "seconds": time.time() - start, "result": result}
         path.write_text(json.dumps(note))
         return result

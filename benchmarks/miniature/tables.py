@@ -25,7 +25,6 @@ MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("draft-only adapter, sliding window", "draft", sliding(32)),
     ("draft-only adapter, sliding window with recycling", "draft", sliding(32, pool=4)),
 )
-BLOCKS = {n: in_blocks(n) for n in (16, 32, 64)}
 TITLES = {
     "schedules": "Table 2: noise schedules (window of 8)",
     "windows": "Table 3: window size; a window of 1 is clean context",
@@ -62,7 +61,7 @@ def main_table(results: Results) -> dict[str, Any]:
 
 def comparison(results: Results, recipes: tuple[str, ...]) -> dict[str, Any]:
     """Tables 2, 3 and 6: recipes on the same budget, each decoded in several ways."""
-    return {recipe: {method.name: results.quality(recipe, method) for method in METHODS[1:]} for recipe in recipes}
+    return {recipe: {method.name: results.quality(recipe, method) for method in METHODS} for recipe in recipes}
 
 
 def by_block_size(results: Results) -> dict[str, Any]:

@@ -1,18 +1,18 @@
 """Pictures are drawn of what the library returns, and show its numbers."""
 
+import matplotlib
 import pytest
 from matplotlib.colors import to_hex
 from models import padded_prompts, tiny_model
 from packing_example import PACKED
 
 
-matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 
 
-import hf_jacobi  # noqa: E402
-from hf_jacobi import plots  # noqa: E402
-from hf_jacobi.trajectories import packing_statistics  # noqa: E402
+import hf_jacobi
+from hf_jacobi import plots
+from hf_jacobi.trajectories import packing_statistics
 
 
 def test_noise_levels():

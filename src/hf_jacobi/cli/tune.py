@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..decoding import JacobiConfig, enable
+from ..decoding import enable
+from ..decoding.config import write_settings
 from .models import DEMO_MODEL, demo_checkpoint, load, with_adapter
 from .options import add_dtype, add_prompts, check_places, positive, prompts_of
 
@@ -48,8 +49,8 @@ def run(arguments) -> int:
     )
     print_report(report)
     if target is not None:
-        write_settings(target, report)
-        print(f"written to {target}")
+        write_settings(target, report["decoding"], report["jacobi"])
+        print(f"written to {target / 'generation_config.json'}")
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plots:
@@ -61,7 +62,7 @@ def run(arguments) -> int:
 
 
 def target_of(arguments) -> Path:
-    """The generation config that the settings are written into."""
+    """The folder whose generation config gets the settings."""
     folder = (
         arguments.save_to or arguments.adapter or (Path(arguments.model) if arguments.model else demo_checkpoint())
     )
@@ -69,15 +70,7 @@ def target_of(arguments) -> Path:
         raise ValueError(
             f"{folder} is no folder to write the settings into: name one with --save-to, or use --dry-run"
         )
-    return folder.expanduser() / "generation_config.json"
-
-
-def write_settings(file: Path, report: dict) -> None:
-    """Puts the settings into a generation config, and leaves the rest of it as it is."""
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    content |= {"decoding": report["decoding"], "jacobi": JacobiConfig(**report["jacobi"]).to_dict()}
-    content.pop("_from_model_config", None)  # one derived from the model's would lose these keys
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return folder.expanduser()
 
 
 def print_report(report: dict) -> None:

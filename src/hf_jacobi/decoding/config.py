@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 
@@ -153,3 +155,26 @@ class JacobiConfig:
         if isinstance(value, dict):
             return cls.from_dict(value)
         raise ValueError(f"`jacobi_config` must be a JacobiConfig or a dict of its settings, got {type(value)}.")
+
+
+def write_settings(folder: Path, decoding: str | None = None, jacobi: dict[str, Any] | None = None) -> dict[str, Any]:
+    """
+    Puts how a checkpoint decodes into its `generation_config.json`, and leaves the rest of that as it is.
+
+    Args:
+        folder: of the checkpoint.
+        decoding, jacobi: `"ar"` or `"jacobi"`, and settings of `JacobiConfig`. Left out, what is there, else Jacobi
+            decoding and its default settings.
+
+    Returns:
+        `decoding` and `jacobi` as they are now.
+    """
+    file = folder / "generation_config.json"
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    content.pop("_from_model_config", None)  # one derived from the model's loses our keys when it is loaded
+    settings = {
+        "decoding": decoding or content.get("decoding") or "jacobi",
+        "jacobi": JacobiConfig.coerce(jacobi if jacobi is not None else content.get("jacobi")).to_dict(),
+    }
+    file.write_text(json.dumps(content | settings, indent=2) + "\n", encoding="utf-8")
+    return settings

@@ -15,8 +15,6 @@ from ..decoding.mixin import unwrap
 
 
 LOOKUP_TOKENS = 10  # what transformers' documentation of prompt lookup uses
-
-
 # What a generation config may ask for that is another way of decoding, or another number of texts.
 ALONE = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "cache_implementation": None}
 
@@ -90,14 +88,14 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
     scored: list[int] = []
 
     def note(module, arguments, keywords, output) -> None:
-        ends.append(_now(model) if not ends else 0.0)
+        ends.append(now(model) if not ends else 0.0)
         ids = keywords.get("input_ids")
         scored.append(ids.shape[1] if len(ends) > 1 and ids is not None else 1)
 
     handle = unwrap(model).register_forward_hook(note, with_kwargs=True)
     memory = PeakMemory(model.device)
     try:
-        start = _now(model)
+        start = now(model)
         output = model.generate(
             **inputs,
             **method.arguments(),
@@ -105,7 +103,7 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
         )
-        seconds = _now(model) - start
+        seconds = now(model) - start
     finally:
         handle.remove()
     if method.decoding == "jacobi":
@@ -214,7 +212,8 @@ def _pace(runs: Sequence[Measured]) -> float:
     return sum(run.count for run in runs) / sum(run.seconds for run in runs)
 
 
-def _now(model) -> float:
+def now(model) -> float:
+    """Seconds on a clock, once everything that was put on the model's device is done."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ from transformers import DynamicCache
 from ..decoding.draft_adapter import DraftAdapter
 from ..decoding.mixin import unwrap
 from .bench import pad, setup_of
-from .measuring import AR, Method, compare, measure, race
+from .measuring import AR, Method, compare, measure, now, race
 
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -87,17 +86,11 @@ def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
             for size in sizes:
                 ids, behind = context[:, :1].expand(1, size), copy.deepcopy(cache)
                 with adapter.on(size // 2) if adapter else nullcontext():
-                    start = _now(inner)
+                    start = now(inner)
                     inner(input_ids=ids, past_key_values=behind, use_cache=True)
                     if repeat:  # after a warm-up
-                        times[size].append(_now(inner) - start)
+                        times[size].append(now(inner) - start)
     return Knee(tuple(sizes), tuple(median(times[size]) for size in sizes))
-
-
-def _now(model) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()
 
 
 def tune(

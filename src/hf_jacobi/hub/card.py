@@ -42,14 +42,14 @@ FIGURES = {
 }
 KINDS = {
     "model": "It is a whole model: without `hf_jacobi` it decodes as any other.",
-    "adapter": "It is an adapter (PEFT) that changes the text a little; see the measurements.",
+    "adapter": "It is an adapter (PEFT) for every token, so the text is not the base model's.",
     "draft-only adapter": "It is an adapter (PEFT) that only drafts: every token of the text comes from the base "
     "model, and in float32 the text is the base model's, token for token.",
 }
 CITATION = """```bibtex
 @article{hu2025jacobiforcing,
   title={Fast and Accurate Causal Parallel Decoding using Jacobi Forcing},
-  author={Hu, Lanxiang and others},
+  author={Hu and others},
   journal={arXiv preprint arXiv:2512.14681},
   year={2025}
 }
@@ -133,7 +133,8 @@ def render_card(
         parts += ["On the evaluation set of the training:", _table(("figure", "value"), figures)]
     parts += [
         "## Limits",
-        "It gains on text like that it was trained on, and less on other text. In half precision two tokens can tie, "
+        "It gains where the next tokens can be guessed, most on text like that it was trained on. In half precision "
+        "two tokens can tie, "
         "and the number of tokens in a forward decides which one wins, so text may differ from that of one token at a "
         "time; in float32 it does not. Large batches on a device that is busy with one token per row gain nothing.",
         "## Citation",

@@ -18,7 +18,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
 
-from ..decoding.config import JacobiConfig
+from ..decoding.config import write_settings
 from ..decoding.draft_adapter import is_draft_only
 from ..decoding.mixin import unwrap
 from .card import EVALUATION, NOTE, is_on_hub, render_card
@@ -98,24 +98,25 @@ def publish(
         raise ValueError(f"{output_dir} holds files: name an empty folder or a new one.")
     if isinstance(evaluation, (str, Path)):
         evaluation = json.loads(Path(evaluation).expanduser().read_text(encoding="utf-8"))
+    _check_evaluation(evaluation)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
         folder = Path(place) / "pushed"
         folder.mkdir()
         write_folder(model_or_dir, repo_id, folder, tokenizer, evaluation)
+        base = (_adapter_config(folder) or {}).get("base_model_name_or_path")
+        if not dry_run and base and not is_on_hub(base):
+            raise ValueError(
+                f"others cannot load {base}, which the adapter goes onto: publish that first, and name its repository "
+                "in adapter_config.json (`base_model_name_or_path`)."
+            )
         if target is not None:  # at once: what failed leaves nothing
             if target.exists():
                 target.rmdir()
             folder = folder.rename(target)
         if dry_run:
             return str(folder)
-        base = (_adapter_config(folder) or {}).get("base_model_name_or_path")
-        if base and not is_on_hub(base):
-            raise ValueError(
-                f"others cannot load {base}, which the adapter goes onto: publish that first, and name its repository "
-                "in adapter_config.json (`base_model_name_or_path`)."
-            )
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(
@@ -142,7 +143,7 @@ def write_folder(model_or_dir, repo_id: str, folder: Path, tokenizer, evaluation
             raise ValueError("an adapter is published if its name is 'default': make it with that name.")
     base = _base_of(folder, None if source else unwrap(model_or_dir).config._name_or_path)
     _write_tokenizer(folder, tokenizer, [source, base])
-    settings = _write_generation_config(folder)
+    settings = write_settings(folder)
     _write_decoder(folder / CARRIED, settings)
     note = _note(folder, base, settings)
     _write_json(folder / NOTE, note)
@@ -194,17 +195,6 @@ def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
         except (OSError, ValueError):  # there is none
             continue
     raise ValueError("there is no tokenizer beside the model: pass `tokenizer`.")
-
-
-def _write_generation_config(folder: Path) -> dict[str, Any]:
-    """Makes Jacobi decoding the default where nothing was decided; returns `decoding` and `jacobi`."""
-    file = folder / "generation_config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    content.pop("_from_model_config", None)  # one derived from the model's loses our keys when it is loaded
-    content["decoding"] = content.get("decoding") or "jacobi"
-    content["jacobi"] = JacobiConfig.coerce(content.get("jacobi")).to_dict()
-    _write_json(file, content)
-    return {"decoding": content["decoding"], "jacobi": content["jacobi"]}
 
 
 def _write_decoder(folder: Path, settings: dict[str, Any]) -> None:
