@@ -96,7 +96,7 @@ def test_first_guess_without_a_prompt():
 
 
 def test_adaptive_window_grows_with_acceptance():
-    window = AdaptiveWindow(64)
+    window = AdaptiveWindow(64, 0.05)
     sizes = []
     for _ in range(12):
         window.update(accepted=window.size - 1)
@@ -105,7 +105,7 @@ def test_adaptive_window_grows_with_acceptance():
 
 
 def test_adaptive_window_rests_and_probes_ever_more_rarely():
-    window = AdaptiveWindow(16)
+    window = AdaptiveWindow(16, 0.05)
     assert window.size == PROBE
     drafting = []
     for step in range(400):
@@ -118,7 +118,15 @@ def test_adaptive_window_rests_and_probes_ever_more_rarely():
     for _ in range(1000):
         window.update(accepted=4)
     assert window.size == 16, "a probe that succeeds ends the rest"
-    assert AdaptiveWindow(2).size == 2 < PROBE
+    assert AdaptiveWindow(2, 0.05).size == 2 < PROBE
+
+
+@pytest.mark.parametrize(("cost", "size"), [(0.2, 2), (0.05, 8), (0.02, 32), (0.0, 64)])
+def test_where_positions_cost_less_the_window_grows_further(cost, size):
+    window = AdaptiveWindow(64, cost)
+    for _ in range(50):
+        window.update(accepted=min(1.9, window.size - 1))
+    assert window.size == size
 
 
 def test_reach_follows_the_candidates():

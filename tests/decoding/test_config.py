@@ -27,6 +27,8 @@ from hf_jacobi import JacobiConfig
         {"seed": 1.5},
         {"adaptive": 1},
         {"pool_prompt": None},
+        {"position_cost": -0.1},
+        {"position_cost": float("nan")},
         {"adaptive": True, "window": "block"},
     ],
 )

@@ -90,7 +90,7 @@ def test_where_tokens_cost_what_they_yield_it_says_ar(clock):
 
 def test_the_pictures(report):
     assert len(plots.knee(report).lines[0].get_xdata()) == len(report["knee"]["tokens"])
-    assert len(plots.tuned_settings(report).collections[-2].get_offsets()) == len(GRID)
+    assert len(plots.tuned_settings(report).collections[-2].get_offsets()) == len(report["grid"])
     assert len(plots.predicted_against_measured(report).collections[0].get_offsets()) == 3
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 
 PROBE = 4  # size of the window when nothing is known yet
-WORTHWHILE = 0.4  # guesses accepted per forward below which drafting rests
 MEMORY = 0.7  # weight of the past in the running mean of accepted guesses
+GROWS, SHRINKS = 5.0, 2.5  # accepted guesses, in costs of all positions, from which the window grows, below which it shrinks
+RESTS = 8.0  # accepted guesses, in costs of a position and at most one, below which drafting rests
 FIRST_REST = 32  # forwards until the next probe, doubled each time that probe fails
 
 
@@ -13,14 +14,20 @@ class AdaptiveWindow:
     """
     The size of one sequence's window, between 1 (no draft) and `largest`.
 
-    It doubles while a quarter of it is accepted and halves when less than an eighth is. When next to nothing is
-    accepted, drafting rests and is probed again after a while, so a model or a passage that cannot be decoded in
-    parallel pays for a few small drafts only. The size depends on the tokens alone, not on the clock: a call can be
-    repeated.
+    It doubles while the guesses that are accepted are worth what the window's positions cost, with something to spare,
+    and halves when they are not; at a cost of 0.05, while a quarter of the window is accepted and when less than an
+    eighth is. When next to nothing is accepted, drafting rests and is probed again after a while, so a model or a
+    passage that cannot be decoded in parallel pays for a few small drafts only. The size depends on the tokens alone,
+    not on the clock: a call can be repeated.
+
+    Args:
+        largest: the size it may grow to.
+        cost: of one more position, in forwards over one token (`JacobiConfig.position_cost`).
     """
 
-    def __init__(self, largest: int):
+    def __init__(self, largest: int, cost: float):
         self.largest = largest
+        self.cost = cost
         self.rest = FIRST_REST
         self._probe()
 
@@ -37,12 +44,12 @@ class AdaptiveWindow:
                 self._probe()
             return
         self.accepted = MEMORY * self.accepted + (1 - MEMORY) * accepted
-        if self.accepted < WORTHWHILE:
+        if self.accepted < min(1.0, RESTS * self.cost):
             self.size, self.resting = 1, self.rest
             self.rest *= 2
-        elif self.accepted >= self.size / 4:
+        elif self.accepted >= GROWS * self.cost * self.size:
             self.size = min(2 * self.size, self.largest)
-        elif self.accepted < self.size / 8:
+        elif self.accepted < SHRINKS * self.cost * self.size:
             self.size //= 2
         if self.size > PROBE:
             self.rest = FIRST_REST

@@ -37,7 +37,7 @@ class Blocks:
     def __init__(self, config: JacobiConfig, start: int, first_guess: FirstGuess):
         self.config = config
         self.size = config.size
-        self.window = AdaptiveWindow(self.size) if config.adapts else None
+        self.window = AdaptiveWindow(self.size, config.position_cost) if config.adapts else None
         self.first_guess = first_guess
         self.start = start
         self.end = start

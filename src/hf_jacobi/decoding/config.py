@@ -44,6 +44,10 @@ class JacobiConfig:
             cannot predict in parallel does not pay for large drafts; how far n-grams are followed adapts likewise,
             up to `block_size` instead of `ngram_size`. Needs `window="sliding"`. Defaults to `True` exactly when
             `block_size` is left out.
+        position_cost (`float`, defaults to 0.05):
+            What one more position adds to the time of a forward, in forwards over one token; the adaptive window grows
+            as far as acceptance repays it. 0.05 is a CPU's; with 0 the window is always as large as it may be.
+            `hf-jacobi tune` measures it.
 
     > Parameters that control rejection recycling
 
@@ -82,6 +86,7 @@ class JacobiConfig:
     spawn_ratio: float = 0.85
     draft_init: Literal["prompt", "ngram", "repeat"] = "ngram"
     adaptive: bool | None = None
+    position_cost: float = 0.05
     pool_size: int = 4
     ngram_size: int = 6
     pool_prompt: bool = True
@@ -117,6 +122,9 @@ class JacobiConfig:
         ratio = self.spawn_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
             raise ValueError(f"JacobiConfig: `spawn_ratio` must lie in (0, 1], got {ratio!r}.")
+        cost = self.position_cost
+        if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0.0 <= cost < float("inf"):
+            raise ValueError(f"JacobiConfig: `position_cost` must be a number of at least 0, got {cost!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise ValueError(f"JacobiConfig: `seed` must be an integer or None, got {self.seed!r}.")
         if not isinstance(self.pool_prompt, bool):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from ..decoding.config import JacobiConfig
 from ..decoding.draft_adapter import DraftAdapter
 from ..decoding.mixin import unwrap
 from .bench import pad, setup_of
@@ -32,11 +33,12 @@ CHECKED = 3  # settings that are measured against AR
 WORTHWHILE = 1.02  # times AR; less is noise
 GRID: tuple[Mapping[str, Any], ...] = (
     {},
+    *({"block_size": n, "adaptive": True} for n in (8, 32)),
     *({"block_size": n, "pool_size": pool} for n in (2, 4, 8, 16, 32) for pool in (0, 4)),
     {"block_size": 64, "pool_size": 4},
-    *({"block_size": n, "adaptive": True} for n in (8, 32)),
     *({"block_size": n, "window": "block", "max_blocks": 2} for n in (16, 32)),
 )
+WINDOW = 16  # tokens of a forward up to which the cost of a position is taken
 Progress = Callable[[Iterable, str], Iterable]
 
 
@@ -54,6 +56,12 @@ class Knee:
     tokens: tuple[int, ...]
     seconds: tuple[float, ...]
     overhead: float = 0.0
+
+    @property
+    def position_cost(self) -> float:
+        """What one more token adds to the time of a forward, in forwards over one; over the first `WINDOW` tokens."""
+        slope = (self.step(WINDOW) - self.step(1)) / (WINDOW - 1)
+        return round(max(0.0, slope / self.step(1)), 4)
 
     def step(self, tokens: float) -> float:
         """Seconds of a step whose forward scores so many tokens, between the measured ones along a line."""
@@ -111,7 +119,8 @@ def tune(
         tokenizer: its tokenizer.
         prompts: token ids of texts like those that are to be fast.
         base: what decodes by AR, if that is not `model`.
-        grid: the settings that are tried, each a dict of `JacobiConfig`'s.
+        grid: the settings that are tried, each a dict of `JacobiConfig`'s; those that adapt themselves also at the
+            `position_cost` of this machine.
         max_new_tokens: how far the prompts are decoded.
         progress: wraps what is gone through, given a title.
 
@@ -130,6 +139,7 @@ def tune(
     writer = base if base is not None else model
     measure(writer, inputs[0], AR, 8)  # warm-up
     knee = measure_knee(model)
+    grid = [*grid, *with_cost(grid, knee.position_cost)]
     rows = [
         {"settings": dict(settings), **_yield_of(model, inputs, settings, max_new_tokens)}
         for settings in progress(grid, "tokens per forward")
@@ -157,6 +167,11 @@ def tune(
         "checked": figures,
         "setup": setup_of(model) | {"prompts": len(prompts), "max_new_tokens": max_new_tokens},
     }
+
+
+def with_cost(grid: Sequence[Mapping[str, Any]], cost: float) -> list[dict[str, Any]]:
+    """The adaptive settings of a grid once more, at the cost of a position on this machine."""
+    return [{**settings, "position_cost": cost} for settings in grid if JacobiConfig(**settings).adapts]
 
 
 def _yield_of(model, prompts, settings: Mapping[str, Any], max_new_tokens: int) -> dict[str, float]:
