@@ -38,7 +38,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_jacobi": ["evaluation/metrics/*/*.py"]},
+    package_data={"hf_jacobi": ["evaluation/metrics/*/*.py", "evaluation/tasks/*"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.16"],
     extras_require=EXTRAS,

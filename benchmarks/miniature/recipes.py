@@ -9,7 +9,7 @@ from hf_jacobi.evaluation.measuring import Method
 
 
 BASE_PROBLEMS = 120_000
-MAIN, SHORT = 10_000, 3_000  # prompts of the main table, and of the ablations
+MAIN, SHORT = 6_000, 2_000  # prompts of the main table, and of the ablations
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,17 @@ def test_settings_are_read_from_the_generation_config_of_the_call():
     assert own.jacobi_stats.positions > out.jacobi_stats.positions, "an argument of the call comes first"
 
 
+def test_a_model_that_a_trainer_left_without_cache(tmp_path):
+    model = tiny_model()
+    expected = model.generate(**padded_prompts(2), max_new_tokens=8)
+    model.config.use_cache = model.generation_config.use_cache = False  # as `Trainer.train` leaves it
+    model.save_pretrained(tmp_path)
+    for left in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        output = hf_jacobi.enable(left).generate(**padded_prompts(2), max_new_tokens=8, decoding="jacobi")
+        assert output.tolist() == expected.tolist()
+        assert left.config.use_cache is False, "the model stays as it is"
+
+
 @pytest.mark.parametrize("enabled", ["inner", "wrapper", "process"])
 def test_peft_models(enabled):
     inner = tiny_model()

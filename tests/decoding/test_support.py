@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     BloomConfig,
     FalconConfig,
+    GenerationConfig,
     GPTNeoConfig,
     MambaConfig,
     MptConfig,
@@ -68,6 +69,7 @@ def test_other_generation_modes():
 
 def test_settings_that_cannot_be_served():
     refused(tiny_model(), "use_cache", use_cache=False)
+    refused(tiny_model(), "use_cache", generation_config=GenerationConfig(use_cache=False, max_new_tokens=4))
     refused(tiny_model(), "hidden", output_hidden_states=True, return_dict_in_generate=True)
     refused(tiny_model(), "cache_implementation", cache_implementation="static")
     model = tiny_model()

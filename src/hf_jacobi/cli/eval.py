@@ -40,7 +40,7 @@ def run(arguments) -> int:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 
-    from ..evaluation.lm_eval import JacobiLM
+    from ..evaluation.lm_eval import TASKS, JacobiLM
 
     model = JacobiLM(
         arguments.model or str(demo_checkpoint()),
@@ -51,7 +51,9 @@ def run(arguments) -> int:
     results = simple_evaluate(
         model=model,
         tasks=arguments.tasks.split(","),
-        task_manager=TaskManager(include_path=arguments.include_path),
+        task_manager=TaskManager(
+            include_path=[str(TASKS), *([arguments.include_path] * bool(arguments.include_path))]
+        ),
         gen_kwargs=arguments.gen_kwargs or None,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,

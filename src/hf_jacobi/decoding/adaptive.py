@@ -5,7 +5,10 @@ from __future__ import annotations
 
 PROBE = 4  # size of the window when nothing is known yet
 MEMORY = 0.7  # weight of the past in the running mean of accepted guesses
-GROWS, SHRINKS = 5.0, 2.5  # accepted guesses, in costs of all positions, from which the window grows, below which it shrinks
+GROWS, SHRINKS = (
+    5.0,
+    2.5,
+)  # accepted guesses, in costs of all positions, from which the window grows, below which it shrinks
 RESTS = 8.0  # accepted guesses, in costs of a position and at most one, below which drafting rests
 FIRST_REST = 32  # forwards until the next probe, doubled each time that probe fails
 

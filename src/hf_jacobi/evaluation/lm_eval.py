@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..decoding import JacobiConfig, JacobiStats, enable
 from .measuring import up_to_end
 
 
+TASKS = Path(__file__).parent / "tasks"  # the paper's, asked and decoded as its authors do
 SETTINGS = tuple(field.name for field in dataclasses.fields(JacobiConfig) if field.name != "seed")
 
 

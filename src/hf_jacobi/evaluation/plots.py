@@ -149,7 +149,7 @@ def trajectory(
         "wrong": WRONG,
     }
     handles = [Patch(color=color, label=label) for label, color in shown.items()]
-    axes.legend(handles=handles, loc="lower left", bbox_to_anchor=(0, 1), ncol=5, fontsize=6, frameon=False)
+    axes.legend(handles=handles, loc="upper right", fontsize=7, frameon=False)  # drafts never get into that corner
     return axes
 
 

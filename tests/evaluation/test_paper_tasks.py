@@ -1,0 +1,61 @@
+"""The paper's tasks are found by name, asked in its words, decoded with its settings, and scored right."""
+
+import datasets
+import pytest
+from lm_eval.tasks import TaskManager
+
+from hf_jacobi import JacobiConfig
+from hf_jacobi.evaluation.lm_eval import SETTINGS, TASKS
+from hf_jacobi.evaluation.tasks import scoring
+
+
+DOCS = {
+    "paper_humaneval": {"prompt": "\ndef one():\n", "test": "def check(f): assert f() == 1", "entry_point": "one"},
+    "paper_gsm8k": {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1200\n#### 1,200"},
+    "paper_math500": {"problem": "What is $x$?", "answer": "\\frac{1}{2}"},
+}
+
+
+@pytest.fixture(scope="module")
+def tasks():
+    """The tasks, on one question each instead of the data sets of the Hub."""
+    with pytest.MonkeyPatch.context() as patch:
+        data = {name: datasets.DatasetDict(test=datasets.Dataset.from_list([doc])) for name, doc in DOCS.items()}
+        manager = TaskManager(include_path=str(TASKS))
+        places = {"openai/openai_humaneval": "paper_humaneval", "openai/gsm8k": "paper_gsm8k"}
+        load = lambda path, *_, **__: data[places.get(path, "paper_math500")]  # noqa: E731
+        patch.setattr(datasets, "load_dataset", load)
+        yield manager.load(list(DOCS))["tasks"]
+
+
+def test_questions_and_settings(tasks):
+    asked = {name: tasks[name].doc_to_text(doc) for name, doc in DOCS.items()}
+    assert asked["paper_humaneval"].endswith("completion:\n```python\ndef one():\n```")
+    assert asked["paper_gsm8k"] == "Problem: How many?\nMark your solution with \\boxed\nAnswer:"
+    for task in tasks.values():
+        given = task.config.generation_kwargs
+        settings = JacobiConfig(**{name: given[name] for name in SETTINGS if name in given})
+        assert (settings.block_size, settings.max_blocks, settings.spawn_ratio, settings.pool_size) == (64, 2, 0.85, 4)
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "score"),
+    [
+        ("paper_gsm8k", "So there are \\boxed{1200}.", 1.0),
+        ("paper_gsm8k", "\\boxed{12}, no: \\boxed{\\$1{,}200.00}", 1.0),
+        ("paper_gsm8k", "There are 1200.", 0.0),
+        ("paper_gsm8k", "\\boxed{1201}", 0.0),
+        ("paper_math500", "It is $\\boxed{\\frac12}$", 1.0),
+        ("paper_math500", "It is $\\boxed{2}$", 0.0),
+    ],
+)
+def test_boxed_answers(task, answer, score):
+    assert scoring.boxed_answer(DOCS[task], [answer]) == {"exact_match": score}
+
+
+def test_programs():
+    assert scoring.programs([["Here:\n```python\nx = 1\n```\nAnd\n```\ny\n```"], ["x = 2"]], []) == [
+        ["x = 1\n"],
+        ["x = 2"],
+    ]
+    assert scoring.program("```python\ncut = 1") == "cut = 1"
