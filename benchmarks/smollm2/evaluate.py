@@ -6,7 +6,8 @@ A Jacobi-forced SmolLM2 beside the one it was trained from: tokens per forward, 
 which writes FOLDER/evaluation.json; `hf-jacobi push FOLDER ...` makes the card of it.
 
 Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model and by that
-of the trained one, each with its own default settings, one prompt at a time. In domain are held-out prompts of the
+of the trained one, each with its own default settings, one prompt at a time; and by AR of the trained one, unless its
+text is the base model's anyway. In domain are held-out prompts of the
 kinds it was trained on; out of domain are chat prompts (`src/hf_jacobi/evaluation/prompts.py`).
 """
 
@@ -23,8 +24,7 @@ from transformers import AutoModelForCausalLM
 
 import hf_jacobi
 from hf_jacobi import JacobiConfig
-from hf_jacobi.cli.models import encode, load, with_adapter
-from hf_jacobi.decoding.draft_adapter import is_draft_only
+from hf_jacobi.cli.models import Adapted, encode, load, with_adapter
 from hf_jacobi.evaluation.bench import setup_of
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race
 from hf_jacobi.evaluation.prompts import CHAT
@@ -32,15 +32,16 @@ from hf_jacobi.hub.card import EVALUATION
 
 
 TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instructions": "instructions, held out"}
+TRAINED, OWN = "Jacobi, trained", "AR, trained"
 OUT_OF_DOMAIN = "chat, other prompts"
 
 
-def trained(path: Path, base):
-    """The trained model, an adapter on the base or a whole one, and how it decodes by default."""
+def trained(path: Path, base) -> Adapted:
+    """The trained model, an adapter on the base or a whole one."""
     if (path / "adapter_config.json").exists():
         return with_adapter(base, path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype).eval()
-    return model, JacobiConfig.coerce(model.generation_config.jacobi)
+    return Adapted(model, model, JacobiConfig.coerce(model.generation_config.jacobi))
 
 
 @torch.no_grad()
@@ -59,9 +60,8 @@ def measure(arguments) -> dict:
     """All figures, by kind of prompt, and in domain together."""
     base, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(base)
-    model, config = trained(arguments.trained, base)
+    model, writer, config = trained(arguments.trained, base)
     hf_jacobi.enable(model)
-    draft_only = any(is_draft_only(config) for config in getattr(model, "peft_config", {}).values())
     prompts: dict[str, list[str]] = {}
     for line in arguments.held_out.read_text().splitlines():
         row = json.loads(line)
@@ -71,7 +71,8 @@ def measure(arguments) -> dict:
         "AR": (base, AR),
         "prompt lookup": (base, PROMPT_LOOKUP),
         "Jacobi, before": (base, Method("Jacobi, before", "jacobi", {})),
-        "Jacobi, trained": (model, Method("Jacobi, trained", "jacobi", config.to_dict())),
+        TRAINED: (model, Method(TRAINED, "jacobi", config.to_dict())),
+        **({} if writer is base else {OWN: (writer, AR)}),
     }
     figures, runs, texts = [], {}, []
     for kind, found in prompts.items():
@@ -89,18 +90,23 @@ def measure(arguments) -> dict:
         "measured_on": f"{setup['device']}, {setup['threads']} threads, {setup['dtype']}, torch {setup['torch']}, "
         f"transformers {setup['transformers']}; {arguments.prompts} prompts of each "
         f"kind, at most {arguments.max_new_tokens} new tokens, one prompt at a time, speed-up over AR in the same run",
-        "draft_only": draft_only,
+        "draft_only": writer is base,
         "results": figures,
     }
 
 
 def rows(dataset: str, runs: list[dict[str, Measured]]) -> list[dict]:
-    """One entry for each way of decoding."""
+    """One entry for each way of decoding; `exact` is the share of texts that are those of AR by the same model."""
     kept = ("tokens_per_forward", "speedup", "slowest", "tokens_per_second", "positions_per_token", "identical")
-    return [
-        {"dataset": dataset, "decoding": name, "metrics": {key: round(values[key], 4) for key in kept}}
-        for name, values in compare(runs).items()
-    ]
+    found = compare(runs)
+    own = compare([{OWN: run[OWN], TRAINED: run[TRAINED]} for run in runs]) if OWN in runs[0] else found
+    entries = []
+    for name, values in found.items():
+        metrics = {key: round(values[key], 4) for key in kept}
+        if name == TRAINED:
+            metrics["exact"] = round(own[name]["identical"], 4)
+        entries.append({"dataset": dataset, "decoding": name, "metrics": metrics})
+    return entries
 
 
 def main() -> None:

@@ -56,9 +56,11 @@ def test_plain_lines_when_not_a_terminal(checkpoint, capsys):
     assert jacobi.startswith(ar.strip())
 
 
-def test_an_adapter_drafts_and_the_text_stays(checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize("draft_only", [True, False])
+def test_an_adapter(checkpoint, tmp_path, capsys, draft_only):
     base = AutoModelForCausalLM.from_pretrained(checkpoint)
-    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
+    scope = {"alora_invocation_tokens": [-1]} if draft_only else {}
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **scope)
     adapted = get_peft_model(base, config)
     with torch.no_grad():
         for name, weight in adapted.named_parameters():
@@ -74,7 +76,8 @@ def test_an_adapter_drafts_and_the_text_stays(checkpoint, tmp_path, capsys):
     assert (report["jacobi_config"]["block_size"], report["jacobi_config"]["pool_size"]) == (5, 2)
     assert cli.main(command) == 0
     without = json.loads(capsys.readouterr().out)
-    assert without["adapter"] is None and without["ar"]["text"] == report["ar"]["text"]
+    assert without["adapter"] is None
+    assert (without["ar"]["text"] == report["ar"]["text"]) == draft_only, "one for all tokens writes another text"
     assert cli.main([*command, "--adapter", checkpoint]) == 2
 
 

@@ -17,7 +17,9 @@ def add_parser(commands) -> None:
     )
     parser = commands.add_parser("bench", help=about, description=about)
     parser.add_argument("model", nargs="?", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
-    parser.add_argument("--adapter", type=Path, help="the folder of an adapter for it; AR then runs without it")
+    parser.add_argument(
+        "--adapter", type=Path, help="the folder of an adapter for it; AR runs without it if it only drafts"
+    )
     add_prompts(parser, count=16)
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows together (default: 1)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the texts (default: 128)")
@@ -44,7 +46,7 @@ def run(arguments) -> int:
     from ..evaluation.measuring import Method
 
     base, tokenizer = load(arguments.model, arguments.dtype, attention=arguments.attention)
-    model, own = with_adapter(base, arguments.adapter) if arguments.adapter else (base, None)
+    model, base, own = with_adapter(base, arguments.adapter) if arguments.adapter else (base, base, None)
     prompts = prompts_of(arguments, tokenizer)
     for one in {id(base): base, id(model): model}.values():
         enable(one)

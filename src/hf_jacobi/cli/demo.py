@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
-from .models import DEMO_MODEL, encode, first_time_note, load, with_adapter
+from .models import DEMO_ADAPTER, DEMO_MODEL, encode, first_time_note, load, with_adapter
 from .options import add_dtype, positive
 
 
@@ -36,6 +36,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the answer (default: 128)")
     add_dtype(parser)
     parser.add_argument("--adapter", type=Path, help="the folder of an adapter that was trained for the model")
+    parser.add_argument("--base", action="store_true", help="the model as it comes, not trained to decode in parallel")
     parser.add_argument("--block-size", type=positive, help="positions tried in one forward")
     parser.add_argument("--max-blocks", type=positive, help="blocks refined at the same time")
     parser.add_argument("--pool-size", type=int, help="repeated n-grams tried beside the draft")
@@ -112,6 +113,8 @@ def run(arguments) -> int:
     """Runs the demo; returns 0 when both texts are identical, 1 when they are not."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    if not (arguments.model or arguments.adapter or arguments.base) and DEMO_ADAPTER.exists():
+        arguments.adapter = DEMO_ADAPTER
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}
     config = JacobiConfig(**given)
@@ -120,9 +123,9 @@ def run(arguments) -> int:
     model, tokenizer = load(arguments.model, arguments.dtype)
     models = dict.fromkeys(TITLES, enable(model))
     if arguments.adapter:
-        adapted, config = with_adapter(model, arguments.adapter)
-        config = dataclasses.replace(config, **given)
-        models["jacobi"] = enable(adapted)
+        adapted = with_adapter(model, arguments.adapter)
+        config = dataclasses.replace(adapted.config, **given)
+        models = {"ar": enable(adapted.writer), "jacobi": enable(adapted.model)}
     inputs = encode(tokenizer, arguments.prompt, model.device)
     if not arguments.json:
         print(f"\nPrompt: {arguments.prompt}")

@@ -10,14 +10,21 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..decoding import JacobiConfig
+from ..decoding.draft_adapter import is_draft_only
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
+DEMO_ADAPTER = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m-jacobi"  # trained by benchmarks/smollm2
 
 
 def cache_folder() -> Path:
@@ -64,16 +71,28 @@ def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def with_adapter(model, folder: Path):
+class Adapted(NamedTuple):
     """
-    The model with a PEFT adapter on it, and how that decodes by default. `model` itself stays as it is.
+    A model with an adapter.
+
+    Attributes:
+        model: what decodes by Jacobi decoding.
+        writer: what writes the same text one token at a time: for a draft-only adapter the base model, else `model`.
+        config: how it decodes by default.
+    """
+
+    model: PreTrainedModel | PeftModel
+    writer: PreTrainedModel
+    config: JacobiConfig
+
+
+def with_adapter(model, folder: Path) -> Adapted:
+    """
+    The model with a PEFT adapter, merged into its weights unless it only drafts. `model` itself stays as it is.
 
     Args:
-        model: the base model, whose weights both then share.
+        model: the base model, which shares its weights with a draft-only adapter's.
         folder: what `JacobiForcingTrainer` wrote.
-
-    Returns:
-        The adapted model and its `JacobiConfig`.
 
     Raises:
         `OSError`: there is no adapter.
@@ -81,13 +100,16 @@ def with_adapter(model, folder: Path):
     folder = folder.expanduser()
     if not (folder / "adapter_config.json").exists():
         raise OSError(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote")
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
-    shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-    adapted = PeftModel.from_pretrained(copy.deepcopy(model, shared), folder).eval()
     file = folder / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return adapted, JacobiConfig.coerce(settings.get("jacobi"))
+    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    config = JacobiConfig.coerce(content.get("jacobi"))
+    if is_draft_only(PeftConfig.from_pretrained(folder)):
+        shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        return Adapted(PeftModel.from_pretrained(copy.deepcopy(model, shared), folder).eval(), model, config)
+    merged = PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload().eval()
+    return Adapted(merged, merged, config)
 
 
 def first_time_note(name: str | None) -> str:

@@ -36,7 +36,7 @@ def run(arguments) -> int:
     check_places(arguments.output, arguments.plots and arguments.plots / "knee.png")
     target = None if arguments.dry_run else target_of(arguments)
     base, tokenizer = load(arguments.model, arguments.dtype)
-    model = with_adapter(base, arguments.adapter)[0] if arguments.adapter else base
+    model, base, _ = with_adapter(base, arguments.adapter) if arguments.adapter else (base, base, None)
     for one in {id(base): base, id(model): model}.values():
         enable(one)
     report = tune(
