@@ -22,7 +22,7 @@ from .tasks import training_problems
 
 
 VALIDATION = 100  # problems of each task, none of them held out or trained on
-BATCH_SIZE = 8
+BATCH_SIZE = 4
 KEPT = 0.01  # of the solve rate may be lost by the checkpoint that is chosen
 
 
@@ -97,7 +97,7 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
     rows = trajectories(place, recipe.block_size)
     rows = rows.filter(lambda row: int(row["prompt_id"]) < prompts, keep_in_memory=True)
     packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
-    steps = len(packed) // BATCH_SIZE
+    steps = recipe.epochs * len(packed) // BATCH_SIZE
     adapter = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
     work = place.folder / "training" / recipe.name
     trainer = hf_jacobi.JacobiForcingTrainer(
@@ -114,6 +114,7 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
             logging_steps=10,
             report_to="none",
             seed=0,
+            model_init_kwargs={"attn_implementation": "eager"},  # a dense mask is fastest for rows this short
             **recipe.training,
         ),
         train_dataset=packed,

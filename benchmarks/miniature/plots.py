@@ -18,7 +18,7 @@ def curves(figures: dict[str, Any], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, curve in figures["curves"].items():
         points = curve["curve"]
-        label = {"forcing": "Jacobi Forcing, window 8", "cllm": "CLLM, window 1", "draft": "draft-only"}.get(
+        label = {"forcing": "Jacobi Forcing, window 4", "cllm": "CLLM, window 1", "draft": "draft-only"}.get(
             name, name
         )
         speed = [point["tokens_per_forward"] for point in points[1:]]

@@ -21,18 +21,20 @@ class Recipe:
         name: of the folder and of the rows.
         block_size, window_size, noise_schedule: of the data. A window of 1 is CLLM.
         adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
-        prompts: how many completions it is trained on, each once.
+        prompts: how many completions it is trained on.
+        epochs: how often on each.
         learning_rate, ar_loss_weight: of the training.
         checkpoints: how many are tried on validation problems, the last among them.
     """
 
     name: str
     block_size: int = 16
-    window_size: int = 8
+    window_size: int = 4
     noise_schedule: str = "linear"
     adapter: str | None = None
     prompts: int = SHORT
-    learning_rate: float = 3e-4
+    epochs: int = 2
+    learning_rate: float = 1e-3
     ar_loss_weight: float = 10.0
     checkpoints: int = 1
 
@@ -68,15 +70,15 @@ RECIPES = {
         Recipe("forcing", prompts=MAIN, checkpoints=5),
         Recipe("cllm", window_size=1, noise_schedule="random", prompts=MAIN, checkpoints=5),
         Recipe("draft", **DRAFT, prompts=MAIN, checkpoints=2),  # type: ignore[arg-type]
-        Recipe("linear-w8"),
-        Recipe("random-w8", noise_schedule="random"),
-        Recipe("reverse-w8", noise_schedule="reverse"),
-        Recipe("linear-w4", window_size=4),
+        Recipe("linear-w4"),
+        Recipe("random-w4", noise_schedule="random"),
+        Recipe("reverse-w4", noise_schedule="reverse"),
+        Recipe("linear-w8", window_size=8),
         Recipe("linear-w16", window_size=16),
         Recipe("random-w1", window_size=1, noise_schedule="random"),
-        Recipe("linear-w8-n32", block_size=32),
+        Recipe("linear-w4-n32", block_size=32),
         Recipe("random-w1-n32", block_size=32, window_size=1, noise_schedule="random"),
-        Recipe("linear-w8-n64", block_size=64),
+        Recipe("linear-w4-n64", block_size=64),
         Recipe("random-w1-n64", block_size=64, window_size=1, noise_schedule="random"),
         Recipe("lora", adapter="lora", learning_rate=2e-3),
         Recipe("draft-short", **DRAFT),  # type: ignore[arg-type]

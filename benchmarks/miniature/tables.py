@@ -26,22 +26,22 @@ MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("draft-only adapter, sliding window with recycling", "draft", sliding(32, pool=4)),
 )
 TITLES = {
-    "schedules": "Table 2: noise schedules (window of 8)",
+    "schedules": "Table 2: noise schedules (window of 4)",
     "windows": "Table 3: window size; a window of 1 is clean context",
     "adapters": "Table 6: what is trained",
 }
 COMPARED = {
-    "schedules": ("linear-w8", "random-w8", "reverse-w8"),
+    "schedules": ("linear-w4", "random-w4", "reverse-w4"),
     "windows": ("random-w1", "linear-w4", "linear-w8", "linear-w16"),
-    "adapters": ("linear-w8", "lora", "draft-short"),
+    "adapters": ("linear-w4", "lora", "draft-short"),
 }
 N_OF = {
     "random-w1": 16,
-    "linear-w8": 16,
+    "linear-w4": 16,
     "random-w1-n32": 32,
-    "linear-w8-n32": 32,
+    "linear-w4-n32": 32,
     "random-w1-n64": 64,
-    "linear-w8-n64": 64,
+    "linear-w4-n64": 64,
 }
 SIZES, POOLS = (8, 16, 32, 64), (0, 2, 4, 8)
 FLIGHTS, RATIOS = (1, 2, 3, 4), (0.5, 0.7, 0.85, 1.0)

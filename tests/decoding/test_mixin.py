@@ -142,6 +142,13 @@ def test_a_model_that_a_trainer_left_without_cache(tmp_path):
         assert left.config.use_cache is False, "the model stays as it is"
 
 
+def test_a_model_that_a_trainer_left_in_autocast():
+    model = tiny_model()
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # as `Trainer(bf16=True)` leaves it
+    output = hf_jacobi.enable(model).generate(**padded_prompts(2), max_new_tokens=8, decoding="jacobi")
+    assert output.shape[1] > padded_prompts(2)["input_ids"].shape[1]
+
+
 @pytest.mark.parametrize("enabled", ["inner", "wrapper", "process"])
 def test_peft_models(enabled):
     inner = tiny_model()

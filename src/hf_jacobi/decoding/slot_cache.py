@@ -49,8 +49,9 @@ class SlotLayer(CacheLayerMixin):
         else:
             slots = plan.slots.to(self.device)
             rows = torch.arange(slots.shape[0], device=self.device).unsqueeze(1)
-            self.keys[rows, :, slots] = key_states.transpose(1, 2)
-            self.values[rows, :, slots] = value_states.transpose(1, 2)
+            # Under autocast, as training leaves a model, dtypes differ from one forward to the next.
+            self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
+            self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
 
     def move(self, row: int, source: torch.Tensor, target: torch.Tensor) -> None:
