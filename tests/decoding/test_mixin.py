@@ -145,8 +145,8 @@ def test_a_model_that_a_trainer_left_without_cache(tmp_path):
 def test_a_model_that_a_trainer_left_in_autocast():
     model = tiny_model()
     model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # as `Trainer(bf16=True)` leaves it
-    output = hf_jacobi.enable(model).generate(**padded_prompts(2), max_new_tokens=8, decoding="jacobi")
-    assert output.shape[1] > padded_prompts(2)["input_ids"].shape[1]
+    output = hf_jacobi.enable(model).generate(**padded_prompts(3), max_new_tokens=40, decoding="jacobi")
+    assert output.shape[1] > padded_prompts(3)["input_ids"].shape[1]
 
 
 @pytest.mark.parametrize("enabled", ["inner", "wrapper", "process"])
