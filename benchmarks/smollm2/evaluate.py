@@ -24,11 +24,13 @@ from transformers import AutoModelForCausalLM
 
 import hf_jacobi
 from hf_jacobi import JacobiConfig
-from hf_jacobi.cli.models import Adapted, encode, load, with_adapter
+from hf_jacobi.cli.models import DEMO_ADAPTER, Adapted, encode, load, with_adapter
 from hf_jacobi.evaluation.bench import setup_of
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race
 from hf_jacobi.evaluation.prompts import CHAT
 from hf_jacobi.hub.card import EVALUATION
+
+from .ship import CARD, card
 
 
 TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instructions": "instructions, held out"}
@@ -120,6 +122,8 @@ def main() -> None:
     arguments = parser.parse_args()
     result = measure(arguments)
     (arguments.trained / EVALUATION).write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.trained.resolve() == DEMO_ADAPTER:
+        CARD.write_text(card())
     for row in result["results"]:
         print(row["dataset"], row["decoding"], row["metrics"], sep=" | ")
 

@@ -1,6 +1,8 @@
 """The prompts for SmolLM2."""
 
 from benchmarks.smollm2.prompts import HELD_OUT, KINDS, TOPICS, TRAIN, is_held_out, prompts
+from benchmarks.smollm2.ship import CARD, card
+from hf_jacobi.cli.models import DEMO_ADAPTER
 
 
 def test_what_is_held_out_is_asked_for_nowhere_in_training():
@@ -13,3 +15,11 @@ def test_what_is_held_out_is_asked_for_nowhere_in_training():
     asked = [row["messages"][0]["content"] for row in train if row["kind"] == "instructions"]
     endings = [f" {topic}{end}" for topic in held_out_topics for end in ("?", ".", " in simple", " important")]
     assert not [prompt for prompt in asked for ending in endings if ending in prompt]
+
+
+def test_the_card_is_what_was_measured():
+    assert CARD.read_text() == card()
+
+
+def test_what_ships_is_small():
+    assert sum(path.stat().st_size for path in DEMO_ADAPTER.iterdir()) < 16e6

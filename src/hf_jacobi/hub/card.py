@@ -106,7 +106,7 @@ def render_card(
 
     Args:
         name: of the repository on the Hub.
-        note: what `training_note` gave.
+        note: what `training_note` gave; with `remark`, what else is to be said at the top.
         evaluation: what was measured: `measured_on`, a text, and `results`, each with `dataset` (a name), `decoding`
             (a name) and `metrics` (name to number). They make the table and the `model-index`.
         shared: whether `custom_generate/` goes with it.
@@ -117,6 +117,7 @@ def render_card(
         f"---\n{_metadata(name, note, evaluation, shared)}\n---",
         f"# {name}",
         f"{subject} {_made(note)} several tokens per forward pass. {KINDS[note['kind']]}",
+        *([note["remark"]] if note.get("remark") else []),
         "## Use",
         _usage(name, note),
     ]

