@@ -3,6 +3,7 @@ AR against Jacobi decoding on the demo model or any other: tokens per forward, p
 
     python -m benchmarks.decoding                                       # the README's table
     python -m benchmarks.decoding --prompts 40 --max-new-tokens 128 --only default n16-recycling
+    python -m benchmarks.decoding --mixed --only default n4 n4-nopool n8 n8-nopool n16-recycling n16-sliding
     python -m benchmarks.decoding --dtype bfloat16 --prompts 40 --max-new-tokens 128 --only default n16-recycling
 
 Every prompt is decoded by every configuration in turn, so that a machine that slows down does so for all. The result
@@ -21,7 +22,7 @@ import torch
 import transformers
 
 import hf_jacobi
-from hf_jacobi.cli.models import DEMO_MODEL, encode, load
+from hf_jacobi.cli.models import DEMO_MODEL, encode, load, with_adapter
 from hf_jacobi.evaluation.prompts import CHAT
 
 
@@ -29,6 +30,10 @@ PAPER = {"max_blocks": 2, "spawn_ratio": 0.85, "pool_size": 4}  # multi-block an
 CONFIGS: dict[str, dict | None] = {
     "ar": None,
     "default": {},
+    "n4": {"block_size": 4},
+    "n4-nopool": {"block_size": 4, "pool_size": 0},
+    "n8": {"block_size": 8},
+    "n8-nopool": {"block_size": 8, "pool_size": 0},
     "n16-vanilla": {"block_size": 16, "window": "block", "pool_size": 0, "draft_init": "prompt"},
     "n16-sliding": {"block_size": 16, "pool_size": 0},
     "n16-recycling": {"block_size": 16, "pool_size": 4},
@@ -44,6 +49,17 @@ CONFIGS: dict[str, dict | None] = {
     "n16-block-K2-nopool": {"block_size": 16, "window": "block", "pool_size": 0, "max_blocks": 2},
     "n16-block-K3-nopool": {"block_size": 16, "window": "block", "pool_size": 0, "max_blocks": 3},
 }
+
+COPIED = (
+    "def area(width, height):\n    if width < 0 or height < 0:\n        raise ValueError('negative')\n    return width * height",
+    "Anna has a cat. Ben has a dog. Clara has a horse. David has a bird. Emma has a fish.",
+    "Monday: soup. Tuesday: rice. Wednesday: pasta. Thursday: salad. Friday: fish. Saturday: pizza.",
+)
+MIXED = [
+    prompt
+    for number, text in enumerate(COPIED)
+    for prompt in (*CHAT[3 * number : 3 * number + 3], f"Repeat this text word for word, three times:\n{text}")
+]
 
 
 def decode(model, tokenizer, prompt: str, config: dict | None, max_new_tokens: int) -> dict:
@@ -74,17 +90,21 @@ def decode(model, tokenizer, prompt: str, config: dict | None, max_new_tokens: i
 def run(arguments) -> dict:
     """Decodes all prompts with all configurations, going on where the output file ends."""
     model, tokenizer = load(arguments.model, arguments.dtype)
+    if arguments.adapter:
+        model = with_adapter(model, arguments.adapter).model
     hf_jacobi.enable(model)
+    prompts = MIXED if arguments.mixed else CHAT[: arguments.prompts]
     names = ["ar", *(arguments.only or [name for name in CONFIGS if name != "ar"])]
     setup = {
         "model": arguments.model or DEMO_MODEL,
+        "adapter": arguments.adapter and arguments.adapter.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "machine": platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "prompts": arguments.prompts,
+        "prompts": "mixed" if arguments.mixed else arguments.prompts,
         "max_new_tokens": arguments.max_new_tokens,
         "configs": {name: CONFIGS[name] for name in names},
     }
@@ -93,12 +113,12 @@ def run(arguments) -> dict:
     if result["setup"] != setup:
         raise SystemExit(f"{path} holds another measurement: name another file with --output, or delete it.")
     decode(model, tokenizer, CHAT[0], None, 8)  # warm-up
-    for prompt in CHAT[len(result["runs"]) : arguments.prompts]:
+    for prompt in prompts[len(result["runs"]) :]:
         runs = {name: decode(model, tokenizer, prompt, CONFIGS[name], arguments.max_new_tokens) for name in names}
         result["runs"].append({"prompt": prompt, "runs": runs})
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result) + "\n")
-        print(f"{len(result['runs'])}/{arguments.prompts}", end="\r", flush=True)
+        print(f"{len(result['runs'])}/{len(prompts)}", end="\r", flush=True)
     return result
 
 
@@ -145,6 +165,10 @@ def differences(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
+    parser.add_argument("--adapter", type=Path, help="the folder of an adapter for all tokens")
+    parser.add_argument(
+        "--mixed", action="store_true", help="chat prompts and texts to copy in turn, instead of chat prompts alone"
+    )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--prompts", type=int, default=12, help=f"how many of the {len(CHAT)} prompts (default: 12)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
