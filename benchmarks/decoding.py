@@ -51,7 +51,8 @@ CONFIGS: dict[str, dict | None] = {
 }
 
 COPIED = (
-    "def area(width, height):\n    if width < 0 or height < 0:\n        raise ValueError('negative')\n    return width * height",
+    "def area(width, height):\n    if width < 0 or height < 0:\n        raise ValueError('negative')\n"
+    "    return width * height",
     "Anna has a cat. Ben has a dog. Clara has a horse. David has a bird. Emma has a fish.",
     "Monday: soup. Tuesday: rice. Wednesday: pasta. Thursday: salad. Friday: fish. Saturday: pizza.",
 )
