@@ -24,6 +24,7 @@ from .tables import COMPARED, by_block_size, comparison, grid, main_table, rende
 
 
 HERE = Path(__file__).parent
+TRAINED = ("forcing", "cllm", "draft")
 FIGURES = HERE.parent / "results" / "miniature.json"
 START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
@@ -31,6 +32,9 @@ START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="where everything is kept")
+    parser.add_argument(
+        "--trained", nargs="*", choices=TRAINED, default=TRAINED, help="the trainings of table 1 (default: all)"
+    )
     parser.add_argument("--ablations", action="store_true", help="also tables 2 to 6, which take hours")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="where the figures are written")
     parser.add_argument("--fraction", type=float, default=1.0, help="of the training data, for trying out")
@@ -46,8 +50,8 @@ def main(argv: list[str] | None = None) -> None:
         figures[name] = value
         file.write_text(json.dumps(figures, indent=1) + "\n")
 
-    keep("main", main_table(results))
-    keep("curves", {name: {"curve": results.curve(name)["curve"]} for name in ("forcing", "cllm", "draft")})
+    keep("main", main_table(results, arguments.trained))
+    keep("curves", {name: {"curve": results.curve(name)["curve"]} for name in arguments.trained})
     if arguments.ablations:
         keep("grid", grid(results, "forcing"))
         for name, recipes in COMPARED.items():

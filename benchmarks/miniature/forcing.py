@@ -98,7 +98,7 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
     rows = rows.filter(lambda row: int(row["prompt_id"]) < prompts, keep_in_memory=True)
     packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
     steps = recipe.epochs * len(packed) // BATCH_SIZE
-    adapter = LoraConfig(r=32, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapter = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     work = place.folder / "training" / recipe.name
     trainer = hf_jacobi.JacobiForcingTrainer(
         model=str(base),

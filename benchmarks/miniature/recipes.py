@@ -35,7 +35,7 @@ class Recipe:
     prompts: int = SHORT
     epochs: int = 2
     learning_rate: float = 1e-3
-    ar_loss_weight: float = 10.0
+    ar_loss_weight: float = 30.0
     checkpoints: int = 1
 
     @property
@@ -63,7 +63,7 @@ def sliding(n: int, pool: int = 0) -> Method:
     return Method(f"sliding {n}" + (f", pool {pool}" if pool else ""), "jacobi", settings)
 
 
-DRAFT = {"adapter": "draft", "window_size": 1, "noise_schedule": "random", "learning_rate": 2e-3}
+DRAFT = {"adapter": "draft", "window_size": 1, "noise_schedule": "random"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
@@ -80,7 +80,7 @@ RECIPES = {
         Recipe("random-w1-n32", block_size=32, window_size=1, noise_schedule="random"),
         Recipe("linear-w4-n64", block_size=64),
         Recipe("random-w1-n64", block_size=64, window_size=1, noise_schedule="random"),
-        Recipe("lora", adapter="lora", learning_rate=2e-3),
+        Recipe("lora", adapter="lora"),
         Recipe("draft-short", **DRAFT),  # type: ignore[arg-type]
     )
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Method
@@ -47,11 +48,13 @@ SIZES, POOLS = (8, 16, 32, 64), (0, 2, 4, 8)
 FLIGHTS, RATIOS = (1, 2, 3, 4), (0.5, 0.7, 0.85, 1.0)
 
 
-def main_table(results: Results) -> dict[str, Any]:
+def main_table(results: Results, trained: Sequence[str]) -> dict[str, Any]:
     """Table 1. Prompt lookup takes one row at a time, so its quality is AR's and its speed is of the race alone."""
-    race = results.race("main", [(model, method) for _, model, method in MAIN_ROWS], min(RACED, results.count))
+    chosen = [row for row in MAIN_ROWS if row[1] in ("base", *trained)]
+    name = " ".join(("main", *trained))
+    race = results.race(name, [(model, method) for _, model, method in chosen], min(RACED, results.count))
     rows = {}
-    for title, model, method in MAIN_ROWS:
+    for title, model, method in chosen:
         timed = race[f"{model}: {method.name}"]
         rows[title] = {"race": timed}
         if method is not PROMPT_LOOKUP:
