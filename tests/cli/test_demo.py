@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from models import VOCABULARY, tiny_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -79,6 +79,22 @@ def test_an_adapter(checkpoint, tmp_path, capsys, draft_only):
     assert without["adapter"] is None
     assert (without["ar"]["text"] == report["ar"]["text"]) == draft_only, "one for all tokens writes another text"
     assert cli.main([*command, "--adapter", checkpoint]) == 2
+    assert cli.main([*command, "--adapter", str(tmp_path), "--base"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LoraConfig(r=4, target_modules="all-linear", alora_invocation_tokens=[5, 6]), "neither"),
+        (PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"), "neither"),
+        (LoraConfig(r=4, target_modules="all-linear"), "not for this model"),
+    ],
+)
+def test_adapters_of_other_kinds_are_refused(checkpoint, tmp_path, capsys, config, said):
+    get_peft_model(tiny_model("gpt2" if "model" in said else "olmo"), config).save_pretrained(tmp_path)
+    command = ["demo", "--model", checkpoint, "--prompt", "w5 w6", "--adapter", str(tmp_path)]
+    assert cli.main(command) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_version_and_help(capsys):

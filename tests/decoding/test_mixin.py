@@ -140,6 +140,8 @@ def test_a_model_that_a_trainer_left_without_cache(tmp_path):
         output = hf_jacobi.enable(left).generate(**padded_prompts(2), max_new_tokens=8, decoding="jacobi")
         assert output.tolist() == expected.tolist()
         assert left.config.use_cache is False, "the model stays as it is"
+        for config in (left.generation_config, GenerationConfig(max_new_tokens=8)):
+            left.generate(**padded_prompts(2), generation_config=config, max_new_tokens=8, decoding="jacobi")
 
 
 def test_a_model_that_a_trainer_left_in_autocast():

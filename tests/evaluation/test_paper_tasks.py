@@ -1,5 +1,8 @@
 """The paper's tasks are found by name, asked in its words, decoded with its settings, and scored right."""
 
+import sys
+import types
+
 import datasets
 import pytest
 from lm_eval.tasks import TaskManager
@@ -47,15 +50,31 @@ def test_questions_and_settings(tasks):
         ("paper_gsm8k", "\\boxed{1201}", 0.0),
         ("paper_math500", "It is $\\boxed{\\frac12}$", 1.0),
         ("paper_math500", "It is $\\boxed{2}$", 0.0),
+        ("paper_math500", "\\fbox{3}", 0.0),
+        ("paper_gsm8k", "\\boxed\n{1200}", 0.0),
     ],
 )
 def test_boxed_answers(task, answer, score):
     assert scoring.boxed_answer(DOCS[task], [answer]) == {"exact_match": score}
 
 
-def test_programs():
-    assert scoring.programs([["Here:\n```python\nx = 1\n```\nAnd\n```\ny\n```"], ["x = 2"]], []) == [
-        ["x = 1\n"],
-        ["x = 2"],
-    ]
-    assert scoring.program("```python\ncut = 1") == "cut = 1"
+@pytest.mark.parametrize(
+    ("expected", "answer", "score"),
+    [("\\text{Ann}", "\\text{Bob}", 0.0), ("\\text{(C)}", "", 0.0), ("(3,4)", "(34)", 0.0), ("12", "12.0", 1.0)],
+)
+def test_only_numbers_are_compared_as_numbers(expected, answer, score):
+    assert scoring.boxed_answer({"answer": expected}, [f"\\boxed{{{answer}}}"]) == {"exact_match": score}
+
+
+def test_programs_stand_behind_the_prompt(tasks, monkeypatch):
+    doc = DOCS["paper_humaneval"]
+    answers = ["Here:\n```python3\nx = 1\n```\nAnd\n```\ny\n```", "x = 2", "```Python\ncut = 1"]
+    programs = scoring.programs([answers], [doc])[0]
+    assert [program.removeprefix(doc["prompt"]).strip() for program in programs] == ["x = 1", "x = 2", "cut = 1"]
+    ran = []
+    utils = types.ModuleType("lm_eval.tasks.humaneval.utils")
+    utils.pass_at_k = lambda **given: ran.append(given) or {"pass@1": 1.0}
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks.humaneval.utils", utils)
+    task = tasks["paper_humaneval"]
+    task.process_results(doc, programs)
+    assert ran[0]["references"] == [task.doc_to_target(doc)] == ["def check(f): assert f() == 1\ncheck(one)"]

@@ -103,6 +103,16 @@ def test_the_knee_of_a_model_with_a_sliding_window():
     assert len(measure_knee(tiny_model("gemma3"), sizes=(1, 4), repeats=1).seconds) == 2
 
 
+def test_the_cost_of_a_position_is_that_of_the_forward_alone():
+    knee = Knee((1, 2, 4, 8), (1.0, 1.1, 1.3, 1.7), overhead=1.0)
+    assert knee.position_cost == pytest.approx(0.1)
+
+
+def test_settings_that_adapt_are_tried_at_the_measured_cost(report):
+    costs = [row["settings"].get("position_cost") for row in report["grid"]]
+    assert costs[0] is None and costs[-1] == Knee(**report["knee"]).position_cost
+
+
 def test_the_knee_of_a_model_with_few_positions():
     knee = measure_knee(tiny_model(max_position_embeddings=64), repeats=1)
     assert knee.tokens == (1, 2, 4, 8, 16, 32)

@@ -7,11 +7,19 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from hf_jacobi.cli.models import demo_checkpoint
+
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PICTURES = {"01_decode_in_parallel": 2, "02_train_your_own": 3, "03_tune_and_publish": 1}
 MOST = 180  # seconds
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unpacked():
+    """The demo model, whose unpacking is not the notebooks' time."""
+    demo_checkpoint()
 
 
 def pictures(notebook) -> int:

@@ -113,7 +113,9 @@ def run(arguments) -> int:
     """Runs the demo; returns 0 when both texts are identical, 1 when they are not."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if not (arguments.model or arguments.adapter or arguments.base) and DEMO_ADAPTER.exists():
+    if arguments.base and arguments.adapter:
+        raise ValueError("--base is the model without an adapter: give --base or --adapter.")
+    if not (arguments.model or arguments.adapter or arguments.base):
         arguments.adapter = DEMO_ADAPTER
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}

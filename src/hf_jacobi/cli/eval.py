@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from .models import DEMO_MODEL, demo_checkpoint
@@ -37,6 +38,12 @@ def run(arguments) -> int:
     except ModuleNotFoundError as error:
         raise ImportError(f"this needs {error.name}: pip install 'hf_jacobi[eval]'") from error
     check_places(arguments.output)
+    if arguments.confirm_run_unsafe_code:
+        if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+            raise ValueError(
+                "programs that a model wrote will run here: set HF_ALLOW_CODE_EVAL=1 as well, if they may."
+            )
+        import lm_eval.tasks.humaneval.utils  # noqa: F401  loads the metric now rather than after all the work
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 

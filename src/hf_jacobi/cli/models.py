@@ -96,19 +96,32 @@ def with_adapter(model, folder: Path) -> Adapted:
 
     Raises:
         `OSError`: there is no adapter.
+        `ValueError`: it is of another kind, or for another model.
+        `ImportError`: PEFT is not installed.
     """
     folder = folder.expanduser()
     if not (folder / "adapter_config.json").exists():
         raise OSError(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote")
-    from peft import PeftConfig, PeftModel
+    try:
+        from peft import LoraConfig, PeftConfig, PeftModel
+    except ModuleNotFoundError as error:
+        raise ImportError(f"adapters need {error.name}: pip install peft") from error
 
     file = folder / "generation_config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     config = JacobiConfig.coerce(content.get("jacobi"))
-    if is_draft_only(PeftConfig.from_pretrained(folder)):
-        shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
-        return Adapted(PeftModel.from_pretrained(copy.deepcopy(model, shared), folder).eval(), model, config)
-    merged = PeftModel.from_pretrained(copy.deepcopy(model), folder).merge_and_unload().eval()
+    adapter = PeftConfig.from_pretrained(folder)
+    draft_only = is_draft_only(adapter)
+    if not draft_only and (not isinstance(adapter, LoraConfig) or adapter.alora_invocation_tokens):
+        raise ValueError(f"{folder} is neither a LoRA for all tokens nor one that only drafts: give one of these.")
+    kept = itertools.chain(model.parameters(), model.buffers()) if draft_only else ()
+    try:
+        adapted = PeftModel.from_pretrained(copy.deepcopy(model, {id(tensor): tensor for tensor in kept}), folder)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} is not for this model: its weights have other names or shapes.") from error
+    if draft_only:
+        return Adapted(adapted.eval(), model, config)
+    merged = adapted.merge_and_unload().eval()
     return Adapted(merged, merged, config)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 PROBE = 4  # size of the window when nothing is known yet
 MEMORY = 0.7  # weight of the past in the running mean of accepted guesses
-GROWS, SHRINKS = (
-    5.0,
-    2.5,
-)  # accepted guesses, in costs of all positions, from which the window grows, below which it shrinks
+# Accepted guesses, in costs of all positions of the window, from which it grows and below which it shrinks.
+GROWS = 5.0
+SHRINKS = 2.5
 RESTS = 8.0  # accepted guesses, in costs of a position and at most one, below which drafting rests
 FIRST_REST = 32  # forwards until the next probe, doubled each time that probe fails
 
@@ -53,7 +52,7 @@ class AdaptiveWindow:
         elif self.accepted >= GROWS * self.cost * self.size:
             self.size = min(2 * self.size, self.largest)
         elif self.accepted < SHRINKS * self.cost * self.size:
-            self.size //= 2
+            self.size = max(1, self.size // 2)
         if self.size > PROBE:
             self.rest = FIRST_REST
 

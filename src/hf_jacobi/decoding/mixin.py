@@ -94,8 +94,9 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         raise ValueError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
     if jacobi_config is None:
         jacobi_config = setting_of("jacobi", of_call, model)
-    if kwargs.get("use_cache") is None and of_call is None:
-        kwargs["use_cache"] = True  # `Trainer` leaves use_cache=False in the model's config, which nobody asked for
+    asked = of_call is not None and of_call is not model.generation_config and of_call.use_cache is False
+    if kwargs.get("use_cache") is None and not asked:
+        kwargs["use_cache"] = True  # `Trainer` leaves use_cache=False in the model's configs, which nobody asked for
     synced_gpus = kwargs.get("synced_gpus")
     bound = {
         "jacobi_config": JacobiConfig.coerce(jacobi_config),

@@ -60,8 +60,9 @@ class Knee:
     @property
     def position_cost(self) -> float:
         """What one more token adds to the time of a forward, in forwards over one; over the first `WINDOW` tokens."""
-        slope = (self.step(WINDOW) - self.step(1)) / (WINDOW - 1)
-        return round(max(0.0, slope / self.step(1)), 4)
+        window = min(WINDOW, self.tokens[-1])
+        first, last = np.interp((1, window), self.tokens, self.seconds)
+        return round(max(0.0, (last / first - 1) / max(1, window - 1)), 4)
 
     def step(self, tokens: float) -> float:
         """Seconds of a step whose forward scores so many tokens, between the measured ones along a line."""
@@ -170,8 +171,9 @@ def tune(
 
 
 def with_cost(grid: Sequence[Mapping[str, Any]], cost: float) -> list[dict[str, Any]]:
-    """The adaptive settings of a grid once more, at the cost of a position on this machine."""
-    return [{**settings, "position_cost": cost} for settings in grid if JacobiConfig(**settings).adapts]
+    """The adaptive settings of a grid that name no cost of a position once more, at the one on this machine."""
+    found = [settings for settings in grid if JacobiConfig(**settings).adapts and "position_cost" not in settings]
+    return [{**settings, "position_cost": cost} for settings in found]
 
 
 def _yield_of(model, prompts, settings: Mapping[str, Any], max_new_tokens: int) -> dict[str, float]:

@@ -190,12 +190,13 @@ def _usage(name: str, note: dict[str, Any]) -> str:
     if note["kind"] != "model":  # which takes the generation config of its base
         kept = {key: value for key, value in note["jacobi"].items() if value is not None}
         config = f"\n    jacobi_config={kept},\n    "
+    tokenizer = name if note["kind"] == "model" else note["base_model"] or name
     lines = [
         "import hf_jacobi",
         *sorted(imports),
         "",
         f'model = hf_jacobi.enable({load}.from_pretrained("{name}"))',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")',
         'inputs = tokenizer("Once upon a time", return_tensors="pt")',
         f'output = model.generate({config}**inputs, decoding="jacobi", max_new_tokens=128)',
         "print(tokenizer.decode(output[0]))",

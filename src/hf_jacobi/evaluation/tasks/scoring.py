@@ -6,13 +6,13 @@ import re
 
 
 def programs(responses: list[list[str]], docs: list[dict]) -> list[list[str]]:
-    """The first block of code of each response, the whole response where there is none."""
-    return [[program(text) for text in texts] for texts in responses]
+    """The first block of code of each response behind the prompt, whose imports and helpers it may need."""
+    return [[f"{doc['prompt']}\n{program(text)}" for text in texts] for texts, doc in zip(responses, docs)]
 
 
 def program(text: str) -> str:
-    """The first block of code of a response."""
-    found = re.search(r"```(?:python|py)?\s*\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    """The first block of code of a response, the whole response where there is none."""
+    found = re.search(r"```[^\n]*\n(.*?)(?:```|\Z)", text, re.DOTALL)
     return found.group(1) if found else text
 
 
@@ -25,16 +25,28 @@ def pass_at_1(references: list[str], predictions: list[list[str]]) -> float:
 
 def boxed_answer(doc: dict, results: list[str]) -> dict[str, float]:
     """Whether the last boxed answer is the right one: as MATH writes it, or as the number that GSM8K ends with."""
-    from lm_eval.tasks.hendrycks_math.utils import is_equiv, last_boxed_only_string, remove_boxed
+    from lm_eval.tasks.hendrycks_math.utils import is_equiv
 
-    boxed = last_boxed_only_string(results[0])
-    answer = None if boxed is None else remove_boxed(boxed).strip()
+    answer = last_boxed(results[0])
     expected = doc["answer"].rpartition("####")[2].strip()
-    right = answer is not None and (is_equiv(answer, expected) or is_equiv(plain(answer), plain(expected)))
-    return {"exact_match": float(right)}
+    if answer is None:
+        return {"exact_match": 0.0}
+    number = plain(expected)
+    same_number = re.fullmatch(r"-?\d+(\.\d+)?", number) and plain(answer) == number
+    return {"exact_match": float(is_equiv(answer, expected) or bool(same_number))}
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last `\boxed{...}` of a text."""
+    from lm_eval.tasks.hendrycks_math.utils import last_boxed_only_string, remove_boxed
+
+    try:
+        return remove_boxed(last_boxed_only_string(text)).strip()
+    except (AssertionError, TypeError):  # written in another way, or not at all
+        return None
 
 
 def plain(number: str) -> str:
-    """A number without its unit, sign of money and commas."""
-    number = re.sub(r"\\text\{.*?\}|[\\$%]", "", number).replace("{,}", "").replace(",", "").strip()
-    return re.sub(r"\.0+$", "", number)
+    """A number without its unit, its sign of money, the commas between its digits and zeros behind the point."""
+    number = re.sub(r"\\text\{.*?\}|[\\$%]", "", number).replace("{,}", ",").strip()
+    return re.sub(r"\.0+$", "", re.sub(r"(?<=\d),(?=\d{3})", "", number))
