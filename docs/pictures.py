@@ -39,13 +39,13 @@ def trajectory(folder: Path, file: Path) -> None:
     problem = next(problem for problem in held_out_problems(20) if problem.task == "sql")
     output = load(folder / "models" / "draft", folder / "base").generate(
         **tokenizer(problem.prompt, return_tensors="pt"),
-        **sliding(32).arguments(),
+        **sliding(16).arguments(),
         max_new_tokens=120,
         return_dict_in_generate=True,
         output_trajectory=True,
     )
-    axes = plots.trajectory(output.trajectory[0], tokenizer, forwards=26)
-    axes.figure.savefig(file, dpi=110, bbox_inches="tight")
+    axes = plots.trajectory(output.trajectory[0], tokenizer, forwards=16)
+    axes.figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
 if __name__ == "__main__":

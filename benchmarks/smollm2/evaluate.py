@@ -5,9 +5,9 @@ A Jacobi-forced SmolLM2 beside the one it was trained from: tokens per forward, 
 
 which writes FOLDER/evaluation.json; `hf-jacobi push FOLDER ...` makes the card of it.
 
-Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model and by that
-of the trained one, each with its own default settings, one prompt at a time; and by AR of the trained one, unless its
-text is the base model's anyway. In domain are held-out prompts of the
+Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model with default
+settings and with those of the trained one, and by that of the trained one; and by AR of the trained one, unless its text
+is the base model's anyway. One prompt at a time. In domain are held-out prompts of the
 kinds it was trained on; out of domain are chat prompts (`src/hf_jacobi/evaluation/prompts.py`).
 """
 
@@ -72,7 +72,8 @@ def measure(arguments) -> dict:
     contestants = {
         "AR": (base, AR),
         "prompt lookup": (base, PROMPT_LOOKUP),
-        "Jacobi, before": (base, Method("Jacobi, before", "jacobi", {})),
+        "Jacobi, before, default": (base, Method("", "jacobi", {})),
+        "Jacobi, before, same settings": (base, Method("", "jacobi", config.to_dict())),
         TRAINED: (model, Method(TRAINED, "jacobi", config.to_dict())),
         **({} if writer is base else {OWN: (writer, AR)}),
     }

@@ -79,7 +79,7 @@ def test_an_adapter(checkpoint, tmp_path, capsys, draft_only):
     assert without["adapter"] is None
     assert (without["ar"]["text"] == report["ar"]["text"]) == draft_only, "one for all tokens writes another text"
     assert cli.main([*command, "--adapter", checkpoint]) == 2
-    assert cli.main([*command, "--adapter", str(tmp_path), "--base"]) == 2
+    assert cli.main([*command, "--adapter", str(tmp_path), "--trained"]) == 2
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the answer (default: 128)")
     add_dtype(parser)
     parser.add_argument("--adapter", type=Path, help="the folder of an adapter that was trained for the model")
-    parser.add_argument("--base", action="store_true", help="the model as it comes, not trained to decode in parallel")
+    parser.add_argument(
+        "--trained", action="store_true", help="the demo model with the adapter that was trained to draft for it"
+    )
     parser.add_argument("--block-size", type=positive, help="positions tried in one forward")
     parser.add_argument("--max-blocks", type=positive, help="blocks refined at the same time")
     parser.add_argument("--pool-size", type=int, help="repeated n-grams tried beside the draft")
@@ -113,9 +115,9 @@ def run(arguments) -> int:
     """Runs the demo; returns 0 when both texts are identical, 1 when they are not."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if arguments.base and arguments.adapter:
-        raise ValueError("--base is the model without an adapter: give --base or --adapter.")
-    if not (arguments.model or arguments.adapter or arguments.base):
+    if arguments.trained:
+        if arguments.model or arguments.adapter:
+            raise ValueError("--trained is for the demo model and its own adapter: drop --model and --adapter.")
         arguments.adapter = DEMO_ADAPTER
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}

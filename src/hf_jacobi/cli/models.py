@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
-DEMO_ADAPTER = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m-jacobi"  # trained by benchmarks/smollm2
+DEMO_ADAPTER = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m-draft"  # trained by benchmarks/smollm2
 
 
 def cache_folder() -> Path:
