@@ -5,10 +5,10 @@ A Jacobi-forced SmolLM2 beside the one it was trained from: tokens per forward, 
 
 which writes FOLDER/evaluation.json; `hf-jacobi push FOLDER ...` makes the card of it.
 
-Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model with default
-settings and with those of the trained one, and by that of the trained one; and by AR of the trained one, unless its text
-is the base model's anyway. One prompt at a time. In domain are held-out prompts of the
-kinds it was trained on; out of domain are chat prompts (`src/hf_jacobi/evaluation/prompts.py`).
+Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model
+with default settings and with those of the trained one, and by that of the trained one; and by AR of the
+trained one, unless its text is the base model's anyway. One prompt at a time. In domain are held-out prompts
+of the kinds it was trained on; out of domain are chat prompts (`src/hf_jacobi/evaluation/prompts.py`).
 """
 
 from __future__ import annotations
