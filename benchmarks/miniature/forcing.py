@@ -144,11 +144,13 @@ def try_checkpoints(base: Path, work: Path, tokens_per_step: float, count: int) 
     tokenizer = load_tokenizer(base)
     problems = training_problems(count, "validation")
     before = answer(load(base), tokenizer, problems, AR)
-    curve = [{"step": 0, "tokens": 0, **summary(before, before)["both"]}]
+    curve = [{"step": 0, "training_tokens": 0, **summary(before, before)["both"]}]
     for checkpoint in sorted(work.glob("checkpoint-*"), key=_step):
         answers = answer(load(checkpoint, base), tokenizer, problems, sliding(32))
         step = _step(checkpoint)
-        curve.append({"step": step, "tokens": round(step * tokens_per_step), **summary(answers, before)["both"]})
+        curve.append(
+            {"step": step, "training_tokens": round(step * tokens_per_step), **summary(answers, before)["both"]}
+        )
     return curve
 
 
