@@ -111,6 +111,7 @@ def test_the_cost_of_a_position_is_that_of_the_forward_alone():
 def test_settings_that_adapt_are_tried_at_the_measured_cost(report):
     costs = [row["settings"].get("position_cost") for row in report["grid"]]
     assert costs[0] is None and costs[-1] == Knee(**report["knee"]).position_cost
+    assert type(costs[-1]) is float, "as settings are written into reports"
 
 
 def test_the_knee_of_a_model_with_few_positions():

@@ -192,6 +192,11 @@ def print_report(report: dict) -> None:
         )
     if report["jacobi"]["new_tokens"] < SHORT:
         print("The answer is too short to judge by: ask for something longer.")
+    elif report["adapter"] and report["speedup"] < 1:
+        print(
+            "Fewer forwards, and yet more time: with these settings a forward over drafts takes longer here than the "
+            "forwards\nit saves. `hf-jacobi tune` looks for settings that pay."
+        )
     elif report["adapter"] is None and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
         print(
             "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts "

@@ -62,7 +62,7 @@ class Knee:
         """What one more token adds to the time of a forward, in forwards over one; over the first `WINDOW` tokens."""
         window = min(WINDOW, self.tokens[-1])
         first, last = np.interp((1, window), self.tokens, self.seconds)
-        return round(max(0.0, (last / first - 1) / max(1, window - 1)), 4)
+        return round(float(max(0.0, (last / first - 1) / max(1, window - 1))), 4)
 
     def step(self, tokens: float) -> float:
         """Seconds of a step whose forward scores so many tokens, between the measured ones along a line."""
