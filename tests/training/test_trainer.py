@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArgumen
 
 import hf_jacobi
 from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
+from hf_jacobi.training.forward import outside_training
 from hf_jacobi.trajectories.packing import PACKED_FEATURES
 
 
@@ -307,6 +309,36 @@ def test_the_loss_of_every_architecture_is_that_of_its_own_logits(name, tmp_path
     assert float(terms.ar.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_give_the_same_gradients(tmp_path):
+    expected = gradients_of_a_step(tmp_path)
+    torch._dynamo.reset()
+    counts = torch._dynamo.utils.counters["stats"]
+    before = counts["unique_graphs"]
+    assert_same(gradients_of_a_step(tmp_path, compile_layers=True), expected, 1e-4)
+    assert counts["unique_graphs"] > before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_decoding_in_between_is_not_compiled_and_nothing_is_afterwards(tmp_path):
+    model = tiny_model()
+    settings = {"compile_layers": True, "eval_prompts": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    trainer = trainer_of(model, tmp_path, eval_dataset=rows(2), eval_max_new_tokens=4, **settings)
+    compiled = []
+    generate = trainer.decoding._generate
+
+    def spy(*args, **kwargs):
+        compiled.append(any(module._compiled_call_impl for module in model.modules()))
+        with outside_training(model):
+            compiled.append(any(module._compiled_call_impl for module in model.modules()))
+        return generate(*args, **kwargs)
+
+    trainer.decoding._generate = spy
+    trainer.train()
+    assert compiled[-2:] == [True, False]
+    assert not any(module._compiled_call_impl for module in model.modules())
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -314,7 +346,7 @@ def test_the_loss_of_every_architecture_is_that_of_its_own_logits(name, tmp_path
         ({"data": Dataset.from_list([{"input_ids": [1, 2]}])}, "lacks the columns"),
         ({"data": rows(2).select([])}, "is empty"),
         ({"block_size": 3}, "blocks of 4 tokens, but block_size=3"),
-        ({"torch_compile": True}, "torch_compile"),
+        ({"torch_compile": True}, "pass compile_layers=True instead"),
         ({"adapter_scope": "draft"}, "pass a `peft_config`"),
         ({"model_init_kwargs": {"dtype": "auto"}}, "given by name"),
         ({"consistency_loss": "l2"}, "`consistency_loss` must be one of"),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..decoding.mixin import unwrap
 
@@ -55,15 +56,55 @@ def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
 
 
 @contextmanager
+def compiled_layers(model: PreTrainedModel):
+    """
+    While this is open, each decoder layer runs compiled, for rows of any length.
+
+    Layer by layer rather than whole: the losses take the place of the model's own forward, and one layer is quickly
+    compiled and serves for all.
+
+    Raises:
+        `ValueError`: the model has no layers that are known as such.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(f"the layers of {type(model).__name__} were not found: drop `compile_layers`.")
+    for layer in layers:
+        layer.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._compiled_call_impl = None
+
+
+@contextmanager
+def _not_compiled(model: PreTrainedModel):
+    """Layers run as they are written: decoding would compile anew for each kind of cache and mask."""
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+@contextmanager
 def outside_training(model: PreTrainedModel):
-    """The model in evaluation mode, with SDPA in place of FlexAttention, which must be compiled and cannot decode."""
+    """
+    The model in evaluation mode, nothing of it compiled, and with SDPA in place of FlexAttention, which must be
+    compiled and cannot decode.
+    """
     training = model.training
     attention = model.config.get_text_config(decoder=True)._attn_implementation
     model.eval()
     if attention == "flex_attention":
         model.set_attn_implementation("sdpa")
     try:
-        yield
+        with _not_compiled(model):
+            yield
     finally:
         if attention == "flex_attention":
             model.set_attn_implementation(attention)

@@ -20,7 +20,7 @@ from .callbacks import DecodingCallback
 from .checks import block_size_of, check_data, check_tokenizer
 from .collator import PackedCollator
 from .config import JacobiForcingConfig
-from .forward import Head, forward_as, hidden_states
+from .forward import Head, compiled_layers, forward_as, hidden_states
 from .losses import Targets, Terms, find_targets, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
 from .windows import attending_by_windows, can_be_windowed, segments
@@ -206,6 +206,11 @@ class JacobiForcingTrainer(Trainer):
 
     def _attention(self):
         return attending_by_windows(self.head.model) if self.windowed else nullcontext()
+
+    def train(self, *args, **kwargs):
+        """As in `Trainer`; with `compile_layers`, the layers are compiled while it lasts."""
+        with compiled_layers(self.head.model) if self.args.compile_layers else nullcontext():
+            return super().train(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         """As in `Trainer`, with the attention of the forward pass kept for what the backward pass computes again."""

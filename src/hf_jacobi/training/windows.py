@@ -59,6 +59,7 @@ def segments(rows: RowTensors) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.long).view(1, 1, -1, FIELDS)
 
 
+@torch.compiler.disable  # where it cuts differs from batch to batch
 def windowed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
