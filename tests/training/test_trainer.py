@@ -309,6 +309,28 @@ def test_the_loss_of_every_architecture_is_that_of_its_own_logits(name, tmp_path
     assert float(terms.ar.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
 
 
+def test_the_weight_of_the_ar_loss_grows_by_the_same_factor_each_step(tmp_path):
+    model = tiny_model()
+    trainer = trainer_of(model, tmp_path, ar_loss_weight=16.0, ar_loss_weight_start=1.0, max_steps=4)
+    seen = []
+    compute = trainer.compute_loss
+
+    def spy(*args, **kwargs):
+        loss, terms = compute(*args, **kwargs | {"return_outputs": True})
+        counts = kwargs.get("num_items_in_batch")
+        if counts is None:  # evaluating
+            return loss
+        seen.append(float((loss - terms.consistency / counts[1]) / (terms.ar / counts[0])))
+        return loss
+
+    trainer.compute_loss = spy
+    trainer.train()
+    assert seen == pytest.approx([1.0, 2.0, 4.0, 8.0], rel=1e-3)
+    metrics = trainer.evaluate(rows(4))
+    expected = metrics["eval_consistency_loss"] + 16.0 * metrics["eval_ar_loss"]
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_give_the_same_gradients(tmp_path):
     expected = gradients_of_a_step(tmp_path)
@@ -350,6 +372,7 @@ def test_decoding_in_between_is_not_compiled_and_nothing_is_afterwards(tmp_path)
         ({"adapter_scope": "draft"}, "pass a `peft_config`"),
         ({"model_init_kwargs": {"dtype": "auto"}}, "given by name"),
         ({"consistency_loss": "l2"}, "`consistency_loss` must be one of"),
+        ({"ar_loss_weight_start": 2.0}, "`ar_loss_weight_start` must be above 0 and at most"),
         ({"temperature": 0.0}, "`temperature` must be positive"),
         ({"jacobi_config": {"blocksize": 3}}, "unknown settings"),
     ],

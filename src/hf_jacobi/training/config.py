@@ -25,6 +25,9 @@ class JacobiForcingConfig(TrainingArguments):
         ar_loss_weight (`float`, defaults to 1.0):
             Lambda, the weight of the autoregressive loss beside the consistency loss (paper, section 3.2). What a
             model unlearns, a larger one keeps.
+        ar_loss_weight_start (`float`, *optional*):
+            Lambda at the first step; it grows from there to `ar_loss_weight` at the last, by the same factor each step.
+            A large weight keeps a model from learning to draft; so it learns that first, and its text is mended later.
         consistency_loss (`str`, defaults to `"soft"`):
             `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"` or `"hard"`; see `losses.consistency_loss`.
         temperature (`float`, defaults to 1.0):
@@ -69,6 +72,9 @@ class JacobiForcingConfig(TrainingArguments):
     """
 
     ar_loss_weight: float = field(default=1.0, metadata={"help": "weight of the autoregressive loss (lambda)"})
+    ar_loss_weight_start: float | None = field(
+        default=None, metadata={"help": "lambda at the first step, if it is to grow to ar_loss_weight"}
+    )
     consistency_loss: str = field(default="soft", metadata={"help": f"one of {', '.join(CONSISTENCY_LOSSES)}"})
     temperature: float = field(default=1.0, metadata={"help": "temperature of the consistency loss"})
     within_block: bool = field(default=False, metadata={"help": "leave out the last token of each noisy block"})
@@ -103,11 +109,18 @@ class JacobiForcingConfig(TrainingArguments):
             raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
         if self.ar_loss_weight < 0:
             raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
+        if self.ar_loss_weight_start is not None and not 0 < self.ar_loss_weight_start <= self.ar_loss_weight:
+            raise ValueError(
+                "`ar_loss_weight_start` must be above 0 and at most `ar_loss_weight` "
+                f"({self.ar_loss_weight}), got {self.ar_loss_weight_start}."
+            )
         for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.jacobi_config is not None:
             self.jacobi_config = JacobiConfig.coerce(self.jacobi_config).to_dict()
         if self.torch_compile:
-            raise ValueError("`torch_compile` cannot follow the losses into the model: pass compile_layers=True instead.")
+            raise ValueError(
+                "`torch_compile` cannot follow the losses into the model: pass compile_layers=True instead."
+            )
         self.remove_unused_columns = False

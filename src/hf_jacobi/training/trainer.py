@@ -144,6 +144,15 @@ class JacobiForcingTrainer(Trainer):
 
     # The loss
 
+    @property
+    def ar_loss_weight(self) -> float:
+        """Lambda at this step: that of the arguments, or on the way to it from `ar_loss_weight_start`."""
+        start, end = self.args.ar_loss_weight_start, self.args.ar_loss_weight
+        if start is None or not self.model.training or not self.state.max_steps:
+            return end
+        done = self.state.global_step / self.state.max_steps
+        return start ** (1 - done) * end**done
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also counts the tokens of both losses over all micro-batches of a step and all processes, `[2]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -170,7 +179,7 @@ class JacobiForcingTrainer(Trainer):
             terms = self.sum_losses(model, inputs, targets)
         counts = targets.counts if num_items_in_batch is None else num_items_in_batch
         ar_count, consistency_count = counts.clamp(min=1)
-        loss = terms.consistency / consistency_count + self.args.ar_loss_weight * terms.ar / ar_count
+        loss = terms.consistency / consistency_count + self.ar_loss_weight * terms.ar / ar_count
         self._count("train" if self.model.training else "eval", inputs, targets, terms)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
