@@ -97,7 +97,7 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
     rows = trajectories(place, recipe.block_size)
     rows = rows.filter(lambda row: int(row["prompt_id"]) < prompts, keep_in_memory=True)
     packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
-    steps = recipe.epochs * len(packed) // BATCH_SIZE
+    steps = place.some_of(recipe.steps)
     adapter = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     work = place.folder / "training" / recipe.name
     trainer = hf_jacobi.JacobiForcingTrainer(
@@ -107,8 +107,10 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
             per_device_train_batch_size=BATCH_SIZE,
             max_steps=steps,
             lr_scheduler_type="cosine",
-            warmup_steps=min(50, steps // 10),
+            warmup_steps=min(100, steps // 10),
+            adam_beta2=0.98,
             bf16=True,
+            compile_layers=place.fraction == 1.0 and bool(shutil.which("g++")),
             use_cpu=not torch.cuda.is_available(),
             save_steps=max(1, steps // recipe.checkpoints),
             logging_steps=10,

@@ -9,7 +9,7 @@ from hf_jacobi.evaluation.measuring import Method
 
 
 BASE_PROBLEMS = 120_000
-MAIN, SHORT = 6_000, 2_000  # prompts of the main table, and of the ablations
+MAIN, SHORT = 12_000, 3_000  # prompts of the main table, and of the ablations
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Recipe:
         block_size, window_size, noise_schedule: of the data. A window of 1 is CLLM.
         adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
         prompts: how many completions it is trained on.
-        epochs: how often on each.
-        learning_rate, ar_loss_weight: of the training.
+        steps: how many steps of four rows it takes.
+        learning_rate, ar_loss_weight, ar_loss_weight_start: of the training. Where text is at stake, drafts are learned
+            first, with a small weight of the AR loss, and the text is mended as it grows.
         checkpoints: how many are tried on validation problems, the last among them.
     """
 
@@ -33,9 +34,10 @@ class Recipe:
     noise_schedule: str = "linear"
     adapter: str | None = None
     prompts: int = SHORT
-    epochs: int = 2
+    steps: int = 2_500
     learning_rate: float = 1e-3
-    ar_loss_weight: float = 30.0
+    ar_loss_weight: float = 300.0
+    ar_loss_weight_start: float = 1.0
     checkpoints: int = 1
 
     @property
@@ -45,6 +47,7 @@ class Recipe:
         return {
             "learning_rate": self.learning_rate,
             "ar_loss_weight": self.ar_loss_weight,
+            "ar_loss_weight_start": self.ar_loss_weight_start,
             "adapter_scope": scope,
         }
 
@@ -67,9 +70,9 @@ DRAFT = {"adapter": "draft", "window_size": 1, "noise_schedule": "random"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("forcing", prompts=MAIN, checkpoints=5),
-        Recipe("cllm", window_size=1, noise_schedule="random", prompts=MAIN, checkpoints=5),
-        Recipe("draft", **DRAFT, prompts=MAIN, checkpoints=2),  # type: ignore[arg-type]
+        Recipe("forcing", prompts=MAIN, steps=9_000, checkpoints=6),
+        Recipe("cllm", window_size=1, noise_schedule="random", prompts=MAIN, steps=9_000, checkpoints=6),
+        Recipe("draft", **DRAFT, prompts=MAIN, steps=9_000, checkpoints=3),  # type: ignore[arg-type]
         Recipe("linear-w4"),
         Recipe("random-w4", noise_schedule="random"),
         Recipe("reverse-w4", noise_schedule="reverse"),

@@ -26,9 +26,9 @@ class JacobiForcingConfig(TrainingArguments):
             Lambda, the weight of the autoregressive loss beside the consistency loss (paper, section 3.2). What a
             model unlearns, a larger one keeps.
         ar_loss_weight_start (`float`, *optional*):
-            Lambda at the first step; it grows from there to `ar_loss_weight` at the last, by the same factor each
-            step. A large weight keeps a model from learning to draft: so it learns that first, and its text is mended
-            later.
+            Lambda at the first step, from which it grows to `ar_loss_weight` at the last, slowly at first: its
+            logarithm grows with the square of the steps done. A large weight keeps a model from learning to draft: so
+            it learns that first, and its text is mended later.
         consistency_loss (`str`, defaults to `"soft"`):
             `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"` or `"hard"`; see `losses.consistency_loss`.
         temperature (`float`, defaults to 1.0):

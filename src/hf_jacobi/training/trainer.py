@@ -150,7 +150,7 @@ class JacobiForcingTrainer(Trainer):
         start, end = self.args.ar_loss_weight_start, self.args.ar_loss_weight
         if start is None or not self.model.training or not self.state.max_steps:
             return end
-        done = self.state.global_step / self.state.max_steps
+        done = (self.state.global_step / self.state.max_steps) ** 2
         return start ** (1 - done) * end**done
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
