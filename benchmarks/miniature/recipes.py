@@ -23,8 +23,8 @@ class Recipe:
         adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
         prompts: how many completions it is trained on.
         steps: how many steps of four rows it takes.
-        learning_rate, ar_loss_weight, ar_loss_weight_start: of the training. Where text is at stake, drafts are learned
-            first, with a small weight of the AR loss, and the text is mended as it grows.
+        learning_rate, ar_loss_weight, ar_loss_weight_start: of the training. Drafts are learned first, with a small
+            weight of the AR loss, and the text is mended as it grows.
         checkpoints: how many are tried on validation problems, the last among them.
     """
 
