@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,17 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
     prompts = place.some_of(recipe.prompts)
     rows = trajectories(place, recipe.block_size)
     rows = rows.filter(lambda row: int(row["prompt_id"]) < prompts, keep_in_memory=True)
-    packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
     steps = place.some_of(recipe.steps)
+    clean_steps = int(steps * recipe.clean_share)
+    parts = [
+        (hf_jacobi.pack_trajectories(rows, window, schedule, max_length=1024), BATCH_SIZE * count)
+        for window, schedule, count in (
+            (1, "random", clean_steps),
+            (recipe.window_size, recipe.noise_schedule, steps - clean_steps),
+        )
+        if count
+    ]
+    packed = one_after_another(parts)
     adapter = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     work = place.folder / "training" / recipe.name
     trainer = hf_jacobi.JacobiForcingTrainer(
@@ -109,6 +119,7 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
             lr_scheduler_type="cosine",
             warmup_steps=min(100, steps // 10),
             adam_beta2=0.98,
+            train_sampling_strategy="sequential",
             bf16=True,
             compile_layers=place.fraction == 1.0 and bool(shutil.which("g++")),
             use_cpu=not torch.cuda.is_available(),
@@ -135,6 +146,18 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
     (target / "curve.json").write_text(json.dumps(note, indent=1))
     shutil.rmtree(work)
     return target
+
+
+def one_after_another(parts: list[tuple[datasets.Dataset, int]]) -> datasets.Dataset:
+    """So many rows of each part, its own rows shuffled anew as often as they are needed."""
+    draw = random.Random(0)
+    chosen = []
+    for rows, count in parts:
+        order: list[int] = []
+        while len(order) < count:
+            order += draw.sample(range(len(rows)), len(rows))
+        chosen.append(rows.select(order[:count]))
+    return datasets.concatenate_datasets(chosen)
 
 
 def _step(checkpoint: Path) -> int:

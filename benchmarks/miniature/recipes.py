@@ -20,6 +20,8 @@ class Recipe:
     Args:
         name: of the folder and of the rows.
         block_size, window_size, noise_schedule: of the data. A window of 1 is CLLM.
+        clean_share: of the steps, the first, are taken with clean context (a window of 1, random noise) whatever the
+            window is: drafting is learned sooner that way.
         adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
         prompts: how many completions it is trained on.
         steps: how many steps of four rows it takes.
@@ -32,6 +34,7 @@ class Recipe:
     block_size: int = 16
     window_size: int = 4
     noise_schedule: str = "linear"
+    clean_share: float = 0.0
     adapter: str | None = None
     prompts: int = SHORT
     steps: int = 2_500
@@ -70,7 +73,7 @@ DRAFT = {"adapter": "draft", "window_size": 1, "noise_schedule": "random"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("forcing", prompts=MAIN, steps=9_000, checkpoints=6),
+        Recipe("forcing", clean_share=0.3, prompts=MAIN, steps=9_000, checkpoints=6),
         Recipe("cllm", window_size=1, noise_schedule="random", prompts=MAIN, steps=9_000, checkpoints=6),
         Recipe("draft", **DRAFT, prompts=MAIN, steps=9_000, checkpoints=3),  # type: ignore[arg-type]
         Recipe("linear-w4"),
