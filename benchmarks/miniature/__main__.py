@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .forcing import Workplace
 from .plots import contour, curves
 from .results import Results
-from .tables import COMPARED, by_block_size, comparison, grid, main_table, render
+from .tables import COMPARED, MAIN_ROWS, by_block_size, comparison, grid, main_table, render
 
 
 HERE = Path(__file__).parent
@@ -51,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
         file.write_text(json.dumps(figures, indent=1) + "\n")
 
     trained = [name for name in TRAINED if name in arguments.trained]
-    keep("main", main_table(results, trained))
-    keep("curves", {name: {"curve": results.curve(name)["curve"]} for name in trained})
+    rows = figures.get("main", {}) | main_table(results, trained)  # those of other trainings stay
+    keep("main", {title: rows[title] for title, _, _ in MAIN_ROWS if title in rows})
+    keep("curves", figures.get("curves", {}) | {name: {"curve": results.curve(name)["curve"]} for name in trained})
     if arguments.ablations:
         keep("grid", grid(results, "forcing"))
         for name, recipes in COMPARED.items():

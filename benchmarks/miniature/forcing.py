@@ -22,7 +22,7 @@ from .recipes import BASE_PROBLEMS, RECIPES, Recipe, sliding
 from .tasks import training_problems
 
 
-VALIDATION = 100  # problems of each task, none of them held out or trained on
+VALIDATION = 50  # problems of each task, none of them held out or trained on
 BATCH_SIZE = 4
 KEPT = 0.01  # of the solve rate may be lost by the checkpoint that is chosen
 
@@ -171,7 +171,7 @@ def try_checkpoints(base: Path, work: Path, tokens_per_step: float, count: int) 
     before = answer(load(base), tokenizer, problems, AR)
     curve = [{"step": 0, "training_tokens": 0, **summary(before, before)["both"]}]
     for checkpoint in sorted(work.glob("checkpoint-*"), key=_step):
-        answers = answer(load(checkpoint, base), tokenizer, problems, sliding(32))
+        answers = answer(load(checkpoint, base), tokenizer, problems, sliding(16))
         step = _step(checkpoint)
         curve.append(
             {"step": step, "training_tokens": round(step * tokens_per_step), **summary(answers, before)["both"]}
@@ -180,9 +180,9 @@ def try_checkpoints(base: Path, work: Path, tokens_per_step: float, count: int) 
 
 
 def choose(curve: list[dict]) -> dict:
-    """The fastest checkpoint that keeps the base model's solve rate; the one that solves most where none does."""
+    """The fastest checkpoint that keeps the base model's solve rate; where none does, the one that solves most."""
     base, *checkpoints = curve
     kept = [point for point in checkpoints if point["solve_rate"] >= base["solve_rate"] - KEPT]
     if kept:
         return max(kept, key=lambda point: point["tokens_per_forward"])
-    return max(checkpoints, key=lambda point: point["solve_rate"])
+    return max(checkpoints, key=lambda point: (point["solve_rate"], point["tokens_per_forward"]))

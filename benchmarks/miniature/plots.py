@@ -18,9 +18,11 @@ def curves(figures: dict[str, Any], file: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4))
     for name, curve in figures["curves"].items():
         points = curve["curve"]
-        label = {"forcing": "Jacobi Forcing, window 4", "cllm": "CLLM, window 1", "draft": "draft-only"}.get(
-            name, name
-        )
+        label = {
+            "forcing": "Jacobi Forcing, window 4",
+            "cllm": "CLLM, window 1",
+            "draft": "draft-only (window of 32)",
+        }.get(name, name)
         speed = [point["tokens_per_forward"] for point in points[1:]]
         left.plot([point["training_tokens"] / 1e6 for point in points[1:]], speed, marker="o", label=label)
         right.plot([100 * point["solve_rate"] for point in points[1:]], speed, marker="o", label=label)
@@ -29,7 +31,7 @@ def curves(figures: dict[str, Any], file: Path) -> None:
     left.set(xlabel="training tokens (millions)", ylabel="tokens per forward")
     right.set(xlabel="solved (%)", ylabel="tokens per forward")
     right.legend()
-    figure.suptitle("Validation problems, sliding window of 32")
+    figure.suptitle("Validation problems, sliding window of 16")
     figure.tight_layout()
     figure.savefig(file, dpi=120)
     pyplot.close(figure)

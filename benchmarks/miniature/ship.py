@@ -1,0 +1,95 @@
+"""
+Puts a trained miniature where `hf-jacobi demo` finds it, with what was measured of it, and writes its model card.
+
+    python -m benchmarks.miniature.ship RECIPE --folder runs/miniature
+
+RECIPE is one of those of table 1, which must have been measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from hf_jacobi.cli.models import MINIATURE
+from hf_jacobi.decoding.config import write_settings
+from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
+
+from .__main__ import FIGURES
+from .recipes import RECIPES, sliding
+from .tables import MAIN_ROWS, RACED
+from .tasks import held_out_problems
+
+
+ROOT = Path(__file__).parents[2]
+CARD = ROOT / "model_cards" / f"{MINIATURE.name}.md"
+WEIGHTS = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+SHIPPED = sliding(16)
+DEMONSTRATED = 2  # problems of each task
+REMARK = (
+    "It has 3.5 million parameters, a tokenizer of its own, and knows two tasks: arithmetic in words, written as "
+    "`Question: ...\\nSolution:\\n`, and questions about a table, answered by a query in SQL. Its base model was "
+    "trained from scratch on those by `python -m benchmarks.miniature`, which made this one, too. It is there to show "
+    "what Jacobi Forcing does; it is of no use for anything else."
+)
+
+
+def evaluation(figures: dict[str, Any], recipe: str) -> dict[str, Any]:
+    """What was measured of a recipe's model, and of its base beside it, as a model card takes it."""
+    results = []
+    for title, model, _ in MAIN_ROWS:
+        row = figures["main"].get(title)
+        if row is None or model not in ("base", recipe):
+            continue
+        for task in ("math", "sql"):
+            if task in row:
+                kept = ("tokens_per_forward", "solve_rate")
+                metrics = {key: round(row[task][key], 4) for key in kept}
+                results.append({"dataset": f"{task}, held out", "decoding": title, "metrics": metrics})
+        metrics = {key: round(row["race"][key], 4) for key in ("tokens_per_forward", "speedup", "tokens_per_second")}
+        results.append({"dataset": "both, timed", "decoding": title, "metrics": metrics})
+    setup, count = figures["setup"], figures["main"]["AR"]["math"]["problems"]
+    return {
+        "recipe": recipe,
+        "measured_on": f"{setup['device']}, {setup['threads']} threads, {setup['dtype']}, torch {setup['torch']}, "
+        f"transformers {setup['transformers']}; {count} held-out problems of each task, {min(RACED, count)} of each "
+        "timed, one at a time, speed-up over AR of the base model in the same run",
+        "results": results,
+    }
+
+
+def ship(model: Path, tokenizer: Path, recipe: str) -> None:
+    """Copies what decoding needs of a model that `benchmarks.miniature` chose."""
+    shutil.rmtree(MINIATURE, ignore_errors=True)
+    MINIATURE.mkdir(parents=True)
+    for name in WEIGHTS:
+        source = model if (model / name).exists() else tokenizer
+        shutil.copy(source / name, MINIATURE / name)
+    note = json.loads((model / NOTE).read_text())
+    note["settings"] |= RECIPES[recipe].training
+    note |= {"remark": REMARK, "jacobi": write_settings(MINIATURE, jacobi=SHIPPED.settings)["jacobi"]}
+    contents = {
+        NOTE: note,
+        EVALUATION: evaluation(json.loads(FIGURES.read_text()), recipe),
+        "prompts.json": [problem.prompt for problem in held_out_problems(DEMONSTRATED)],
+    }
+    for name, content in contents.items():
+        (MINIATURE / name).write_text(json.dumps(content, indent=1) + "\n")
+    CARD.write_text(card())
+
+
+def card() -> str:
+    """The model card of the miniature that ships, of what was noted when it was trained and measured."""
+    note, measured = (json.loads((MINIATURE / name).read_text()) for name in (NOTE, EVALUATION))
+    return render_card(str(MINIATURE.relative_to(ROOT)), note, measured)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=sorted({model for _, model, _ in MAIN_ROWS} & set(RECIPES)))
+    parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="where the benchmark kept it")
+    arguments = parser.parse_args()
+    ship(arguments.folder / "models" / arguments.recipe, arguments.folder / "base", arguments.recipe)
