@@ -37,7 +37,7 @@ def trajectory(file: Path) -> None:
         return_dict_in_generate=True,
         output_trajectory=True,
     )
-    axes = plots.trajectory(output.trajectory[0], tokenizer, forwards=16)
+    axes = plots.trajectory(output.trajectory[0], tokenizer, forwards=9)
     axes.figure.savefig(file, dpi=150, bbox_inches="tight")
 
 
