@@ -244,7 +244,7 @@ def print_report(report: dict) -> None:
         print(
             "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts "
             "the one\nafter it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
-            "Forcing) is what\nmakes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
+            "Forcing, CLLM) is what\nmakes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
             "that was so trained."
         )
 
