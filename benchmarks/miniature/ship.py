@@ -33,8 +33,8 @@ REMARK = (
     "It has 3.5 million parameters, a tokenizer of its own, and knows two tasks: arithmetic in words, written as "
     "`Question: ...\\nSolution:\\n`, and questions about a table, answered by a query in SQL. Its base model was "
     "trained from scratch on those by `python -m benchmarks.miniature`, which made this one, too, with clean context "
-    "(a window of 1, which is CLLM's recipe). It is there to show what training on trajectories does, and is of no use "
-    "for anything else."
+    "(a window of 1, which is CLLM's recipe). It is there to show what training on trajectories does, and is of no "
+    "use for anything else."
 )
 
 
