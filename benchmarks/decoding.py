@@ -94,7 +94,7 @@ def run(arguments) -> dict:
     if arguments.adapter:
         model = with_adapter(model, arguments.adapter).model
     hf_jacobi.enable(model)
-    prompts = MIXED if arguments.mixed else CHAT[: arguments.prompts]
+    prompts = (MIXED if arguments.mixed else CHAT)[: arguments.prompts]
     names = ["ar", *(arguments.only or [name for name in CONFIGS if name != "ar"])]
     setup = {
         "model": arguments.model or DEMO_MODEL,
@@ -104,7 +104,7 @@ def run(arguments) -> dict:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "prompts": "mixed" if arguments.mixed else arguments.prompts,
+        "prompts": f"{len(prompts)} mixed" if arguments.mixed else len(prompts),
         "max_new_tokens": arguments.max_new_tokens,
         "configs": {name: CONFIGS[name] for name in names},
     }
@@ -172,7 +172,12 @@ def main() -> None:
         "--mixed", action="store_true", help="chat prompts and texts to copy in turn, instead of chat prompts alone"
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    parser.add_argument("--prompts", type=int, default=12, help=f"how many of the {len(CHAT)} prompts (default: 12)")
+    parser.add_argument(
+        "--prompts",
+        type=int,
+        default=12,
+        help=f"how many of the {len(CHAT)} prompts, or of {len(MIXED)} mixed ones (default: 12)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--only", nargs="*", choices=[name for name in CONFIGS if name != "ar"])
     parser.add_argument("--output", default="benchmarks/results/decoding.json")
