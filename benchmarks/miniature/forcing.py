@@ -19,10 +19,10 @@ from hf_jacobi.evaluation.measuring import AR
 from .base import train_base
 from .evaluate import MAX_NEW_TOKENS, answer, summary
 from .recipes import BASE_PROBLEMS, RECIPES, Recipe, sliding
-from .tasks import training_problems
+from .tasks import is_solved, training_problems
 
 
-VALIDATION = 50  # problems of each task, none of them held out or trained on
+VALIDATION = 150  # problems of each task, none of them held out or trained on
 BATCH_SIZE = 4
 KEPT = 0.01  # of the solve rate may be lost by the checkpoint that is chosen
 
@@ -97,6 +97,51 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
     prompts = place.some_of(recipe.prompts)
     rows = trajectories(place, recipe.block_size)
     rows = rows.filter(lambda row: int(row["prompt_id"]) < prompts, keep_in_memory=True)
+    work = place.folder / "training" / recipe.name
+    drafting = learn_to_draft(place, recipe, base, rows, work / "drafting")
+    mending = mend(place, recipe, drafting.last, rows, work / "mending") if recipe.mending_steps else None
+    phases = [phase for phase in (drafting, mending) if phase]
+    curve = []
+    chosen = name_of(drafting.last)
+    if sum(len(phase.checkpoints) for phase in phases) > 1:
+        curve = try_checkpoints(base, phases, place.some_of(2 * VALIDATION))
+        chosen = choose(curve)["checkpoint"]
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(work / chosen, target, ignore=shutil.ignore_patterns("optimizer.pt", "*.pth"))
+    note = {"chosen": chosen, "curve": curve, "log": [line for phase in phases for line in phase.log]}
+    (target / "curve.json").write_text(json.dumps(note, indent=1))
+    shutil.rmtree(work)
+    return target
+
+
+@dataclass(frozen=True)
+class Phase:
+    """
+    A training that is done.
+
+    Args:
+        folder: where its checkpoints are.
+        tokens_per_step: of the data, on average.
+        log: what was logged.
+    """
+
+    folder: Path
+    tokens_per_step: float
+    log: list[dict]
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Its checkpoints, the last one last."""
+        return sorted(self.folder.glob("checkpoint-*"), key=_step)
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint that it ended with."""
+        return self.checkpoints[-1]
+
+
+def learn_to_draft(place: Workplace, recipe: Recipe, base: Path, rows: datasets.Dataset, folder: Path) -> Phase:
+    """The first training, from the base model: with clean context at first, if the recipe says so."""
     steps = place.some_of(recipe.steps)
     clean_steps = int(steps * recipe.clean_share)
     parts = [
@@ -107,45 +152,58 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
         )
         if count
     ]
-    packed = one_after_another(parts)
-    adapter = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
-    work = place.folder / "training" / recipe.name
+    settings = recipe.training | {"max_steps": steps, "save_steps": max(1, steps // recipe.checkpoints)}
+    return train(place, base, one_after_another(parts), folder, recipe.adapter, settings)
+
+
+def mend(place: Workplace, recipe: Recipe, model: Path, rows: datasets.Dataset, folder: Path) -> Phase:
+    """The second training, of a model that drafts: on the completions that solve their problem."""
+    tokenizer = load_tokenizer(base_model(place))
+    problems = training_problems(place.some_of(recipe.prompts), "forcing")
+
+    def is_right(row: dict) -> bool:
+        text = tokenizer.decode(row["completion_ids"], skip_special_tokens=True)
+        return is_solved(problems[int(row["prompt_id"])], text)
+
+    solved = [number for number, row in enumerate(rows) if is_right(row)]
+    rows = rows.select(solved or range(len(rows)))  # a model that was trained for a moment solves nothing
+    packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
+    steps = place.some_of(recipe.mending_steps)
+    settings = recipe.mending | {"max_steps": steps, "save_steps": max(1, steps // 2)}
+    count = BATCH_SIZE * settings["gradient_accumulation_steps"] * steps
+    return train(place, model, one_after_another([(packed, count)]), folder, None, settings)
+
+
+def train(
+    place: Workplace, model: Path, rows: datasets.Dataset, folder: Path, adapter: str | None, settings: dict
+) -> Phase:
+    """Trains a model on rows in their order, going on after the last checkpoint if there is one."""
+    lora = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = hf_jacobi.JacobiForcingTrainer(
-        model=str(base),
+        model=str(model),
         args=hf_jacobi.JacobiForcingConfig(
-            output_dir=str(work),
+            output_dir=str(folder),
             per_device_train_batch_size=BATCH_SIZE,
-            max_steps=steps,
             lr_scheduler_type="cosine",
-            warmup_steps=min(100, steps // 10),
+            warmup_steps=min(100, settings["max_steps"] // 20),
             adam_beta2=0.98,
             train_sampling_strategy="sequential",
             bf16=True,
             compile_layers=place.fraction == 1.0 and bool(shutil.which("g++")),
             use_cpu=not torch.cuda.is_available(),
-            save_steps=max(1, steps // recipe.checkpoints),
             logging_steps=10,
             report_to="none",
             seed=0,
             model_init_kwargs={"attn_implementation": "eager"},  # a dense mask is fastest for rows this short
-            **recipe.training,
+            **settings,
         ),
-        train_dataset=packed,
-        peft_config=adapter if recipe.adapter else None,
+        train_dataset=rows,
+        peft_config=lora if adapter else None,
     )
-    last = sorted(work.glob("checkpoint-*"), key=_step)[-1:]
+    last = sorted(folder.glob("checkpoint-*"), key=_step)[-1:]
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
-    tokens = sum(map(len, packed["input_ids"]))
-    curve = try_checkpoints(base, work, tokens / len(packed) * BATCH_SIZE, place.some_of(2 * VALIDATION))
-    best = choose(curve)
-    shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(
-        work / f"checkpoint-{best['step']}", target, ignore=shutil.ignore_patterns("optimizer.pt", "*.pth")
-    )
-    note = {"chosen": best["step"], "curve": curve, "log": trainer.state.log_history}
-    (target / "curve.json").write_text(json.dumps(note, indent=1))
-    shutil.rmtree(work)
-    return target
+    tokens = sum(map(len, rows["input_ids"])) / settings["max_steps"]
+    return Phase(folder, tokens, trainer.state.log_history)
 
 
 def one_after_another(parts: list[tuple[datasets.Dataset, int]]) -> datasets.Dataset:
@@ -160,22 +218,31 @@ def one_after_another(parts: list[tuple[datasets.Dataset, int]]) -> datasets.Dat
     return datasets.concatenate_datasets(chosen)
 
 
+def name_of(checkpoint: Path) -> str:
+    """Its phase and its step."""
+    return f"{checkpoint.parent.name}/{checkpoint.name}"
+
+
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rsplit("-", 1)[1])
 
 
-def try_checkpoints(base: Path, work: Path, tokens_per_step: float, count: int) -> list[dict]:
+def try_checkpoints(base: Path, phases: list[Phase], count: int) -> list[dict]:
     """Solve rate and tokens per forward on validation problems: of the base model, and of every checkpoint."""
     tokenizer = load_tokenizer(base)
     problems = training_problems(count, "validation")
     before = answer(load(base), tokenizer, problems, AR)
-    curve = [{"step": 0, "training_tokens": 0, **summary(before, before)["both"]}]
-    for checkpoint in sorted(work.glob("checkpoint-*"), key=_step):
-        answers = answer(load(checkpoint, base), tokenizer, problems, sliding(16))
-        step = _step(checkpoint)
-        curve.append(
-            {"step": step, "training_tokens": round(step * tokens_per_step), **summary(answers, before)["both"]}
-        )
+    curve = [{"checkpoint": "base", "training_tokens": 0, **summary(before, before)["both"]}]
+    earlier = 0.0
+    for phase in phases:
+        for checkpoint in phase.checkpoints:
+            answers = answer(load(checkpoint, base), tokenizer, problems, sliding(16))
+            point = {
+                "checkpoint": name_of(checkpoint),
+                "training_tokens": round(earlier + _step(checkpoint) * phase.tokens_per_step),
+            }
+            curve.append(point | summary(answers, before)["both"])
+        earlier += _step(phase.last) * phase.tokens_per_step
     return curve
 
 

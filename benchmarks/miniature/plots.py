@@ -21,7 +21,7 @@ def curves(figures: dict[str, Any], file: Path) -> None:
         label = {
             "forcing": "Jacobi Forcing, window 4",
             "cllm": "CLLM, window 1",
-            "draft": "draft-only (window of 32)",
+            "draft": "draft-only adapter",
         }.get(name, name)
         speed = [point["tokens_per_forward"] for point in points[1:]]
         left.plot([point["training_tokens"] / 1e6 for point in points[1:]], speed, marker="o", label=label)

@@ -25,9 +25,11 @@ class Recipe:
         adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
         prompts: how many completions it is trained on.
         steps: how many steps of four rows it takes.
-        learning_rate, ar_loss_weight, ar_loss_weight_start: of the training. Drafts are learned first, with a small
+        learning_rate, ar_loss_weight, ar_loss_weight_start: of these steps. Drafts are learned first, with a small
             weight of the AR loss, and the text is mended as it grows.
-        checkpoints: how many are tried on validation problems, the last among them.
+        mending_steps: how many steps follow to mend the text: of sixteen rows, at a low rate and the last weight of
+            the AR loss, on completions that solve their problem. Whole models only.
+        checkpoints: how many of the steps before mending are tried on validation problems, the last among them.
     """
 
     name: str
@@ -37,21 +39,32 @@ class Recipe:
     clean_share: float = 0.0
     adapter: str | None = None
     prompts: int = SHORT
-    steps: int = 2_500
+    steps: int = 1_500
     learning_rate: float = 1e-3
-    ar_loss_weight: float = 300.0
+    ar_loss_weight: float = 30.0
     ar_loss_weight_start: float = 1.0
+    mending_steps: int = 0
     checkpoints: int = 1
 
     @property
     def training(self) -> dict[str, Any]:
-        """What `JacobiForcingConfig` is told."""
+        """What `JacobiForcingConfig` is told for the steps before mending."""
         scope = "draft" if self.adapter == "draft" else "all"
         return {
             "learning_rate": self.learning_rate,
             "ar_loss_weight": self.ar_loss_weight,
             "ar_loss_weight_start": self.ar_loss_weight_start,
             "adapter_scope": scope,
+        }
+
+    @property
+    def mending(self) -> dict[str, Any]:
+        """What it is told for those of mending. Steps of few rows would undo what they mend: most have no mistake."""
+        return {
+            "learning_rate": 2e-4,
+            "ar_loss_weight": self.ar_loss_weight,
+            "gradient_accumulation_steps": 4,
+            "max_grad_norm": 50.0,
         }
 
 
@@ -69,12 +82,13 @@ def sliding(n: int, pool: int = 0) -> Method:
     return Method(f"sliding {n}" + (f", pool {pool}" if pool else ""), "jacobi", settings)
 
 
+FULL = {"prompts": MAIN, "steps": 9_000, "ar_loss_weight": 300.0, "mending_steps": 1_000, "checkpoints": 6}
 DRAFT = {"adapter": "draft", "window_size": 1, "noise_schedule": "random"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("forcing", clean_share=0.3, prompts=MAIN, steps=9_000, checkpoints=6),
-        Recipe("cllm", window_size=1, noise_schedule="random", prompts=MAIN, steps=9_000, checkpoints=6),
+        Recipe("forcing", clean_share=0.3, **FULL),  # type: ignore[arg-type]
+        Recipe("cllm", window_size=1, noise_schedule="random", **FULL),  # type: ignore[arg-type]
         Recipe("draft", **DRAFT, prompts=MAIN, steps=9_000, checkpoints=3),  # type: ignore[arg-type]
         Recipe("linear-w4"),
         Recipe("random-w4", noise_schedule="random"),

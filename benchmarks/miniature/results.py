@@ -50,8 +50,8 @@ class Results:
 
     def quality(self, name: str, method: Method, count: int | None = None) -> dict[str, dict]:
         """Solve rate, tokens per forward and share of texts identical to the base model's; by task and for both."""
-        count = count or self.count
-        return summary(self.answers(name, method, count), self.answers("base", AR, count))
+        answers = self.answers(name, method, count or self.count)
+        return summary(answers, self.answers("base", AR, self.count)[: len(answers)])
 
     def race(self, name: str, contestants: list[tuple[str, Method]], count: int) -> dict[str, dict]:
         """Time of models with ways of decoding on `count` problems of each task; the first is the yardstick."""

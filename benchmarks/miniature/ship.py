@@ -19,7 +19,7 @@ from hf_jacobi.decoding.config import write_settings
 from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
 
 from .__main__ import FIGURES
-from .recipes import RECIPES, sliding
+from .recipes import RECIPES, Recipe, sliding
 from .tables import MAIN_ROWS, RACED
 from .tasks import held_out_problems
 
@@ -47,19 +47,33 @@ def evaluation(figures: dict[str, Any], recipe: str) -> dict[str, Any]:
             continue
         for task in ("math", "sql"):
             if task in row:
-                kept = ("tokens_per_forward", "solve_rate")
+                count = row[task]["problems"]
+                all_of_them = count == figures["main"]["AR"][task]["problems"]
+                kept = ("tokens_per_forward", "solve_rate")[: 1 + all_of_them]
                 metrics = {key: round(row[task][key], 4) for key in kept}
-                results.append({"dataset": f"{task}, held out", "decoding": title, "metrics": metrics})
+                results.append({"dataset": f"{task}, {count} held out", "decoding": title, "metrics": metrics})
         metrics = {key: round(row["race"][key], 4) for key in ("tokens_per_forward", "speedup", "tokens_per_second")}
-        results.append({"dataset": "both, timed", "decoding": title, "metrics": metrics})
-    setup, count = figures["setup"], figures["main"]["AR"]["math"]["problems"]
+        results.append({"dataset": f"both, {2 * RACED} timed", "decoding": title, "metrics": metrics})
+    setup = figures["setup"]
     return {
         "recipe": recipe,
         "measured_on": f"{setup['device']}, {setup['threads']} threads, {setup['dtype']}, torch {setup['torch']}, "
-        f"transformers {setup['transformers']}; {count} held-out problems of each task, {min(RACED, count)} of each "
-        "timed, one at a time, speed-up over AR of the base model in the same run",
+        f"transformers {setup['transformers']}; timed on {RACED} problems of each task, one at a time, speed-up over "
+        "AR of the base model in the same run",
         "results": results,
     }
+
+
+def history(model: Path, recipe: Recipe) -> str:
+    """How it was trained, where the card's table tells half of it."""
+    if not json.loads((model / "curve.json").read_text())["chosen"].startswith("mending"):
+        return ""
+    return (
+        f"\n\nIt was trained twice: for {recipe.steps:,} steps of four rows at a rate of {recipe.learning_rate}, "
+        f"while the weight of the AR loss grew from {recipe.ar_loss_weight_start:g} to {recipe.ar_loss_weight:g}, on "
+        f"{recipe.prompts:,} completions of its base model; then with the settings below, on those of them that solve "
+        "their problem."
+    )
 
 
 def ship(model: Path, tokenizer: Path, recipe: str) -> None:
@@ -70,12 +84,13 @@ def ship(model: Path, tokenizer: Path, recipe: str) -> None:
         source = model if (model / name).exists() else tokenizer
         shutil.copy(source / name, MINIATURE / name)
     note = json.loads((model / NOTE).read_text())
-    note["settings"] |= RECIPES[recipe].training
-    note |= {"remark": REMARK, "jacobi": write_settings(MINIATURE, jacobi=SHIPPED.settings)["jacobi"]}
+    problems = [problem.prompt for problem in held_out_problems(DEMONSTRATED)]
+    note |= {"remark": f"{REMARK}{history(model, RECIPES[recipe])}", "example": problems[0]}
+    note["jacobi"] = write_settings(MINIATURE, jacobi=SHIPPED.settings)["jacobi"]
     contents = {
         NOTE: note,
         EVALUATION: evaluation(json.loads(FIGURES.read_text()), recipe),
-        "prompts.json": [problem.prompt for problem in held_out_problems(DEMONSTRATED)],
+        "prompts.json": problems,
     }
     for name, content in contents.items():
         (MINIATURE / name).write_text(json.dumps(content, indent=1) + "\n")

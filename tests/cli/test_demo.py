@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from models import VOCABULARY, tiny_model
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import hf_jacobi
 from hf_jacobi import cli
-from hf_jacobi.cli.models import demo_checkpoint
+from hf_jacobi.cli.demo import _SideBySide, is_trained
+from hf_jacobi.cli.models import MINIATURE, demo_checkpoint
 from hf_jacobi.decoding.config import write_settings
 
 
@@ -121,6 +125,9 @@ def test_by_default_a_model_that_comes_with_the_package_decodes_many_tokens_per_
     assert report["model"] == "the miniature" and report["trained"] and len(report["prompts"]) == 4
     assert report["identical"] and report["jacobi"]["tokens_per_forward"] > 3
     assert report["longest"] < report["max_new_tokens"]
+    assert cli.main(["demo", "--json", "--model", str(MINIATURE)]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["prompts"] == report["prompts"] and again["jacobi"]["texts"] == report["jacobi"]["texts"]
     assert cli.main(["demo", "--base", "--trained"]) == 2
     assert "give one of them" in capsys.readouterr().err
 
@@ -132,6 +139,26 @@ def test_a_checkpoint_decodes_as_it_was_tuned(checkpoint, tmp_path, capsys):
     assert cli.main([*command, "--pool-size", "0"]) == 0
     config = json.loads(capsys.readouterr().out)["jacobi_config"]
     assert (config["block_size"], config["pool_size"]) == (5, 0)
+
+
+def test_a_model_counts_as_trained_by_its_note_not_by_how_it_decodes(checkpoint, tmp_path):
+    assert is_trained(MINIATURE) and is_trained(str(MINIATURE))
+    shutil.copytree(checkpoint, tmp_path / "tuned")
+    write_settings(tmp_path / "tuned", "jacobi", jacobi={"block_size": 5})
+    assert not is_trained(tmp_path / "tuned") and not is_trained(None)
+
+
+def test_side_by_side_the_newest_lines_are_seen(monkeypatch):
+    monkeypatch.setattr("rich.console.Console", partial(Console, file=io.StringIO(), width=80, height=24))
+    screen = _SideBySide()
+    screen.content["ar"] = ("\n".join(f"line {number}" for number in range(60)), 60, 1.0)
+    for whole, first in ((False, 39), (True, 0)):
+        file = io.StringIO()
+        Console(file=file, width=80, height=24).print(screen._draw(whole))
+        seen = file.getvalue()
+        assert f"line {first} " in seen and f"line {first - 1} " not in seen
+        assert "line 59 " in seen and "60 tokens, 1.0 s" in seen
+        assert whole or seen.count("\n") < 24
 
 
 def test_version_and_help(capsys):

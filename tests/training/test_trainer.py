@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArgumen
 
 import hf_jacobi
 from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
-from hf_jacobi.training.forward import outside_training
 from hf_jacobi.trajectories.packing import PACKED_FEATURES
 
 
@@ -53,6 +52,10 @@ def trainer_of(model, folder, data=None, **settings):
     return JacobiForcingTrainer(
         model=model, args=arguments(folder, **settings), train_dataset=rows(8) if data is None else data, **others
     )
+
+
+def is_compiled(model) -> bool:
+    return any(module._compiled_call_impl for module in model.modules())
 
 
 def gradients_of_a_step(folder, **settings) -> dict[str, torch.Tensor]:
@@ -325,7 +328,9 @@ def test_the_weight_of_the_ar_loss_grows_slowly_at_first(tmp_path):
 
     trainer.compute_loss = spy
     trainer.train()
-    assert seen == pytest.approx([16 ** ((step / 4) ** 2) for step in range(4)], rel=1e-3)
+    assert seen == pytest.approx([16 ** ((step / 3) ** 2) for step in range(4)], rel=1e-3)
+    assert seen[-1] == pytest.approx(16.0, rel=1e-3)
+    assert [line["ar_loss_weight"] for line in trainer.state.log_history if "ar_loss_weight" in line]
     metrics = trainer.evaluate(rows(4))
     expected = metrics["eval_consistency_loss"] + 16.0 * metrics["eval_ar_loss"]
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
@@ -346,19 +351,36 @@ def test_decoding_in_between_is_not_compiled_and_nothing_is_afterwards(tmp_path)
     model = tiny_model()
     settings = {"compile_layers": True, "eval_prompts": 2, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
     trainer = trainer_of(model, tmp_path, eval_dataset=rows(2), eval_max_new_tokens=4, **settings)
-    compiled = []
-    generate = trainer.decoding._generate
+    compiled = {True: set(), False: set()}  # by whether it decodes
 
-    def spy(*args, **kwargs):
-        compiled.append(any(module._compiled_call_impl for module in model.modules()))
-        with outside_training(model):
-            compiled.append(any(module._compiled_call_impl for module in model.modules()))
-        return generate(*args, **kwargs)
+    def spy(module, inputs, named):
+        compiled[named.get("past_key_values") is not None].add(is_compiled(model))
 
-    trainer.decoding._generate = spy
+    model.model.register_forward_pre_hook(spy, with_kwargs=True)
     trainer.train()
-    assert compiled[-2:] == [True, False]
-    assert not any(module._compiled_call_impl for module in model.modules())
+    assert compiled == {True: {False}, False: {True}}
+    assert not is_compiled(model)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_training_that_breaks_off_leaves_nothing_compiled(tmp_path):
+    model = tiny_model()
+    trainer = trainer_of(model, tmp_path, compile_layers=True)
+
+    def breaks(*args, **kwargs):
+        assert is_compiled(model)
+        raise RuntimeError("on purpose")
+
+    trainer.training_step = breaks
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.train()
+    assert not is_compiled(model)
+
+
+def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ValueError, match=r"install g\+\+"):
+        trainer_of(tiny_model(), tmp_path, compile_layers=True)
 
 
 @pytest.mark.parametrize(

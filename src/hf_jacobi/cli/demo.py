@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import sys
 import time
@@ -14,9 +15,11 @@ from pathlib import Path
 import torch
 import transformers
 from transformers.generation.streamers import BaseStreamer
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..decoding import JacobiConfig, enable
+from ..hub.card import NOTE
 from .models import DEMO_ADAPTER, DEMO_MODEL, MINIATURE, encode, first_time_note, load, with_adapter
 from .options import add_dtype, positive
 
@@ -139,7 +142,9 @@ def choose(arguments) -> None:
         raise ValueError("--trained is with the adapter that comes with it: drop --adapter, or give --base.")
     if arguments.trained:
         arguments.adapter = DEMO_ADAPTER
-    elif not (arguments.model or arguments.base or arguments.adapter):
+    elif arguments.model is not None:
+        arguments.model = MINIATURE if Path(arguments.model).expanduser().resolve() == MINIATURE else arguments.model
+    elif not (arguments.base or arguments.adapter):
         arguments.model = MINIATURE
     if arguments.prompt is None:
         own = MINIATURE / "prompts.json"
@@ -190,6 +195,13 @@ def name_of(arguments) -> str:
     return "the miniature" if arguments.model == MINIATURE else arguments.model or DEMO_MODEL
 
 
+def is_trained(model: str | Path | None) -> bool:
+    """Whether a note of a training lies beside a model."""
+    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    file = cached_file(os.path.expanduser(model), NOTE, **settings) if model else None
+    return bool(file and json.loads(Path(file).read_text(encoding="utf-8"))["settings"])
+
+
 def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
     """Both answers' figures, what they ran on, and whether the texts are the same."""
     ar, jacobi = writings["ar"], writings["jacobi"]
@@ -197,7 +209,7 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
         "model": name_of(arguments),
         "adapter": arguments.adapter.name if arguments.adapter else None,
         "prompts": arguments.prompt,
-        "trained": bool(arguments.adapter) or getattr(model.generation_config, "decoding", None) == "jacobi",
+        "trained": bool(arguments.adapter) or is_trained(arguments.model),
         "longest": max(map(len, jacobi.tokens)),
         "max_new_tokens": arguments.max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -276,9 +288,13 @@ def _plain_lines(decoding: str):
 
 
 class _SideBySide:
-    """Two panels in the terminal, one per decoding, redrawn as their texts grow."""
+    """
+    Two panels in the terminal, one per decoding, redrawn as their texts grow: the newest lines that fit, and at the
+    end the whole.
+    """
 
     def __init__(self):
+        from rich.console import Console
         from rich.live import Live
         from rich.panel import Panel
         from rich.table import Table
@@ -286,15 +302,19 @@ class _SideBySide:
 
         self.Panel, self.Table, self.Text = Panel, Table, Text
         self.content = dict.fromkeys(TITLES, ("", 0, 0.0))
-        self.live = Live(self._draw(), refresh_per_second=20)
+        self.console = Console()
+        self.live = Live(self._draw(), console=self.console, refresh_per_second=20)
 
-    def _draw(self):
+    def _draw(self, whole: bool = False):
+        width, room = self.console.width // len(TITLES) - 4, max(1, self.console.height - 3)
         table = self.Table.grid(expand=True)
         panels = []
         for decoding, title in TITLES.items():
             text, tokens, seconds = self.content[decoding]
+            lines = self.Text(text).wrap(self.console, max(1, width))
+            shown = self.Text("\n").join(lines if whole else lines[-room:])
             table.add_column(ratio=1)
-            panels.append(self.Panel(self.Text(text), title=title, subtitle=f"{tokens} tokens, {seconds:.1f} s"))
+            panels.append(self.Panel(shown, title=title, subtitle=f"{tokens} tokens, {seconds:.1f} s"))
         table.add_row(*panels)
         return table
 
@@ -310,5 +330,5 @@ class _SideBySide:
         return show
 
     def __exit__(self, *error):
-        self.live.update(self._draw(), refresh=True)
+        self.live.update(self._draw(whole=True))  # drawn once more as it ends
         return self.live.__exit__(*error)

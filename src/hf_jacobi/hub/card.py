@@ -87,11 +87,18 @@ def training_note(
         "base_model": base if is_on_hub(base) else None,
         "dataset": dataset if dataset and not Path(dataset).exists() else None,
         "kind": kind,
-        "settings": {key: _plain(getattr(args, key)) for key in SETTINGS if hasattr(args, key)},
+        "settings": _settings(args),
         "figures": figures,
         "jacobi": jacobi.to_dict(),
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _settings(args: Any) -> dict[str, Any]:
+    """Those of `SETTINGS` that have a value and a meaning: epochs have none where steps are counted."""
+    found = {key: _plain(getattr(args, key, None)) for key in SETTINGS}
+    found["num_train_epochs" if (found["max_steps"] or 0) > 0 else "max_steps"] = None
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def is_on_hub(name: str | None) -> bool:
@@ -107,7 +114,7 @@ def render_card(
 
     Args:
         name: of the repository on the Hub.
-        note: what `training_note` gave; with `remark`, what else is to be said at the top.
+        note: what `training_note` gave; with `remark`, what else is to be said at the top, and `example`, a prompt.
         evaluation: what was measured: `measured_on`, a text, and `results`, each with `dataset` (a name), `decoding`
             (a name) and `metrics` (name to number). They make the table and the `model-index`.
         shared: whether `custom_generate/` goes with it.
@@ -182,6 +189,10 @@ def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None
     return ModelCardData(**data).to_yaml()
 
 
+def _example(note: dict[str, Any]) -> str:
+    return json.dumps(note.get("example", "Once upon a time"))
+
+
 def _usage(name: str, note: dict[str, Any]) -> str:
     load = "AutoModelForCausalLM" if note["kind"] == "model" else "AutoPeftModelForCausalLM"
     imports = ["from transformers import AutoTokenizer", f"from peft import {load}"]
@@ -198,7 +209,7 @@ def _usage(name: str, note: dict[str, Any]) -> str:
         "",
         f'model = hf_jacobi.enable({load}.from_pretrained("{name}"))',
         f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")',
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        f'inputs = tokenizer({_example(note)}, return_tensors="pt")',
         f'output = model.generate({config}**inputs, decoding="jacobi", max_new_tokens=128)',
         "print(tokenizer.decode(output[0]))",
     ]
@@ -217,7 +228,7 @@ def _usage_of_shared(name: str, note: dict[str, Any]) -> str:
         "",
         f'model = {load}.from_pretrained("{name}"{trust})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
-        'inputs = tokenizer("Once upon a time", return_tensors="pt")',
+        f'inputs = tokenizer({_example(note)}, return_tensors="pt")',
         f"output = {call}",
         "print(tokenizer.decode(output[0]))",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -55,6 +57,23 @@ def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
     return decoder(**inputs, use_cache=False).last_hidden_state
 
 
+def _layers(model: PreTrainedModel) -> list[nn.Module]:
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def check_compilable(model: PreTrainedModel) -> None:
+    """
+    Refuses what `compiled_layers` cannot compile, before any work is done.
+
+    Raises:
+        `ValueError`: the model has no layers that are known as such, or a CPU has no C++ compiler.
+    """
+    if not _layers(model):
+        raise ValueError(f"the layers of {type(model).__name__} were not found: drop `compile_layers`.")
+    if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ValueError("`compile_layers` needs a C++ compiler on a CPU: install g++, or drop `compile_layers`.")
+
+
 @contextmanager
 def compiled_layers(model: PreTrainedModel):
     """
@@ -62,13 +81,8 @@ def compiled_layers(model: PreTrainedModel):
 
     Layer by layer rather than whole: the losses take the place of the model's own forward, and one layer is quickly
     compiled and serves for all.
-
-    Raises:
-        `ValueError`: the model has no layers that are known as such.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(f"the layers of {type(model).__name__} were not found: drop `compile_layers`.")
+    layers = _layers(model)
     for layer in layers:
         layer.compile(dynamic=True)
     try:

@@ -20,7 +20,7 @@ from .callbacks import DecodingCallback
 from .checks import block_size_of, check_data, check_tokenizer
 from .collator import PackedCollator
 from .config import JacobiForcingConfig
-from .forward import Head, compiled_layers, forward_as, hidden_states
+from .forward import Head, check_compilable, compiled_layers, forward_as, hidden_states
 from .losses import Targets, Terms, find_targets, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
 from .windows import attending_by_windows, can_be_windowed, segments
@@ -90,6 +90,8 @@ class JacobiForcingTrainer(Trainer):
         self.windowed = can_be_windowed(inner)
         self.head = Head(inner)
         self.head.check()
+        if args.compile_layers:
+            check_compilable(inner)
         if others.get("compute_metrics") is not None:
             raise ValueError(
                 "`compute_metrics` would need the logits of whole rows, which are never made: leave it out."
@@ -150,7 +152,7 @@ class JacobiForcingTrainer(Trainer):
         start, end = self.args.ar_loss_weight_start, self.args.ar_loss_weight
         if start is None or not self.model.training or not self.state.max_steps:
             return end
-        done = (self.state.global_step / self.state.max_steps) ** 2
+        done = (self.state.global_step / max(1, self.state.max_steps - 1)) ** 2
         return start ** (1 - done) * end**done
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -259,11 +261,16 @@ class JacobiForcingTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the means since the last log: both losses, the share of noisy positions predicted right, tokens/s."""
+        """
+        Adds the means since the last log: both losses, the share of noisy positions predicted right, tokens/s; and
+        lambda, if it grows.
+        """
         if "loss" in logs:
             sums = self._take_sums("train")
             seconds, self._seconds = max(self._seconds, 1e-9), 0.0
             logs = {**logs, **means_of(sums), "tokens_per_second": sums["tokens"] / seconds}
+            if self.args.ar_loss_weight_start is not None:
+                logs["ar_loss_weight"] = self.ar_loss_weight
         super().log(logs, start_time)
 
     def _take_sums(self, mode: str) -> dict[str, float]:
