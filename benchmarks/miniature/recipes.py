@@ -89,7 +89,7 @@ RECIPES = {
     for recipe in (
         Recipe("forcing", clean_share=0.3, **FULL),  # type: ignore[arg-type]
         Recipe("cllm", window_size=1, noise_schedule="random", **FULL),  # type: ignore[arg-type]
-        Recipe("draft", **DRAFT, prompts=MAIN, steps=9_000, checkpoints=3),  # type: ignore[arg-type]
+        Recipe("draft", **DRAFT, prompts=6_000, steps=3_000, checkpoints=2),  # type: ignore[arg-type]
         Recipe("linear-w4"),
         Recipe("random-w4", noise_schedule="random"),
         Recipe("reverse-w4", noise_schedule="reverse"),
