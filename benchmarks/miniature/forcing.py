@@ -178,6 +178,7 @@ def train(
     place: Workplace, model: Path, rows: datasets.Dataset, folder: Path, adapter: str | None, settings: dict
 ) -> Phase:
     """Trains a model on rows in their order, going on after the last checkpoint if there is one."""
+    drafts_only = settings.get("adapter_scope") == "draft"  # compiled, its layers fall into many pieces
     lora = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = hf_jacobi.JacobiForcingTrainer(
         model=str(model),
@@ -189,7 +190,7 @@ def train(
             adam_beta2=0.98,
             train_sampling_strategy="sequential",
             bf16=True,
-            compile_layers=place.fraction == 1.0 and bool(shutil.which("g++")),
+            compile_layers=place.fraction == 1.0 and bool(shutil.which("g++")) and not drafts_only,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=10,
             report_to="none",

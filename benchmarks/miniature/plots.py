@@ -26,7 +26,7 @@ def curves(figures: dict[str, Any], file: Path) -> None:
         speed = [point["tokens_per_forward"] for point in points[1:]]
         left.plot([point["training_tokens"] / 1e6 for point in points[1:]], speed, marker="o", label=label)
         right.plot([100 * point["solve_rate"] for point in points[1:]], speed, marker="o", label=label)
-    base = next(iter(figures["curves"].values()))["curve"][0]
+    base = max((curve["curve"][0] for curve in figures["curves"].values()), key=lambda point: point["problems"])
     right.axvline(100 * base["solve_rate"], color="gray", linestyle="--", label="base model")
     left.set(xlabel="training tokens (millions)", ylabel="tokens per forward")
     right.set(xlabel="solved (%)", ylabel="tokens per forward")
