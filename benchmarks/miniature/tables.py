@@ -151,9 +151,8 @@ def _main(rows: dict[str, Any]) -> str:
             if row["both"]["problems"] == rows["AR"]["both"]["problems"]:  # else it stands in another row of the model
                 cells[4:6] = [f"{100 * row[task]['solve_rate']:.1f}%" for task in ("math", "sql")]
         same_race = race["ar_tokens_per_second"] == rows["AR"]["race"]["tokens_per_second"]
-        pace = (
-            f"{race['tokens_per_second']:.0f}" if same_race else ""
-        )  # of another day: only the ratio can be compared
+        # Of another day only the ratio can be compared.
+        pace = f"{race['tokens_per_second']:.0f}" if same_race else ""
         lines.append([*cells, pace, f"{race['speedup']:.2f}x"])
     return markdown(head, lines)
 
