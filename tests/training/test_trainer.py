@@ -330,7 +330,8 @@ def test_the_weight_of_the_ar_loss_grows_slowly_at_first(tmp_path):
     trainer.train()
     assert seen == pytest.approx([16 ** ((step / 3) ** 2) for step in range(4)], rel=1e-3)
     assert seen[-1] == pytest.approx(16.0, rel=1e-3)
-    assert [line["ar_loss_weight"] for line in trainer.state.log_history if "ar_loss_weight" in line]
+    logged = [line["ar_loss_weight"] for line in trainer.state.log_history if "ar_loss_weight" in line]
+    assert logged == pytest.approx(seen, rel=1e-3)
     metrics = trainer.evaluate(rows(4))
     expected = metrics["eval_consistency_loss"] + 16.0 * metrics["eval_ar_loss"]
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)

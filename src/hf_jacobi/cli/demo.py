@@ -197,8 +197,10 @@ def name_of(arguments) -> str:
 
 def is_trained(model: str | Path | None) -> bool:
     """Whether a note of a training lies beside a model."""
-    settings = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    file = cached_file(os.path.expanduser(model), NOTE, **settings) if model else None
+    try:
+        file = cached_file(os.path.expanduser(model), NOTE) if model else None
+    except OSError:  # there is none
+        return False
     return bool(file and json.loads(Path(file).read_text(encoding="utf-8"))["settings"])
 
 

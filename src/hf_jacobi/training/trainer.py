@@ -149,10 +149,15 @@ class JacobiForcingTrainer(Trainer):
     @property
     def ar_loss_weight(self) -> float:
         """Lambda at this step: that of the arguments, or on the way to it from `ar_loss_weight_start`."""
+        if not self.model.training or not self.state.max_steps:
+            return self.args.ar_loss_weight
+        return self._ar_loss_weight_at(self.state.global_step)
+
+    def _ar_loss_weight_at(self, step: int) -> float:
         start, end = self.args.ar_loss_weight_start, self.args.ar_loss_weight
-        if start is None or not self.model.training or not self.state.max_steps:
+        if start is None:
             return end
-        done = (self.state.global_step / max(1, self.state.max_steps - 1)) ** 2
+        done = (step / max(1, self.state.max_steps - 1)) ** 2
         return start ** (1 - done) * end**done
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -270,7 +275,7 @@ class JacobiForcingTrainer(Trainer):
             seconds, self._seconds = max(self._seconds, 1e-9), 0.0
             logs = {**logs, **means_of(sums), "tokens_per_second": sums["tokens"] / seconds}
             if self.args.ar_loss_weight_start is not None:
-                logs["ar_loss_weight"] = self.ar_loss_weight
+                logs["ar_loss_weight"] = self._ar_loss_weight_at(self.state.global_step - 1)  # of the step just taken
         super().log(logs, start_time)
 
     def _take_sums(self, mode: str) -> dict[str, float]:
