@@ -153,7 +153,10 @@ def learn_to_draft(place: Workplace, recipe: Recipe, base: Path, rows: datasets.
         if count
     ]
     settings = recipe.training | {"max_steps": steps, "save_steps": max(1, steps // recipe.checkpoints)}
-    return train(place, base, one_after_another(parts), folder, recipe.adapter, settings)
+    ordered = one_after_another(parts)
+    if recipe.mixed:
+        ordered = ordered.shuffle(seed=0)
+    return train(place, base, ordered, folder, recipe.adapter, settings)
 
 
 def mend(place: Workplace, recipe: Recipe, model: Path, rows: datasets.Dataset, folder: Path) -> Phase:
@@ -178,7 +181,6 @@ def train(
     place: Workplace, model: Path, rows: datasets.Dataset, folder: Path, adapter: str | None, settings: dict
 ) -> Phase:
     """Trains a model on rows in their order, going on after the last checkpoint if there is one."""
-    drafts_only = settings.get("adapter_scope") == "draft"  # compiled, its layers fall into many pieces
     lora = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = hf_jacobi.JacobiForcingTrainer(
         model=str(model),
@@ -190,7 +192,7 @@ def train(
             adam_beta2=0.98,
             train_sampling_strategy="sequential",
             bf16=True,
-            compile_layers=place.fraction == 1.0 and bool(shutil.which("g++")) and not drafts_only,
+            compile_layers=place.fraction == 1.0 and bool(shutil.which("g++")),
             use_cpu=not torch.cuda.is_available(),
             logging_steps=10,
             report_to="none",

@@ -22,6 +22,7 @@ class Recipe:
         block_size, window_size, noise_schedule: of the data. A window of 1 is CLLM.
         clean_share: of the steps, the first, are taken with clean context (a window of 1, random noise) whatever the
             window is: drafting is learned sooner that way.
+        mixed: these rows are spread over the whole training instead.
         adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
         prompts: how many completions it is trained on.
         steps: how many steps of four rows it takes.
@@ -37,6 +38,7 @@ class Recipe:
     window_size: int = 4
     noise_schedule: str = "linear"
     clean_share: float = 0.0
+    mixed: bool = False
     adapter: str | None = None
     prompts: int = SHORT
     steps: int = 1_500
@@ -89,13 +91,14 @@ RECIPES = {
     for recipe in (
         Recipe("forcing", clean_share=0.3, **FULL),  # type: ignore[arg-type]
         Recipe("cllm", window_size=1, noise_schedule="random", **FULL),  # type: ignore[arg-type]
-        Recipe("draft", **DRAFT, prompts=6_000, steps=3_000, checkpoints=2),  # type: ignore[arg-type]
+        Recipe("draft", **DRAFT, prompts=MAIN, steps=12_000, checkpoints=4),  # type: ignore[arg-type]
         Recipe("linear-w4"),
         Recipe("random-w4", noise_schedule="random"),
         Recipe("reverse-w4", noise_schedule="reverse"),
         Recipe("linear-w8", window_size=8),
         Recipe("linear-w16", window_size=16),
         Recipe("random-w1", window_size=1, noise_schedule="random"),
+        Recipe("mixed-w4", clean_share=0.5, mixed=True),
         Recipe("linear-w4-n32", block_size=32),
         Recipe("random-w1-n32", block_size=32, window_size=1, noise_schedule="random"),
         Recipe("linear-w4-n64", block_size=64),

@@ -60,7 +60,7 @@ def is_compiled(model) -> bool:
 
 def gradients_of_a_step(folder, **settings) -> dict[str, torch.Tensor]:
     """The gradients of the first optimizer step, read when the optimizer runs."""
-    model = tiny_model()
+    model = tiny_model(attention=settings.pop("attention", None))
     torch.manual_seed(0)  # of the adapter, if there is one
     trainer = trainer_of(model, folder, learning_rate=0.0, max_grad_norm=0.0, **settings)
     found = {}
@@ -338,13 +338,16 @@ def test_the_weight_of_the_ar_loss_grows_slowly_at_first(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_compiled_layers_give_the_same_gradients(tmp_path):
-    expected = gradients_of_a_step(tmp_path)
+@pytest.mark.parametrize("scope", ["all", "draft"])
+def test_compiled_layers_give_the_same_gradients(tmp_path, scope):
+    settings = {"peft_config": lora(), "adapter_scope": "draft", "attention": "eager"} if scope == "draft" else {}
+    expected = gradients_of_a_step(tmp_path, **settings)
     torch._dynamo.reset()
-    counts = torch._dynamo.utils.counters["stats"]
-    before = counts["unique_graphs"]
-    assert_same(gradients_of_a_step(tmp_path, compile_layers=True), expected, 1e-4)
-    assert counts["unique_graphs"] > before
+    counts = torch._dynamo.utils.counters
+    counts.clear()
+    assert_same(gradients_of_a_step(tmp_path, compile_layers=True, **settings), expected, 1e-4)
+    assert counts["stats"]["unique_graphs"] > 0
+    assert not (scope == "draft" and counts["graph_break"]), "the adapter does not break a layer into pieces"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,9 +102,64 @@ def _check_layers(model) -> None:
         )
 
 
-def draft_offsets(args: JacobiForcingConfig, rows: RowTensors) -> dict[str, Any]:
-    """What PEFT is told of a batch: how many tokens at the end of each row a draft-only adapter applies to."""
-    if args.adapter_scope != "draft":
-        return {}
-    noisy: torch.Tensor = (rows.block_ids >= 0).sum(1)
-    return {"alora_offsets": noisy.tolist()}
+class NoisyTokens:
+    """
+    Tells the layers of a draft-only adapter which tokens of a batch it applies to: the noisy ones, which stand last.
+
+    PEFT's layers are told by hooks, and pick the tokens out of the rows, which falls into many pieces when it is
+    compiled. While `in_one_piece` is open they add to the last tokens of all rows what a mask lets through.
+    """
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None  # [B, T, 1], true for noisy tokens, T of them in the longest row
+        self._in_one_piece = False
+
+    def inputs(self, rows: RowTensors) -> dict[str, Any]:
+        """What the forward of a batch is given for its adapter."""
+        noisy = rows.block_ids >= 0
+        counts: list[int] = noisy.sum(1).tolist()
+        if not self._in_one_piece:
+            return {"alora_offsets": counts}
+        self.mask = noisy[:, noisy.shape[1] - max(1, *counts) :, None]
+        return {"alora_offsets": []}  # else PEFT looks for them in the text
+
+    def forget(self) -> None:
+        """The batch is done with: from now on the layers do what they are told by others."""
+        self.mask = None
+
+    @contextmanager
+    def in_one_piece(self, model):
+        """While this is open, the layers of the adapter compute in operations that compile into one graph."""
+        layers = [module for module in model.modules() if getattr(module, "lora_variant", None)]
+        before = {layer: vars(layer).get("forward") for layer in layers}
+        for layer in layers:
+            layer.forward = self._forward(layer)
+        self._in_one_piece = True
+        try:
+            yield
+        finally:
+            self._in_one_piece = False
+            self.forget()
+            for layer, forward in before.items():
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
+    def _forward(self, layer):
+        original = layer.forward
+
+        def forward(x, *args, **kwargs):
+            if self.mask is None or layer.disable_adapters:
+                return original(x, *args, **kwargs)
+            kwargs.pop("alora_offsets", None)
+            result = layer.base_layer(x, *args, **kwargs)
+            length = x.shape[1] - self.mask.shape[1]
+            noisy = result[:, length:]
+            for name in layer.active_adapters:
+                if name in layer.lora_A:
+                    down, up, dropout = (part[name] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+                    drafted = up(down(dropout(x[:, length:].to(down.weight.dtype)))) * layer.scaling[name]
+                    noisy = noisy + torch.where(self.mask, drafted, 0).to(noisy.dtype)
+            return torch.cat([result[:, :length], noisy], 1)
+
+        return forward

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 from ..decoding.config import JacobiConfig
 from ..decoding.mixin import unwrap
 from ..hub.card import NOTE, TAGS, render_card, training_note
-from .adapters import add_adapter, draft_offsets
+from .adapters import NoisyTokens, add_adapter
 from .callbacks import DecodingCallback
 from .checks import block_size_of, check_data, check_tokenizer
 from .collator import PackedCollator
@@ -107,6 +107,7 @@ class JacobiForcingTrainer(Trainer):
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
         model = add_adapter(model, peft_config, args)
+        self.noisy_tokens = NoisyTokens() if args.adapter_scope == "draft" else None
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None) or 0
             flex = inner.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
@@ -216,29 +217,44 @@ class JacobiForcingTrainer(Trainer):
                 chunk_size=self.args.loss_chunk_size,
             )
 
-        inputs = {name: batch[name] for name in ("input_ids", "position_ids")} | draft_offsets(self.args, rows)
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        inputs |= self.noisy_tokens.inputs(rows) if self.noisy_tokens else {}
         with self._attention():
             return forward_as(model, method, attention_mask=mask, **inputs)
 
     def _attention(self):
         return attending_by_windows(self.head.model) if self.windowed else nullcontext()
 
+    @contextmanager
+    def _one_batch(self):
+        """While this is open, what the forward pass was told of a batch holds for what is computed from it later."""
+        try:
+            with self._attention():
+                yield
+        finally:
+            if self.noisy_tokens:
+                self.noisy_tokens.forget()
+
     def train(self, *args, **kwargs):
         """As in `Trainer`; with `compile_layers`, the layers are compiled while it lasts."""
-        with compiled_layers(self.head.model) if self.args.compile_layers else nullcontext():
+        with ExitStack() as stack:
+            if self.args.compile_layers:
+                stack.enter_context(compiled_layers(self.head.model))
+                if self.noisy_tokens:
+                    stack.enter_context(self.noisy_tokens.in_one_piece(self.head.model))
             return super().train(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
         """As in `Trainer`, with the attention of the forward pass kept for what the backward pass computes again."""
         start = time.perf_counter()
-        with self._attention():
+        with self._one_batch():
             loss = super().training_step(*args, **kwargs)
         self._seconds += time.perf_counter() - start
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch of the evaluation set, and nothing else: logits of whole rows would fill the memory."""
-        with torch.no_grad(), _without_checkpointing(self.head.model):
+        with torch.no_grad(), _without_checkpointing(self.head.model), self._one_batch():
             loss = self.compute_loss(model, self._prepare_inputs(inputs))
         return loss.detach(), None, None
 
