@@ -34,12 +34,12 @@ MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
 )
 TITLES = {
     "schedules": "Table 2: noise schedules (window of 4)",
-    "windows": "Table 3: window size; a window of 1 is clean context",
+    "windows": "Table 3: window size; a window of 1 is clean context, mixed are windows of 1 and 4 in turn",
     "adapters": "Table 6: what is trained",
 }
 COMPARED = {
     "schedules": ("linear-w4", "random-w4", "reverse-w4"),
-    "windows": ("random-w1", "linear-w4", "linear-w8", "linear-w16"),
+    "windows": ("random-w1", "random-w4", "linear-w4", "linear-w8", "linear-w16", "mixed-w4"),
     "adapters": ("linear-w4", "lora", "draft-short"),
 }
 N_OF = {

@@ -424,6 +424,21 @@ def test_a_draft_only_adapter_is_evaluated_while_it_trains(tmp_path, checkpointi
     assert trainer.evaluate()["eval_agreement"] == 1.0
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_draft_only_adapter_that_trains_compiled_is_told_its_tokens_by_peft_again(tmp_path):
+    """When it decodes in between, and when training is over."""
+    trainer = trainer_of(
+        tiny_model(attention="eager"), tmp_path, peft_config=lora(), adapter_scope="draft", compile_layers=True,
+        max_steps=2, eval_dataset=rows(3), eval_strategy="steps", eval_steps=1, eval_prompts=1, eval_max_new_tokens=8,
+        learning_rate=0.1,
+    )  # fmt: skip
+    trainer.train()
+    compiled = trainer.state.log_history[-2]
+    assert not any("forward" in vars(module) for module in trainer.head.model.modules()), "layers have their own again"
+    assert compiled["eval_agreement"] == 1.0
+    assert trainer.evaluate()["eval_consistency_loss"] == pytest.approx(compiled["eval_consistency_loss"], rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
