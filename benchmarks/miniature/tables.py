@@ -34,7 +34,7 @@ MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
 )
 TITLES = {
     "schedules": "Table 2: noise schedules (window of 4)",
-    "windows": "Table 3: window size; a window of 1 is clean context, mixed are windows of 1 and 4 in turn",
+    "windows": "Table 3: window size (1 is clean context); mixed are rows of random-w1 and of linear-w4, shuffled",
     "adapters": "Table 6: what is trained",
 }
 COMPARED = {
@@ -159,12 +159,14 @@ def _main(rows: dict[str, Any]) -> str:
 
 def _comparison(recipes: dict[str, Any]) -> str:
     methods = list(next(iter(recipes.values())))
-    head = ["trained", "solved math", "solved sql", *(f"TPF {method}" for method in methods)]
+    head = ["trained", "solved math", "solved sql", "same text as base", *(f"TPF {method}" for method in methods)]
     lines = []
     for recipe, found in recipes.items():
         first = found[methods[0]]
         solved = [f"{100 * first[task]['solve_rate']:.1f}%" for task in ("math", "sql")]
-        lines.append([recipe, *solved, *(f"{found[method]['both']['tokens_per_forward']:.2f}" for method in methods)])
+        same = f"{100 * first['both']['identical']:.1f}%"
+        speeds = [f"{found[method]['both']['tokens_per_forward']:.2f}" for method in methods]
+        lines.append([recipe, *solved, same, *speeds])
     return markdown(head, lines)
 
 

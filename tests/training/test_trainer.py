@@ -1,10 +1,13 @@
 """The trainer: exact under accumulation and several processes, resumable, and refusing what it cannot do."""
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -337,9 +340,16 @@ def test_the_weight_of_the_ar_loss_grows_slowly_at_first(tmp_path):
     assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def compile_quickly(monkeypatch) -> None:
+    """In one graph, as always, but without code of its own for it, which takes a minute."""
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("scope", ["all", "draft"])
-def test_compiled_layers_give_the_same_gradients(tmp_path, scope):
+def test_compiled_layers_give_the_same_gradients(tmp_path, monkeypatch, scope):
+    if scope == "draft":
+        compile_quickly(monkeypatch)
     settings = {"peft_config": lora(), "adapter_scope": "draft", "attention": "eager"} if scope == "draft" else {}
     expected = gradients_of_a_step(tmp_path, **settings)
     torch._dynamo.reset()
@@ -425,8 +435,9 @@ def test_a_draft_only_adapter_is_evaluated_while_it_trains(tmp_path, checkpointi
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_draft_only_adapter_that_trains_compiled_is_told_its_tokens_by_peft_again(tmp_path):
+def test_a_draft_only_adapter_that_trains_compiled_is_told_its_tokens_by_peft_again(tmp_path, monkeypatch):
     """When it decodes in between, and when training is over."""
+    compile_quickly(monkeypatch)
     trainer = trainer_of(
         tiny_model(attention="eager"), tmp_path, peft_config=lora(), adapter_scope="draft", compile_layers=True,
         max_steps=2, eval_dataset=rows(3), eval_strategy="steps", eval_steps=1, eval_prompts=1, eval_max_new_tokens=8,
@@ -437,6 +448,38 @@ def test_a_draft_only_adapter_that_trains_compiled_is_told_its_tokens_by_peft_ag
     assert not any("forward" in vars(module) for module in trainer.head.model.modules()), "layers have their own again"
     assert compiled["eval_agreement"] == 1.0
     assert trainer.evaluate()["eval_consistency_loss"] == pytest.approx(compiled["eval_consistency_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("in_one_piece", [False, True])
+def test_a_batch_that_breaks_off_leaves_a_draft_only_adapter_off(tmp_path, in_one_piece, checkpointing):
+    """PEFT's hooks outlive a forward that raises, and would put the adapter on for text."""
+    trainer = trainer_of(
+        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", gradient_checkpointing=checkpointing
+    )
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.fill_(0.3)
+    tokens = torch.tensor([[5, 6, 7]] * 4)
+    before = trainer.model(tokens).logits
+    batch = trainer.data_collator(packed(4))
+    handle = trainer.head.model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    with trainer.noisy_tokens.in_one_piece() if in_one_piece else nullcontext():
+        with pytest.raises(ZeroDivisionError):
+            trainer.training_step(trainer.model, batch)
+        handle.remove()
+        assert torch.equal(trainer.model(tokens).logits, before)
+        trainer.training_step(trainer.model, batch)
+        trainer.compute_loss(trainer.model, batch).backward()  # outside a step
+        assert torch.equal(trainer.model(tokens).logits, before)
+
+
+def test_a_copy_of_a_draft_only_adapter_in_training_has_weights_of_its_own(tmp_path):
+    trainer = trainer_of(tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft")
+    with trainer.noisy_tokens.in_one_piece():
+        copied = copy.deepcopy(trainer.model)
+        layers = [module for module in copied.modules() if getattr(module, "lora_variant", None)]
+        assert layers and all(layer.forward.__self__ is layer for layer in layers)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -108,49 +109,68 @@ class NoisyTokens:
 
     PEFT's layers are told by hooks, and pick the tokens out of the rows, which falls into many pieces when it is
     compiled. While `in_one_piece` is open they add to the last tokens of all rows what a mask lets through.
+
+    Args:
+        model: with the adapter.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model):
+        self.model = model
         self.mask: torch.Tensor | None = None  # [B, T, 1], true for noisy tokens, T of them in the longest row
-        self._in_one_piece = False
+        self._in_one_piece = self._in_batch = False
 
     def inputs(self, rows: RowTensors) -> dict[str, Any]:
         """What the forward of a batch is given for its adapter."""
         noisy = rows.block_ids >= 0
         counts: list[int] = noisy.sum(1).tolist()
-        if not self._in_one_piece:
+        if not (self._in_one_piece and self._in_batch):
             return {"alora_offsets": counts}
         self.mask = noisy[:, noisy.shape[1] - max(1, *counts) :, None]
         return {"alora_offsets": []}  # else PEFT looks for them in the text
 
-    def forget(self) -> None:
-        """The batch is done with: from now on the layers do what they are told by others."""
-        self.mask = None
+    @contextmanager
+    def one_batch(self):
+        """While this is open, what the layers were told holds; afterwards they know nothing of it."""
+        self._in_batch = True
+        try:
+            yield
+        except BaseException:
+            self._forget_offsets()
+            raise
+        finally:
+            self._in_batch, self.mask = False, None
+
+    def _forget_offsets(self) -> None:
+        """Takes away the hooks that PEFT leaves behind when a forward breaks off: the adapter would stay on."""
+        for module in self.model.modules():
+            for handle in vars(module).pop("_peft_gradient_checkpointing_forward_hooks", []):
+                handle.remove()
+            for number, hook in list(module._forward_pre_hooks.items()):
+                if "alora_offsets" in getattr(hook, "keywords", {}):
+                    del module._forward_pre_hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
 
     @contextmanager
-    def in_one_piece(self, model):
+    def in_one_piece(self):
         """While this is open, the layers of the adapter compute in operations that compile into one graph."""
-        layers = [module for module in model.modules() if getattr(module, "lora_variant", None)]
+        layers = [module for module in self.model.modules() if getattr(module, "lora_variant", None)]
         before = {layer: vars(layer).get("forward") for layer in layers}
-        for layer in layers:
-            layer.forward = self._forward(layer)
+        for layer, forward in before.items():
+            layer.forward = self._forward(layer, forward)
         self._in_one_piece = True
         try:
             yield
         finally:
             self._in_one_piece = False
-            self.forget()
             for layer, forward in before.items():
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
 
-    def _forward(self, layer):
-        original = layer.forward
-
-        def forward(x, *args, **kwargs):
+    def _forward(self, layer, before):
+        def forward(layer, x, *args, **kwargs):
             if self.mask is None or layer.disable_adapters:
-                return original(x, *args, **kwargs)
+                return before(x, *args, **kwargs) if before else type(layer).forward(layer, x, *args, **kwargs)
             kwargs.pop("alora_offsets", None)
             result = layer.base_layer(x, *args, **kwargs)
             length = x.shape[1] - self.mask.shape[1]
@@ -159,7 +179,7 @@ class NoisyTokens:
                 if name in layer.lora_A:
                     down, up, dropout = (part[name] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
                     drafted = up(down(dropout(x[:, length:].to(down.weight.dtype)))) * layer.scaling[name]
-                    noisy = noisy + torch.where(self.mask, drafted, 0).to(noisy.dtype)
+                    noisy = (noisy + torch.where(self.mask, drafted, 0)).to(noisy.dtype)
             return torch.cat([result[:, :length], noisy], 1)
 
-        return forward
+        return MethodType(forward, layer)  # bound, so that a copy of the layer computes with its own weights

@@ -107,7 +107,7 @@ class JacobiForcingTrainer(Trainer):
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
         model = add_adapter(model, peft_config, args)
-        self.noisy_tokens = NoisyTokens() if args.adapter_scope == "draft" else None
+        self.noisy_tokens = NoisyTokens(model) if args.adapter_scope == "draft" else None
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None) or 0
             flex = inner.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
@@ -228,12 +228,8 @@ class JacobiForcingTrainer(Trainer):
     @contextmanager
     def _one_batch(self):
         """While this is open, what the forward pass was told of a batch holds for what is computed from it later."""
-        try:
-            with self._attention():
-                yield
-        finally:
-            if self.noisy_tokens:
-                self.noisy_tokens.forget()
+        with self._attention(), self.noisy_tokens.one_batch() if self.noisy_tokens else nullcontext():
+            yield
 
     def train(self, *args, **kwargs):
         """As in `Trainer`; with `compile_layers`, the layers are compiled while it lasts."""
@@ -241,7 +237,7 @@ class JacobiForcingTrainer(Trainer):
             if self.args.compile_layers:
                 stack.enter_context(compiled_layers(self.head.model))
                 if self.noisy_tokens:
-                    stack.enter_context(self.noisy_tokens.in_one_piece(self.head.model))
+                    stack.enter_context(self.noisy_tokens.in_one_piece())
             return super().train(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
