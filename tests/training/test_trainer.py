@@ -460,18 +460,19 @@ def test_a_batch_that_breaks_off_leaves_a_draft_only_adapter_off(tmp_path, in_on
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
             parameter.data.fill_(0.3)
+    model = trainer.head.model
     tokens = torch.tensor([[5, 6, 7]] * 4)
-    before = trainer.model(tokens).logits
+    before = model(tokens).logits
     batch = trainer.data_collator(packed(4))
-    handle = trainer.head.model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
+    handle = model.model.norm.register_forward_pre_hook(lambda *_: 1 / 0)
     with trainer.noisy_tokens.in_one_piece() if in_one_piece else nullcontext():
         with pytest.raises(ZeroDivisionError):
             trainer.training_step(trainer.model, batch)
         handle.remove()
-        assert torch.equal(trainer.model(tokens).logits, before)
+        assert torch.equal(model(tokens).logits, before)
         trainer.training_step(trainer.model, batch)
         trainer.compute_loss(trainer.model, batch).backward()  # outside a step
-        assert torch.equal(trainer.model(tokens).logits, before)
+        assert torch.equal(model(tokens).logits, before)
 
 
 def test_a_copy_of_a_draft_only_adapter_in_training_has_weights_of_its_own(tmp_path):
