@@ -108,4 +108,4 @@ RECIPES = {
     )
 }
 MR = in_blocks(16, blocks=2, pool=4)
-METHODS = (in_blocks(16), MR, sliding(16), sliding(32), sliding(32, pool=4))
+METHODS = (in_blocks(16), MR, sliding(16), sliding(32, pool=4))
