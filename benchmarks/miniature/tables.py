@@ -30,8 +30,7 @@ MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("Jacobi Forcing, sliding window of 32", "forcing", sliding(32)),
     ("Jacobi Forcing, sliding window of 32, recycling", "forcing", sliding(32, pool=4)),
     ("draft-only adapter, sliding window of 16", "draft", sliding(16)),
-    ("draft-only adapter, sliding window of 8", "draft", sliding(8)),
-    ("draft-only adapter, sliding window of 8, recycling", "draft", sliding(8, pool=4)),
+    ("draft-only adapter, sliding window of 16, recycling", "draft", sliding(16, pool=4)),
 )
 TITLES = {
     "schedules": "Table 2: noise schedules (window of 4)",

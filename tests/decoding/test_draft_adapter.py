@@ -15,11 +15,11 @@ from hf_jacobi.decoding.draft_adapter import DRAFT_ONLY, DraftAdapter
 peft = pytest.importorskip("peft")
 
 
-def with_adapter(name="llama", seed=3, scale=0.5):
+def with_adapter(name="llama", seed=3, scale=0.5, rank=4):
     """A tiny model with a draft-only adapter of random weights, so that its drafts are not the base model's."""
     targets = ["q_proj", "v_proj", "o_proj"] if name == "llama4" else "all-linear"  # experts get tokens without rows
     config = peft.LoraConfig(
-        r=4, target_modules=targets, alora_invocation_tokens=list(DRAFT_ONLY), task_type="CAUSAL_LM"
+        r=rank, target_modules=targets, alora_invocation_tokens=list(DRAFT_ONLY), task_type="CAUSAL_LM"
     )
     model = peft.get_peft_model(tiny_model(name), config).eval()
     generator = torch.Generator().manual_seed(seed)
@@ -125,10 +125,17 @@ def test_it_survives_saving(tmp_path):
     assert ours.jacobi_stats.to_dict() == theirs.jacobi_stats.to_dict()
 
 
-def test_the_quick_way_through_a_layer_drafts_as_peft_does(monkeypatch):
-    model = with_adapter()
-    inputs = padded_prompts(2)
-    arguments = {"jacobi_config": {"block_size": 6}, "max_new_tokens": 24, "output_trajectory": True}
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
+def test_the_quick_way_through_a_layer_drafts_as_peft_does(monkeypatch, name, rank, rows):
+    """A large adapter computes in one product with the base model where nothing is recycled."""
+    model = with_adapter(name, rank=rank, scale=0.5 * 2 / rank**0.5)
+    inputs = padded_prompts(rows)
+    products = []
+    bmm = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *factors: products.append(None) or bmm(*factors))
+    arguments = {"jacobi_config": {"block_size": 6, "pool_size": 0}, "max_new_tokens": 24, "output_trajectory": True}
 
     def drafts() -> list:
         output = model.generate(**inputs, decoding="jacobi", return_dict_in_generate=True, **arguments)
@@ -136,8 +143,27 @@ def test_the_quick_way_through_a_layer_drafts_as_peft_does(monkeypatch):
 
     quick = drafts()
     assert not any("forward" in vars(module) for module in model.modules()), "every layer has its own forward back"
+    assert bool(products) == (rank == 16 and name != "gpt2"), "whose layers are no `Linear`"
     monkeypatch.setattr(draft_adapter, "_has_nothing_else", lambda layer: False)
     assert drafts() == quick
+
+
+def test_weights_that_change_are_taken_up_by_the_next_drafts():
+    prompts = padded_prompts(1)
+    settings = {"decoding": "jacobi", "jacobi_config": {"block_size": 6, "pool_size": 0}, "max_new_tokens": 24}
+    settings |= {"return_dict_in_generate": True, "output_trajectory": True}
+    model = with_adapter(rank=16, scale=0.0)
+
+    def drafts() -> list:
+        return [step.draft for step in model.generate(**prompts, **settings).trajectory[0].steps]
+
+    before = drafts()
+    other = with_adapter(rank=16).state_dict()
+    model.load_state_dict(other)
+    changed = drafts()
+    assert changed != before
+    model = with_adapter(rank=16)
+    assert changed == drafts()
 
 
 def test_threads_take_turns_with_an_adapter():
