@@ -166,6 +166,19 @@ def test_weights_that_change_are_taken_up_by_the_next_drafts():
     assert changed == drafts()
 
 
+def test_base_weights_that_change_are_taken_up_by_the_next_text():
+    """Through `.data`, as PEFT merges adapters, which no version of a parameter tells of."""
+    prompts = padded_prompts(1)
+    settings = {"jacobi_config": {"block_size": 6, "pool_size": 0}, "max_new_tokens": 24, "do_sample": False}
+    model = with_adapter(rank=16)
+    before = model.generate(**prompts, decoding="jacobi", **settings)
+    layer = model.get_base_model().model.layers[0].mlp.down_proj.base_layer
+    layer.weight.data += torch.ones_like(layer.weight)
+    after = model.generate(**prompts, decoding="jacobi", **settings)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, model.generate(**prompts, decoding="ar", max_new_tokens=24, do_sample=False))
+
+
 def test_threads_take_turns_with_an_adapter():
     model = with_adapter()
     prompts = padded_prompts(1)

@@ -12,7 +12,7 @@ import torch
 # What marks such an adapter in its configuration (`alora_invocation_tokens` of PEFT's activated LoRA): a token that no
 # text holds, so that PEFT by itself never switches it on, and the model without this library is the base model.
 DRAFT_ONLY = (-1,)
-_BOTH_WEIGHTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple, torch.Tensor]] = weakref.WeakKeyDictionary()
+_BOTH_WEIGHTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, ...]] = weakref.WeakKeyDictionary()
 _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
 
 
@@ -90,7 +90,7 @@ class DraftAdapter:
         dtype = base.dtype if half else torch.float32
         down = layer.lora_A[name].weight.t().to(dtype).contiguous()
         up = (layer.lora_B[name].weight * layer.scaling[name]).t().to(dtype).contiguous()
-        both = _both_weights(layer, name) if base.device.type == "cpu" and _is_large(layer, name) else None
+        both = _both_weights(layer, down, up) if base.device.type == "cpu" and _is_large(layer, name) else None
         bias = getattr(layer.get_base_layer(), "bias", None)
 
         def forward(x: torch.Tensor, *arguments, alora_offsets=None, **keywords) -> torch.Tensor:
@@ -124,21 +124,23 @@ def _is_large(layer: torch.nn.Module, name: str) -> bool:
     return 2 * adapter >= layer.base_layer.weight.numel()
 
 
-def _both_weights(layer: torch.nn.Module, name: str) -> torch.Tensor:
-    """`[2, in, out]`, the weights of a layer without its adapter and with it; kept until one of them changes."""
-    base, down, up = (part.weight for part in (layer.base_layer, layer.lora_A[name], layer.lora_B[name]))
-    state = (name, layer.scaling[name], *map(_state, (base, down, up)))
+def _both_weights(layer: torch.nn.Module, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """
+    `[2, in, out]`, the weights of a layer without its adapter and with it.
+
+    They are kept for the next call. That reads all weights to see whether one has changed, as nothing else tells: not
+    even a parameter's version does when PEFT merges another adapter into it.
+    """
+    base = layer.base_layer.weight.t()
     kept = _BOTH_WEIGHTS.get(layer)
-    if kept is None or kept[0] != state:
-        added = up.float() @ down.float() * layer.scaling[name]
-        kept = state, torch.stack([base.t(), (base.float() + added).to(base.dtype).t()])
-        _BOTH_WEIGHTS[layer] = kept
-    return kept[1]
+    if kept is None or not all(map(_same, (base, down, up), (kept[0][0], *kept[1:]))):
+        merged = (base.float() + down @ up).to(base.dtype)
+        kept = _BOTH_WEIGHTS[layer] = (torch.stack([base, merged]), down, up)
+    return kept[0]
 
 
-def _state(weight: torch.Tensor) -> tuple[int, int]:
-    """Differs once a weight is another one or has been written to (what was made in inference mode cannot tell)."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
 def _check_rows(x: torch.Tensor) -> None:
