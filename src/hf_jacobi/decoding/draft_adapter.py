@@ -83,7 +83,7 @@ class DraftAdapter:
         On a CPU the adapter computes in float32: a bfloat16 product of this size takes 40 microseconds there whatever
         it holds, a float32 one 5, and a forward has hundreds of them. A large adapter is added to a copy of the
         weights it changes there: as long as a draft is as long as what is verified (it is without recycling), both
-        are one product then, and a step of a small model took 18% less time.
+        are one product then, and a forward of a small model took 18% less time.
         """
         name, base = layer.active_adapters[0], layer.get_base_layer().weight
         half = base.device.type != "cpu" and base.dtype in (torch.float16, torch.bfloat16)
