@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import datasets
@@ -89,9 +89,16 @@ def trajectories(place: Workplace, block_size: int) -> datasets.Dataset:
 
 
 def forced_model(place: Workplace, recipe: Recipe) -> Path:
-    """The model that a recipe makes, made if it is not there: a folder with the chosen checkpoint and `curve.json`."""
+    """
+    The model that a recipe makes, made if it is not there: a folder with the chosen checkpoint and `curve.json`.
+
+    Raises:
+        `ValueError`: the one that is there was made by another recipe of that name.
+    """
     target = place.folder / "models" / recipe.name
     if (target / "curve.json").exists():
+        if json.loads((target / "curve.json").read_text()).get("recipe") != asdict(recipe):
+            raise ValueError(f"{target} was made by another recipe of that name: delete it to train anew.")
         return target
     base = base_model(place)
     prompts = place.some_of(recipe.prompts)
@@ -108,7 +115,12 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
         chosen = choose(curve)["checkpoint"]
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(work / chosen, target, ignore=shutil.ignore_patterns("optimizer.pt", "*.pth"))
-    note = {"chosen": chosen, "curve": curve, "log": [line for phase in phases for line in phase.log]}
+    note = {
+        "recipe": asdict(recipe),
+        "chosen": chosen,
+        "curve": curve,
+        "log": [line for phase in phases for line in phase.log],
+    }
     (target / "curve.json").write_text(json.dumps(note, indent=1))
     shutil.rmtree(work)
     return target

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterable
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,7 +23,8 @@ from .tasks import held_out_problems
 
 class Results:
     """
-    Figures of models and ways of decoding on held-out problems, measured when first asked for.
+    Figures of models and ways of decoding on held-out problems, measured when first asked for, and again when a model
+    or a way of decoding is no longer what it was.
 
     Args:
         place: where models and measurements are kept.
@@ -35,10 +39,13 @@ class Results:
     def tokenizer(self):
         return load_tokenizer(base_model(self.place))
 
+    def path(self, name: str) -> Path:
+        """Where the model of a recipe is, or `"base"`; made if it is not there."""
+        return base_model(self.place) if name == "base" else forced_model(self.place, RECIPES[name])
+
     def model(self, name: str):
         """The model of a recipe, or `"base"`."""
-        base = base_model(self.place)
-        return load(base if name == "base" else forced_model(self.place, RECIPES[name]), base)
+        return load(self.path(name), self.path("base"))
 
     def answers(self, name: str, method: Method, count: int) -> list[dict]:
         """The answers to the first `count` held-out problems of each task."""
@@ -46,7 +53,7 @@ class Results:
         def measure() -> list[dict]:
             return answer(self.model(name), self.tokenizer, held_out_problems(count), method)
 
-        return self._kept(f"answers/{name}/{method.name}, {count}", measure)
+        return self._kept(f"answers/{name}/{method.name}, {count}", [(name, method)], measure)
 
     def quality(self, name: str, method: Method, count: int | None = None) -> dict[str, dict]:
         """Solve rate, tokens per forward and share of texts identical to the base model's; by task and for both."""
@@ -64,7 +71,7 @@ class Results:
             runs = race(named, prompts, MAX_NEW_TOKENS)
             return compare(list(tqdm(runs, desc="race", total=len(prompts), leave=False)))
 
-        return self._kept(f"races/{name}, {count}", measure)
+        return self._kept(f"races/{name}, {count}", contestants, measure)
 
     def curve(self, name: str) -> dict:
         """What `forced_model` notes of the training."""
@@ -75,13 +82,28 @@ class Results:
         """What the figures are measured on."""
         return setup_of(self.model("base"))
 
-    def _kept(self, name: str, measure: Callable):
+    def _kept(self, name: str, contestants: Iterable[tuple[str, Method]], measure: Callable):
         path = self.place.folder / "results" / f"{name}.json"
-        if path.exists():
-            return json.loads(path.read_text())["result"]
+        measured = self._identity(contestants)
+        if path.exists() and (kept := json.loads(path.read_text())).get("measured") == measured:
+            return kept["result"]
         start = time.time()
         result = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
-        note = {"setup": self.setup, "seconds": time.time() - start, "result": result}
+        note = {"setup": self.setup, "measured": measured, "seconds": time.time() - start, "result": result}
         path.write_text(json.dumps(note))
         return result
+
+    def _identity(self, contestants: Iterable[tuple[str, Method]]) -> list[list[Any]]:
+        """Weights and settings of what is measured; those of the base model with all, as adapters lie on it."""
+        base = fingerprint(self.path("base"))
+        return [[base, fingerprint(self.path(name)), method.decoding, method.settings] for name, method in contestants]
+
+
+@cache
+def fingerprint(model: Path) -> str:
+    """Tells the weights in a folder from others."""
+    digest = hashlib.sha256()
+    for file in sorted(model.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -2,9 +2,11 @@
 
 import json
 import random
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks.miniature import evaluate, forcing, results, sql_task
 from benchmarks.miniature.__main__ import END, FIGURES, HERE, START, main
@@ -87,3 +89,15 @@ def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monke
     main(command)
     assert made == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
+
+    kept = tmp_path / "results" / "answers" / "cllm" / "sliding 16, 2.json"
+    before = json.loads(kept.read_text())["measured"]
+    weights = tmp_path / "models" / "cllm" / "model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    results.fingerprint.cache_clear()
+    main(command)
+    assert json.loads(kept.read_text())["measured"] != before, "other weights are measured anew"
+
+    monkeypatch.setitem(forcing.RECIPES, "cllm", replace(forcing.RECIPES["cllm"], learning_rate=1e-4))
+    with pytest.raises(ValueError, match="another recipe"):
+        main(command)
