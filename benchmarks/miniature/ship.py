@@ -100,7 +100,7 @@ def ship(model: Path, tokenizer: Path, recipe: str) -> None:
 def card() -> str:
     """The model card of the miniature that ships, of what was noted when it was trained and measured."""
     note, measured = (json.loads((MINIATURE / name).read_text()) for name in (NOTE, EVALUATION))
-    return render_card(str(MINIATURE.relative_to(ROOT)), note, measured)
+    return render_card(MINIATURE.name, note, measured, packaged=True)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def card() -> str:
     """The model card of the adapter that ships, of what was noted when it was trained and measured."""
     note, evaluation = (json.loads((DEMO_ADAPTER / name).read_text()) for name in (NOTE, EVALUATION))
     settings = json.loads((DEMO_ADAPTER / "generation_config.json").read_text())["jacobi"]
-    return render_card(str(DEMO_ADAPTER.relative_to(ROOT)), note | {"jacobi": settings}, evaluation)
+    return render_card(DEMO_ADAPTER.name, note | {"jacobi": settings}, evaluation, packaged=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,12 @@ def test_the_card_of_what_ships_is_what_was_measured():
     assert sum(path.stat().st_size for path in MINIATURE.iterdir()) < 16e6
 
 
+def test_the_code_on_the_card_of_what_ships_runs(capsys):
+    code = CARD.read_text().partition("```python\n")[2].partition("```")[0]
+    exec(code, {})
+    assert "So there are" in capsys.readouterr().out.partition("Solution:")[2]
+
+
 def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for module in (evaluate, forcing, results):
         monkeypatch.setattr(module, "MAX_NEW_TOKENS", 8)

@@ -22,6 +22,7 @@ EVALUATION = {
     "results": [
         {"dataset": "problems", "decoding": "AR", "metrics": {"tokens_per_forward": 1.0, "solve_rate": 0.9}},
         {"dataset": "problems", "decoding": "jacobi", "metrics": {"tokens_per_forward": 4.25}},
+        {"dataset": "other problems", "decoding": "jacobi", "metrics": {"tokens_per_forward": 2.5}},
     ],
 }
 WITHOUT_US = """
@@ -103,8 +104,11 @@ def test_the_card_says_what_was_measured(tmp_path):
     metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
     assert metadata["library_name"] == "transformers" and metadata["pipeline_tag"] == "text-generation"
     assert {"hf_jacobi", "custom_generate"} <= set(metadata["tags"])
-    metrics = metadata["model-index"][0]["results"][0]["metrics"]
-    assert [metric["value"] for metric in metrics] == [1.0, 0.9, 4.25]
+    found = {
+        result["dataset"]["name"]: [metric["value"] for metric in result["metrics"]]
+        for result in metadata["model-index"][0]["results"]
+    }
+    assert found == {"problems": [1.0, 0.9, 4.25], "other problems": [2.5]}
     assert "| problems | jacobi | 4.25 |  |" in card and "two cores" in card and "someone/fast" in card
     again = publish(folder, tmp_path / "again", tokenizer=None)
     assert (tmp_path / "again" / "README.md").read_text() == card and again != folder

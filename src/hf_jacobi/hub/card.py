@@ -107,7 +107,11 @@ def is_on_hub(name: str | None) -> bool:
 
 
 def render_card(
-    name: str, note: dict[str, Any], evaluation: dict[str, Any] | None = None, shared: bool = False
+    name: str,
+    note: dict[str, Any],
+    evaluation: dict[str, Any] | None = None,
+    shared: bool = False,
+    packaged: bool = False,
 ) -> str:
     """
     The model card of a checkpoint.
@@ -118,6 +122,7 @@ def render_card(
         evaluation: what was measured: `measured_on`, a text, and `results`, each with `dataset` (a name), `decoding`
             (a name) and `metrics` (name to number). They make the table and the `model-index`.
         shared: whether `custom_generate/` goes with it.
+        packaged: whether it comes with this package, in its folder `checkpoints`, under that name.
     """
     base = note["base_model"]
     subject = f"[{base}](https://huggingface.co/{base})" if base else "A causal language model"
@@ -127,7 +132,7 @@ def render_card(
         f"{subject} {_made(note)} several tokens per forward pass. {KINDS[note['kind']]}",
         *([note["remark"]] if note.get("remark") else []),
         "## Use",
-        _usage(name, note),
+        _usage(name, note, packaged),
     ]
     if shared:
         parts += ["Without `hf_jacobi`, with the decoder that is in this repository:", _usage_of_shared(name, note)]
@@ -179,6 +184,7 @@ def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None
                 task_type="text-generation",
                 dataset_type="local",
                 dataset_name=result["dataset"],
+                dataset_config=result["dataset"],  # else all would be put under the name of the first
                 metric_type=metric,
                 metric_name=f"{metric.replace('_', ' ')} ({result['decoding']})",
                 metric_value=round(value, 4),
@@ -193,7 +199,7 @@ def _example(note: dict[str, Any]) -> str:
     return json.dumps(note.get("example", "Once upon a time"))
 
 
-def _usage(name: str, note: dict[str, Any]) -> str:
+def _usage(name: str, note: dict[str, Any], packaged: bool) -> str:
     load = "AutoModelForCausalLM" if note["kind"] == "model" else "AutoPeftModelForCausalLM"
     imports = ["from transformers import AutoTokenizer", f"from peft import {load}"]
     if note["kind"] == "model":
@@ -202,13 +208,16 @@ def _usage(name: str, note: dict[str, Any]) -> str:
     if note["kind"] != "model":  # which takes the generation config of its base
         kept = {key: value for key, value in note["jacobi"].items() if value is not None}
         config = f"\n    jacobi_config={kept},\n    "
-    tokenizer = name if note["kind"] == "model" else note["base_model"] or name
+    place = "folder" if packaged else f'"{name}"'
+    tokenizer = place if note["kind"] == "model" or not note["base_model"] else f'"{note["base_model"]}"'
     lines = [
+        *(["from pathlib import Path", ""] if packaged else []),
         "import hf_jacobi",
         *sorted(imports),
         "",
-        f'model = hf_jacobi.enable({load}.from_pretrained("{name}"))',
-        f'tokenizer = AutoTokenizer.from_pretrained("{tokenizer}")',
+        *([f'folder = Path(hf_jacobi.__file__).parent / "checkpoints" / "{name}"'] if packaged else []),
+        f"model = hf_jacobi.enable({load}.from_pretrained({place}))",
+        f"tokenizer = AutoTokenizer.from_pretrained({tokenizer})",
         f'inputs = tokenizer({_example(note)}, return_tensors="pt")',
         f'output = model.generate({config}**inputs, decoding="jacobi", max_new_tokens=128)',
         "print(tokenizer.decode(output[0]))",
