@@ -4,13 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from math import nan
 
+import numpy
 import pytest
 import torch
 import yaml
 from models import tiny_model, tiny_tokenizer
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import hf_jacobi
 from hf_jacobi.hub.card import NOTE
@@ -142,6 +144,13 @@ def test_the_decoder_imports_only_itself_torch_and_transformers(tmp_path):
         ({"tokenizer": None}, "pass `tokenizer`"),
         ({"evaluation": {"results": []}}, "`measured_on`"),
         ({"evaluation": {"measured_on": "x", "results": [{"dataset": "a"}]}}, "`measured_on`"),
+        ({"evaluation": {"measured_on": "x", "results": [{"dataset": None, "decoding": "AR", "metrics": {}}]}}, "`m"),
+        ({"evaluation": {"measured_on": "x", "results": [EVALUATION["results"][0] | {"metrics": {"a": nan}}]}}, "`m"),
+        ({"evaluation": {"measured_on": "x", "results": [EVALUATION["results"][0] | {"metrics": {5: 1}}]}}, "`m"),
+        (
+            {"evaluation": {"measured_on": "x", "results": [EVALUATION["results"][0] | {"metrics": {"a": 10**400}}]}},
+            "`m",
+        ),
     ],
 )
 def test_bad_input_is_refused(tmp_path, settings, message):
@@ -167,6 +176,8 @@ def test_bad_places_are_refused(tmp_path):
         publish(tiny_model(), tmp_path / "full")
     with pytest.raises(ValueError, match="no weights"):
         publish(tmp_path / "full", tmp_path / "new")
+    with pytest.raises(ValueError, match="user/name"):
+        hf_jacobi.publish(tiny_model(), "fast", tiny_tokenizer(), tmp_path / "new", dry_run=True)
     with pytest.raises(ValueError, match="Repo id"):
         hf_jacobi.publish(tiny_model(), "not a name!", tiny_tokenizer(), tmp_path / "new", dry_run=True)
 
@@ -192,6 +203,161 @@ def test_a_generation_config_is_kept_even_where_it_is_odd(tmp_path):
     publish(source, tmp_path / "pushed")
     kept = json.loads((tmp_path / "pushed" / "generation_config.json").read_text())
     assert kept["temperature"] == 0.5 and kept["decoding"] == "ar"
+
+
+class FakeHub:
+    """What `publish` asks of the Hub."""
+
+    def __init__(self, files=()):
+        self.files, self.deleted = list(files), None
+
+    def __call__(self, token=None):
+        return self
+
+    def create_repo(self, repo_id, **settings):
+        pass
+
+    def list_repo_files(self, repo_id):
+        return self.files
+
+    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
+        self.deleted = set(delete_patterns)
+        return "commit"
+
+
+def test_a_push_replaces_what_it_wrote_before_and_nothing_else(monkeypatch):
+    ours = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "custom_generate/old.py", "vocab.json"]
+    others = [
+        "LICENSE",
+        "handler.py",
+        "v1/model.safetensors",
+        "onnx/model.onnx",
+        "original/tokenizer.model",
+        "README.md",
+    ]
+    hub = FakeHub([*ours, *others, "model.safetensors", "custom_generate/generate.py"])
+    monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", hub)
+    assert hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer()) == "commit"
+    assert hub.deleted == set(ours)
+
+
+@pytest.mark.parametrize("base", [None, "runs/base/final", "C:\\models\\base"])
+def test_an_adapter_on_what_is_not_on_the_hub_is_not_pushed(monkeypatch, tmp_path, base):
+    monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", FakeHub())
+    adapter = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapter.peft_config["default"].base_model_name_or_path = base
+    with pytest.raises(ValueError, match="publish that first"):
+        hf_jacobi.publish(adapter, "someone/fast", tiny_tokenizer())
+    adapter.peft_config["default"].base_model_name_or_path = "someone/base"
+    assert hf_jacobi.publish(adapter, "someone/fast", tiny_tokenizer()) == "commit"
+    publish(adapter, tmp_path / "pushed")
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    assert "An adapter for [someone/base]" in card and "as it is" not in card
+
+
+def test_a_model_without_a_note_is_not_said_to_be_its_base(tmp_path):
+    model = tiny_model()
+    model.config._name_or_path = "someone/base"
+    publish(model, tmp_path / "pushed")
+    assert "model that comes from [someone/base]" in (tmp_path / "pushed" / "README.md").read_text()
+
+
+def test_only_code_that_the_model_needs_goes_with_it(tmp_path):
+    source = tmp_path / "out"
+    tiny_model().save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    config = json.loads((source / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "modeling_own.Own"}
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "modeling_own.py").write_text("from .layers_own import Layer\n")
+    (source / "layers_own.py").write_text("Layer = None\n")
+    (source / "train.py").write_text("KEY = 'secret'\n")
+    (source / "LICENSE").write_text("free\n")
+    publish(source, tmp_path / "pushed", tokenizer=None)
+    names = {path.name for path in (tmp_path / "pushed").iterdir()}
+    assert {"modeling_own.py", "layers_own.py", "LICENSE"} <= names and "train.py" not in names
+
+
+def test_what_a_folder_holds_counts_for_more_than_an_old_note(tmp_path):
+    source = tmp_path / "out"
+    tiny_model().save_pretrained(source)
+    (source / NOTE).write_text(json.dumps({"kind": "adapter", "settings": {"learning_rate": 1e-4}}))
+    publish(source, tmp_path / "pushed")
+    assert "AutoPeftModelForCausalLM" not in (tmp_path / "pushed" / "README.md").read_text()
+
+
+def test_an_adapter_decodes_with_its_own_settings_not_with_those_of_its_base(tmp_path):
+    base = tiny_model()
+    base.generation_config.decoding = "ar"
+    base.generation_config.jacobi = {"block_size": 2, "pool_size": 0}
+    base.save_pretrained(tmp_path / "base")
+    adapter = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"),
+        LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[-1]),
+    )
+    adapter.save_pretrained(tmp_path / "out")
+    (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"jacobi": {"block_size": 8}}))
+    folder = publish(tmp_path / "out", tmp_path / "pushed")
+    text, plain, line = run_without_us(tmp_path, folder, adapter=True)
+    assert text == plain and "JacobiOutput" in line
+
+
+def test_a_card_tells_that_jacobi_decoding_is_to_be_asked_for(tmp_path):
+    model = tiny_model()
+    model.generation_config.decoding = "ar"
+    publish(model, tmp_path / "pushed")
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    assert "has to be asked for" in card and card.count('decoding="jacobi"') == 2
+
+
+def test_settings_may_be_a_config_and_an_installed_decoder_takes_the_place_of_the_one_that_came_along(tmp_path):
+    model = tiny_model()
+    expected = greedy(model)
+    model.generation_config.decoding, model.generation_config.jacobi = "jacobi", hf_jacobi.JacobiConfig(block_size=8)
+    folder = publish(model, tmp_path / "pushed")
+    settings = json.loads((tmp_path / "pushed" / "generation_config.json").read_text())
+    assert settings["jacobi"]["block_size"] == 8
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    call = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True}
+    call |= {"attention_mask": torch.ones(1, len(PROMPT[0])), "jacobi_config": hf_jacobi.JacobiConfig(block_size=4)}
+    carried = model.generate(torch.tensor(PROMPT), **call)
+    enabled = hf_jacobi.enable(model).generate(torch.tensor(PROMPT), **call)
+    assert carried.sequences[0].tolist() == enabled.sequences[0].tolist() == expected
+    assert isinstance(enabled, hf_jacobi.JacobiOutput) and not isinstance(carried, hf_jacobi.JacobiOutput)
+    again = hf_jacobi.disable(model).generate(torch.tensor(PROMPT), **call)
+    assert type(again) is type(carried)
+
+
+def test_models_that_cannot_take_tokens_back_are_refused(tmp_path):
+    config = MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)
+    with pytest.raises(ValueError, match="rolled back, which mamba"):
+        publish(MambaForCausalLM(config), tmp_path / "pushed")
+    prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    with pytest.raises(ValueError, match="virtual tokens"):
+        publish(get_peft_model(tiny_model(), prompts), tmp_path / "pushed")
+
+
+def test_numbers_of_an_evaluation_may_be_numpys(tmp_path):
+    metrics = {"speed": numpy.float32(20001.23), "rate": numpy.float64(0.00001234), "count": numpy.int64(3)}
+    row = {"dataset": "a\nb | c", "decoding": "AR", "metrics": metrics}
+    publish(tiny_model(), tmp_path / "pushed", evaluation={"measured_on": "x", "results": [row]})
+    card = (tmp_path / "pushed" / "README.md").read_text()
+    assert "| a b / c | AR | 20,001 | 1.234e-05 | 3 |" in card
+    metadata = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])
+    values = [metric["value"] for metric in metadata["model-index"][0]["results"][0]["metrics"]]
+    assert values == [20001.2, 1.234e-05, 3]
+
+
+def test_named_chat_templates_and_odd_prompts_arrive(tmp_path):
+    source = tmp_path / "out"
+    tiny_model().save_pretrained(source)
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": "d{{1}}", "tool_use": "t{{1}}"}
+    tokenizer.save_pretrained(source)
+    (source / NOTE).write_text(json.dumps({"example": 'hi \U0001f600 "you"'}))
+    publish(source, tmp_path / "pushed", tokenizer=None)
+    assert AutoTokenizer.from_pretrained(tmp_path / "pushed").chat_template == tokenizer.chat_template
+    assert 'tokenizer("hi \U0001f600 \\"you\\""' in (tmp_path / "pushed" / "README.md").read_text(encoding="utf-8")
 
 
 def test_an_adapter_of_another_name_is_refused(tmp_path):

@@ -162,6 +162,8 @@ class JacobiConfig:
             return value
         if isinstance(value, dict):
             return cls.from_dict(value)
+        if type(value).__name__ == cls.__name__:  # that of a published checkpoint's own copy of this module, or for it
+            return cls.from_dict(value.to_dict())
         raise ValueError(f"`jacobi_config` must be a JacobiConfig or a dict of its settings, got {type(value)}.")
 
 

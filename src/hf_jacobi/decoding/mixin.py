@@ -180,6 +180,8 @@ def enable(model=None):
     inner = unwrap(model)
     if not isinstance(inner, JacobiGenerationMixin):
         inner.__class__ = _enabled_class(type(inner))
+    if _is_carried(vars(inner).get("generate")):
+        inner._carried_generate = vars(inner).pop("generate")
     # A config derived from the model's loses our keys when it is loaded again; one of its own keeps them.
     inner.generation_config._from_model_config = False
     return model
@@ -201,7 +203,17 @@ def disable(model=None):
         return None
     inner = unwrap(model)
     inner.__class__ = getattr(type(inner), "_disabled_class", type(inner))
+    if "_carried_generate" in vars(inner):
+        inner.generate = vars(inner).pop("_carried_generate")
     return model
+
+
+def _is_carried(generate) -> bool:
+    """Whether it is what transformers binds to a model that `publish` published: that decoder, not this one."""
+    function = getattr(generate, "func", None)
+    return getattr(function, "__module__", "").endswith(".custom_generate.generate") and (
+        "JACOBI" in function.__globals__
+    )
 
 
 @functools.cache

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import numbers
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..decoding.config import JacobiConfig
 
@@ -103,7 +106,47 @@ def _settings(args: Any) -> dict[str, Any]:
 
 def is_on_hub(name: str | None) -> bool:
     """Whether a name can be one on the Hub, rather than a folder here."""
-    return bool(name) and not name.startswith(("/", ".", "~")) and not Path(name).exists()
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
+
+def checked(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+    """
+    An evaluation as `render_card` takes it, its numbers those of Python.
+
+    Raises:
+        `ValueError`: it is none.
+    """
+    if evaluation is None:
+        return None
+    try:
+        results = [
+            row
+            | {"dataset": _text(row["dataset"]), "decoding": _text(row["decoding"])}
+            | {"metrics": {_text(name): _number(value) for name, value in row["metrics"].items()}}
+            for row in evaluation["results"]
+        ]
+        return evaluation | {"measured_on": _text(evaluation["measured_on"]), "results": results}
+    except (KeyError, TypeError, AttributeError, OverflowError):
+        raise ValueError(
+            "an evaluation has `measured_on`, a text, and `results`, a list of `dataset`, `decoding` and `metrics` "
+            "(name to number)."
+        ) from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return " ".join(value.split())
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise TypeError
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def render_card(
@@ -119,23 +162,25 @@ def render_card(
     Args:
         name: of the repository on the Hub.
         note: what `training_note` gave; with `remark`, what else is to be said at the top, and `example`, a prompt.
-        evaluation: what was measured: `measured_on`, a text, and `results`, each with `dataset` (a name), `decoding`
-            (a name) and `metrics` (name to number). They make the table and the `model-index`.
+        evaluation: what was measured, `checked`: `measured_on`, a text, and `results`, each with `dataset` (a name),
+            `decoding` (a name) and `metrics` (name to number). They make the table and the `model-index`.
         shared: whether `custom_generate/` goes with it.
         packaged: whether it comes with this package, in its folder `checkpoints`, under that name.
     """
-    base = note["base_model"]
-    subject = f"[{base}](https://huggingface.co/{base})" if base else "A causal language model"
     parts = [
         f"---\n{_metadata(name, note, evaluation, shared)}\n---",
         f"# {name}",
-        f"{subject} {_made(note)} several tokens per forward pass. {KINDS[note['kind']]}",
+        f"{_opening(note)} {KINDS[note['kind']]}",
         *([note["remark"]] if note.get("remark") else []),
         "## Use",
-        _usage(name, note, packaged),
+        _usage(name, note, shared, packaged),
     ]
     if shared:
         parts += ["Without `hf_jacobi`, with the decoder that is in this repository:", _usage_of_shared(name, note)]
+    if note.get("decoding") == "ar":
+        parts.append(
+            "Its generation config asks for one token at a time: Jacobi decoding has to be asked for, as above."
+        )
     parts.append(f"It decodes with these settings, also in `generation_config.json`: `{json.dumps(note['jacobi'])}`.")
     if evaluation and evaluation["results"]:
         parts += ["## Measured", f"On {evaluation['measured_on']}.", _results_table(evaluation["results"])]
@@ -157,11 +202,18 @@ def render_card(
     return "\n\n".join(parts) + "\n"
 
 
-def _made(note: dict[str, Any]) -> str:
+def _opening(note: dict[str, Any]) -> str:
     paper = "(Hu et al., [arXiv 2512.14681](https://arxiv.org/abs/2512.14681))"
-    if not note["settings"]:
-        return f"as it is, with a decoder that writes, where it can be guessed {paper},"
-    return f"trained with Jacobi Forcing {paper} to write"
+    base = note["base_model"] and f"[{note['base_model']}](https://huggingface.co/{note['base_model']})"
+    if note["settings"]:
+        subject = base or "A causal language model"
+        return f"{subject} trained with Jacobi Forcing {paper} to write several tokens per forward pass."
+    # Nothing is known of its training: the weights of the base, or others that were made of them.
+    adapter = note["kind"] != "model"
+    subject = "An adapter" if adapter else "A causal language model"
+    origin = f" {'for' if adapter else 'that comes from'} {base}" if base else ""
+    gain = "that writes several tokens per forward pass where they can be guessed"
+    return f"{subject}{origin}, with a decoder {gain} {paper}."
 
 
 def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None, shared: bool) -> str:
@@ -187,7 +239,7 @@ def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None
                 dataset_config=result["dataset"],  # else all would be put under the name of the first
                 metric_type=metric,
                 metric_name=f"{metric.replace('_', ' ')} ({result['decoding']})",
-                metric_value=round(value, 4),
+                metric_value=_rounded(value),
             )
             for result in evaluation["results"]
             for metric, value in result["metrics"].items()
@@ -196,10 +248,10 @@ def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None
 
 
 def _example(note: dict[str, Any]) -> str:
-    return json.dumps(note.get("example", "Once upon a time"))
+    return json.dumps(note.get("example", "Once upon a time"), ensure_ascii=False)
 
 
-def _usage(name: str, note: dict[str, Any], packaged: bool) -> str:
+def _usage(name: str, note: dict[str, Any], shared: bool, packaged: bool) -> str:
     load = "AutoModelForCausalLM" if note["kind"] == "model" else "AutoPeftModelForCausalLM"
     imports = ["from transformers import AutoTokenizer", f"from peft import {load}"]
     if note["kind"] == "model":
@@ -209,7 +261,8 @@ def _usage(name: str, note: dict[str, Any], packaged: bool) -> str:
         kept = {key: value for key, value in note["jacobi"].items() if value is not None}
         config = f"\n    jacobi_config={kept},\n    "
     place = "folder" if packaged else f'"{name}"'
-    tokenizer = place if note["kind"] == "model" or not note["base_model"] else f'"{note["base_model"]}"'
+    beside = shared or note["kind"] == "model" or not note["base_model"]
+    tokenizer = place if beside else f'"{note["base_model"]}"'
     lines = [
         *(["from pathlib import Path", ""] if packaged else []),
         "import hf_jacobi",
@@ -226,9 +279,11 @@ def _usage(name: str, note: dict[str, Any], packaged: bool) -> str:
 
 
 def _usage_of_shared(name: str, note: dict[str, Any]) -> str:
-    call = "model.generate(**inputs, max_new_tokens=128)"
+    arguments = "**inputs, max_new_tokens=128"
+    if note.get("decoding") == "ar":
+        arguments += ', decoding="jacobi"'
     if note["kind"] != "model":  # transformers looks for `custom_generate` beside the base model
-        call = f'model.generate(**inputs, max_new_tokens=128, custom_generate="{name}", trust_remote_code=True)'
+        arguments += f', custom_generate="{name}", trust_remote_code=True'
     load = "AutoModelForCausalLM" if note["kind"] == "model" else "AutoPeftModelForCausalLM"
     trust = ", trust_remote_code=True" if note["kind"] == "model" else ""
     lines = [
@@ -238,7 +293,7 @@ def _usage_of_shared(name: str, note: dict[str, Any]) -> str:
         f'model = {load}.from_pretrained("{name}"{trust})',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         f'inputs = tokenizer({_example(note)}, return_tensors="pt")',
-        f"output = {call}",
+        f"output = model.generate({arguments})",
         "print(tokenizer.decode(output[0]))",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
@@ -251,11 +306,21 @@ def _results_table(results: list[dict[str, Any]]) -> str:
         [
             result["dataset"],
             result["decoding"],
-            *(f"{result['metrics'][metric]:.4g}" if metric in result["metrics"] else "" for metric in metrics),
+            *(_figure(result["metrics"][metric]) if metric in result["metrics"] else "" for metric in metrics),
         ]
         for result in results
     ]
     return _table(head, rows)
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _rounded(value: float) -> float:
+    if isinstance(value, int):
+        return value
+    return round(value, 1) if abs(value) >= 1000 else float(f"{value:.5g}")
 
 
 def _plain(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 
 from .mixin import decode_by, setting_of
-from .settings import DECODING, JACOBI
+from .settings import ADAPTER, DECODING, JACOBI
 
 
 def generate(*args, model, decoding=None, jacobi_config=None, output_trajectory=None, **kwargs):
@@ -23,9 +23,16 @@ def generate(*args, model, decoding=None, jacobi_config=None, output_trajectory=
         decoding, jacobi_config, output_trajectory: as `hf_jacobi` describes them.
     """
     of_call = args[1] if len(args) > 1 else kwargs.get("generation_config")
+
+    def setting(name, of_checkpoint):
+        if not ADAPTER:
+            return setting_of(name, of_call, model) or of_checkpoint
+        own = of_call is not model.generation_config  # which is that of the base
+        return (getattr(of_call, name, None) if own else None) or of_checkpoint
+
     if decoding is None:
-        decoding = "ar" if kwargs.get("custom_generate") else setting_of("decoding", of_call, model) or DECODING
+        decoding = "ar" if kwargs.get("custom_generate") else setting("decoding", DECODING)
     if decoding == "jacobi" and jacobi_config is None:
-        jacobi_config = setting_of("jacobi", of_call, model) or JACOBI
+        jacobi_config = setting("jacobi", JACOBI)
     plain = functools.partial(type(model).generate, model)
     return decode_by(plain, model, args, kwargs, decoding, jacobi_config, output_trajectory)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shutil
 import tempfile
+from fnmatch import fnmatch
 from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +16,14 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
+from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..decoding.config import write_settings
 from ..decoding.draft_adapter import is_draft_only
 from ..decoding.mixin import unwrap
-from .card import EVALUATION, NOTE, is_on_hub, render_card
+from .card import EVALUATION, NOTE, checked, is_on_hub, render_card
 
 
 ENTRY = "generate"
@@ -29,6 +31,7 @@ CARRIED = "custom_generate"
 REQUIREMENTS = "transformers>=5.16\n"
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin")
+TEMPLATES = "additional_chat_templates"
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -36,19 +39,21 @@ TOKENIZER = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "tekken.json",
+    "*.tiktoken",
     "chat_template*",
+    TEMPLATES,
 )
 PUBLISHED = (
     *WEIGHTS,
     *TOKENIZER,
     "config.json",
-    "*.py",  # a model's own code
     "adapter_config.json",
     "generation_config.json",
     NOTE,
     EVALUATION,
-    "LICENSE*",
 )
+LICENSE = "LICENSE*"
 
 
 def publish(
@@ -87,10 +92,12 @@ def publish(
         The address of the commit, or for a dry run the folder.
 
     Raises:
-        `ValueError`: no checkpoint, no tokenizer, a bad `repo_id` or evaluation, `output_dir` holds files, or an
-            adapter goes onto a folder of this machine.
+        `ValueError`: no checkpoint, no tokenizer, a bad `repo_id` or evaluation, `output_dir` holds files, the model
+            keeps what Jacobi decoding cannot take back, or an adapter goes onto a model that is not on the Hub.
     """
     validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise ValueError(f"{repo_id!r} says whose repository it is not: pass 'user/name'.")
     if dry_run and output_dir is None:
         raise ValueError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
     target = None if output_dir is None else Path(output_dir).expanduser()
@@ -98,18 +105,18 @@ def publish(
         raise ValueError(f"{output_dir} holds files: name an empty folder or a new one.")
     if isinstance(evaluation, (str, Path)):
         evaluation = json.loads(Path(evaluation).expanduser().read_text(encoding="utf-8"))
-    _check_evaluation(evaluation)
+    evaluation = checked(evaluation)
     if target is not None:
         target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
         folder = Path(place) / "pushed"
         folder.mkdir()
         write_folder(model_or_dir, repo_id, folder, tokenizer, evaluation)
-        base = (_adapter_config(folder) or {}).get("base_model_name_or_path")
-        if not dry_run and base and not is_on_hub(base):
+        adapter = _adapter_config(folder)
+        if not dry_run and adapter is not None and not is_on_hub(base := adapter.get("base_model_name_or_path")):
             raise ValueError(
-                f"others cannot load {base}, which the adapter goes onto: publish that first, and name its repository "
-                "in adapter_config.json (`base_model_name_or_path`)."
+                f"others cannot load {base or 'a model without a name'}, which the adapter goes onto: publish that "
+                "first, and name its repository in adapter_config.json (`base_model_name_or_path`)."
             )
         if target is not None:  # at once: what failed leaves nothing
             if target.exists():
@@ -124,34 +131,50 @@ def publish(
                 repo_id=repo_id,
                 folder_path=folder,
                 commit_message="Upload with hf_jacobi",
-                # What an earlier upload left: old weights in another layout would be loaded before the new ones.
-                delete_patterns=[*PUBLISHED, f"{CARRIED}/*"],
+                delete_patterns=_left_behind(api.list_repo_files(repo_id), folder),
             )
         )
+
+
+def _left_behind(files: list[str], folder: Path) -> list[str]:
+    """
+    What an earlier upload left in the repository, of what such a folder holds: old weights in another layout would be
+    loaded before the new ones. What else there is stays.
+    """
+    return [
+        name
+        for name in files
+        if not (folder / name).exists()
+        and (
+            name.startswith((f"{CARRIED}/", f"{TEMPLATES}/"))
+            or ("/" not in name and any(fnmatch(name, pattern) for pattern in PUBLISHED))
+        )
+    ]
 
 
 def write_folder(model_or_dir, repo_id: str, folder: Path, tokenizer, evaluation: dict[str, Any] | None) -> None:
     """Writes everything that is pushed into an empty folder."""
     if isinstance(model_or_dir, (str, Path)):
         source = Path(model_or_dir).expanduser()
-        _copy_checkpoint(source, folder, PUBLISHED if tokenizer is None else set(PUBLISHED) - set(TOKENIZER))
+        _copy_checkpoint(source, folder, {*PUBLISHED, LICENSE} - set(() if tokenizer is None else TOKENIZER))
     else:
         source = None
         model_or_dir.save_pretrained(folder)
-        _write_json(folder / "generation_config.json", unwrap(model_or_dir).generation_config.to_diff_dict())
+        settings = unwrap(model_or_dir).generation_config.to_json_string(use_diff=True)
+        (folder / "generation_config.json").write_text(settings, encoding="utf-8")
         if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
             raise ValueError("an adapter is published if its name is 'default': make it with that name.")
+    _check_decodable(folder)
     base = _base_of(folder, None if source else unwrap(model_or_dir).config._name_or_path)
     _write_tokenizer(folder, tokenizer, [source, base])
     settings = write_settings(folder)
-    _write_decoder(folder / CARRIED, settings)
+    _write_decoder(folder / CARRIED, settings, adapter=_adapter_config(folder) is not None)
     note = _note(folder, base, settings)
     _write_json(folder / NOTE, note)
     if evaluation is not None:
         _write_json(folder / EVALUATION, evaluation)
     elif (folder / EVALUATION).exists():
-        evaluation = json.loads((folder / EVALUATION).read_text(encoding="utf-8"))
-    _check_evaluation(evaluation)
+        evaluation = checked(json.loads((folder / EVALUATION).read_text(encoding="utf-8")))
     (folder / "README.md").write_text(render_card(repo_id, note, evaluation, shared=True), encoding="utf-8")
 
 
@@ -162,11 +185,38 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _copy_checkpoint(source: Path, folder: Path, patterns) -> None:
     if not any(path for pattern in WEIGHTS for path in source.glob(pattern)):
         raise ValueError(f"{source} holds no weights: name a folder that save_pretrained or the trainer wrote.")
-    for path in {path for pattern in patterns for path in source.glob(pattern)}:
+    for path in {path for pattern in patterns for path in source.glob(pattern)} | _own_code(source):
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def _own_code(source: Path) -> set[Path]:
+    """The files of a model's own code: those that its configs name, and what these import beside them."""
+    files = set()
+    for config in filter(Path.exists, (source / "config.json", source / "tokenizer_config.json")):
+        for named in json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}).values():
+            references = [named] if isinstance(named, str) else filter(None, named)
+            files |= {source / f"{name.partition('.')[0]}.py" for name in references if "--" not in name}
+    files = set(filter(Path.exists, files))
+    return files | {Path(found) for file in files for found in get_relative_import_files(file)}
+
+
+def _check_decodable(folder: Path) -> None:
+    """Refuses what would decode in parallel for nobody."""
+    adapter = _adapter_config(folder)
+    if adapter is not None:
+        if adapter.get("num_virtual_tokens"):
+            raise ValueError(f"Jacobi decoding knows no virtual tokens ({adapter['peft_type']}): publish a LoRA.")
+        return
+    config = AutoConfig.from_pretrained(folder) if not _own_code(folder) else None
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if getattr(kind, "_is_stateful", False) or getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"Jacobi decoding needs a decoder whose KV cache can be rolled back, which {type(config).model_type} is "
+            "not: push it with its own `push_to_hub`."
+        )
 
 
 def _adapter_config(folder: Path) -> dict[str, Any] | None:
@@ -179,7 +229,7 @@ def _base_of(folder: Path, trained_from: str | None) -> str | None:
     if (adapter := _adapter_config(folder)) is not None:
         return adapter.get("base_model_name_or_path")
     if (folder / NOTE).exists():
-        return json.loads((folder / NOTE).read_text(encoding="utf-8"))["base_model"]
+        return json.loads((folder / NOTE).read_text(encoding="utf-8")).get("base_model")
     return trained_from
 
 
@@ -197,13 +247,13 @@ def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
     raise ValueError("there is no tokenizer beside the model: pass `tokenizer`.")
 
 
-def _write_decoder(folder: Path, settings: dict[str, Any]) -> None:
+def _write_decoder(folder: Path, settings: dict[str, Any], adapter: bool) -> None:
     """The decoder out of this package's own source: the entry, and the modules it needs, directly or not."""
     package = resources.files("hf_jacobi")
     sources = {ENTRY: (package / "hub" / "custom_generate.py").read_text(encoding="utf-8")}
     sources["settings"] = (
         '"""How this checkpoint decodes, where neither the call nor the generation config says so."""\n\n'
-        f"DECODING = {settings['decoding']!r}\nJACOBI = {settings['jacobi']!r}\n"
+        f"ADAPTER = {adapter}\nDECODING = {settings['decoding']!r}\nJACOBI = {settings['jacobi']!r}\n"
     )
     missing = set(RELATIVE_IMPORT.findall(sources[ENTRY])) - sources.keys()
     while missing:
@@ -217,34 +267,19 @@ def _write_decoder(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _note(folder: Path, base: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """What the trainer noted, or what can be told of a checkpoint without that."""
+    """What the trainer noted, or what can be told of a checkpoint without that; what it is, its files say."""
     adapter = _adapter_config(folder)
     draft = adapter is not None and is_draft_only(SimpleNamespace(**adapter))
-    known: dict[str, Any] = {
-        "base_model": base if is_on_hub(base) else None,
+    note: dict[str, Any] = {
         "dataset": None,
-        "kind": "model" if adapter is None else "draft-only adapter" if draft else "adapter",
         "settings": {},
         "figures": {},
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     if (folder / NOTE).exists():
-        known |= json.loads((folder / NOTE).read_text(encoding="utf-8"))
-    return known | {"jacobi": settings["jacobi"]}
-
-
-def _check_evaluation(evaluation: dict[str, Any] | None) -> None:
-    if evaluation is None:
-        return
-    try:
-        rows = [(row["dataset"], row["decoding"], row["metrics"]) for row in evaluation["results"]]
-        sound = isinstance(evaluation["measured_on"], str) and isinstance(evaluation["results"], list)
-        values = [value for *_, metrics in rows for value in metrics.values()]
-        sound = sound and all(not isinstance(value, bool) and math.isfinite(value) for value in values)
-    except (KeyError, TypeError, AttributeError):
-        sound = False
-    if not sound:
-        raise ValueError(
-            "an evaluation has `measured_on`, a text, and `results`, a list of `dataset`, `decoding` and `metrics` "
-            "(name to number)."
-        )
+        note |= json.loads((folder / NOTE).read_text(encoding="utf-8"))
+    return note | {
+        "base_model": base if is_on_hub(base) else None,
+        "kind": "model" if adapter is None else "draft-only adapter" if draft else "adapter",
+        **settings,
+    }
