@@ -176,6 +176,9 @@ def test_bad_places_are_refused(tmp_path):
         publish(tiny_model(), tmp_path / "full")
     with pytest.raises(ValueError, match="no weights"):
         publish(tmp_path / "full", tmp_path / "new")
+    (tmp_path / "full" / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="no config"):
+        publish(tmp_path / "full", tmp_path / "new")
     with pytest.raises(ValueError, match="user/name"):
         hf_jacobi.publish(tiny_model(), "fast", tiny_tokenizer(), tmp_path / "new", dry_run=True)
     with pytest.raises(ValueError, match="Repo id"):

@@ -16,8 +16,9 @@ import torch
 import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ..decoding.config import write_settings
@@ -183,8 +184,11 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 
 def _copy_checkpoint(source: Path, folder: Path, patterns) -> None:
-    if not any(path for pattern in WEIGHTS for path in source.glob(pattern)):
-        raise ValueError(f"{source} holds no weights: name a folder that save_pretrained or the trainer wrote.")
+    weights = any(path for pattern in WEIGHTS for path in source.glob(pattern))
+    if not weights or not any((source / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"{source} holds no weights or no config: name a folder that save_pretrained or the trainer wrote."
+        )
     for path in {path for pattern in patterns for path in source.glob(pattern)} | _own_code(source):
         if path.is_dir():
             shutil.copytree(path, folder / path.name)
@@ -210,12 +214,14 @@ def _check_decodable(folder: Path) -> None:
         if adapter.get("num_virtual_tokens"):
             raise ValueError(f"Jacobi decoding knows no virtual tokens ({adapter['peft_type']}): publish a LoRA.")
         return
-    config = AutoConfig.from_pretrained(folder) if not _own_code(folder) else None
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if getattr(kind, "_is_stateful", False) or getattr(config, "is_encoder_decoder", False):
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = config.get("model_type")
+    known = "auto_map" not in config and name in CONFIG_MAPPING
+    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None) if known else None
+    if getattr(model, "_is_stateful", False) or config.get("is_encoder_decoder"):
         raise ValueError(
-            f"Jacobi decoding needs a decoder whose KV cache can be rolled back, which {type(config).model_type} is "
-            "not: push it with its own `push_to_hub`."
+            f"Jacobi decoding needs a decoder whose KV cache can be rolled back, which {name} is not: push it with "
+            "its own `push_to_hub`."
         )
 
 
