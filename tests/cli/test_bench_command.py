@@ -1,11 +1,13 @@
 """`hf-jacobi bench` on a tiny checkpoint."""
 
+import argparse
 import json
 
 import pytest
 from models import tiny_model, tiny_tokenizer
 
 from hf_jacobi import cli
+from hf_jacobi.cli.options import add_prompts, prompts_of
 
 
 @pytest.fixture
@@ -36,8 +38,20 @@ def test_bad_settings_are_refused_before_the_model_is_loaded(capsys):
 
 
 def test_what_would_fail_at_the_end_fails_at_once(checkpoint, tmp_path, capsys):
-    (tmp_path / "prompts.txt").write_text("w5 w6\n\nw7\n")
+    (tmp_path / "prompts.txt").write_text("\n \n")
     assert cli.main(["bench", checkpoint, "--prompts", str(tmp_path / "prompts.txt")]) == 2
-    assert "is empty" in capsys.readouterr().err
+    assert "holds no prompt" in capsys.readouterr().err
     assert cli.main(["bench", checkpoint, "--plot", str(tmp_path / "bench.xyz")]) == 2
     assert "bench.xyz is no picture" in capsys.readouterr().err
+
+
+def test_blank_lines_are_no_prompts_and_text_may_be_a_users_message(tmp_path):
+    (tmp_path / "prompts.txt").write_text("w5 w6\n\nw7\n")
+    parser = argparse.ArgumentParser()
+    add_prompts(parser, count=4)
+    read = ["--prompts", str(tmp_path / "prompts.txt")]
+    tokenizer = tiny_tokenizer()
+    assert prompts_of(parser.parse_args(read), tokenizer) == [tokenizer(text)["input_ids"] for text in ("w5 w6", "w7")]
+    chat = prompts_of(parser.parse_args([*read, "--as-chat"]), tokenizer)
+    message = [{"role": "user", "content": "w7"}]
+    assert chat[1] == list(tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"])

@@ -64,6 +64,7 @@ def test_training_from_the_shell(checkpoint, tmp_path, capsys, monkeypatch):
     from datasets import Dataset
     from packed_rows import packed
 
+    from hf_jacobi.training import JacobiForcingTrainer
     from hf_jacobi.trajectories.packing import PACKED_FEATURES
 
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
@@ -82,6 +83,17 @@ def test_training_from_the_shell(checkpoint, tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [-1]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| ar_loss_weight | 3.0 |" in card and "tokens per forward" in card
+    asked = []
+    train = JacobiForcingTrainer.train
+    monkeypatch.setattr(
+        JacobiForcingTrainer,
+        "train",
+        lambda self, resume_from_checkpoint: (
+            asked.append(resume_from_checkpoint) or train(self, resume_from_checkpoint)
+        ),
+    )
+    assert main([*command, "--max_steps", "3", "--resume_from_checkpoint", "true"]) == 0
+    assert asked == [True] and (tmp_path / "out" / "checkpoint-3").exists()
     assert main(["train", "--train_dataset", "no.parquet", "--output_dir", str(tmp_path / "o"), "--use_cpu"]) == 2
     assert "--model_name_or_path" in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -180,6 +180,48 @@ def test_text_generation_pipeline():
         assert generator(prompts, **GREEDY, decoding="jacobi", jacobi_config=JacobiConfig(block_size=4)) == expected
 
 
+def test_a_seed_alone_leaves_the_other_settings_of_the_checkpoint():
+    model = hf_jacobi.enable(tiny_model())
+    model.generation_config.jacobi = {"block_size": 3, "pool_size": 0}
+
+    def positions(**settings):
+        call = {"max_new_tokens": 16, "do_sample": True, "return_dict_in_generate": True, "decoding": "jacobi"}
+        return model.generate(**padded_prompts(1), **call, **settings).jacobi_stats.positions
+
+    seeded = positions(jacobi_config={"seed": 7})
+    assert seeded == positions(jacobi_config={"seed": 7, "block_size": 3, "pool_size": 0})
+    assert seeded != positions(jacobi_config={"seed": 7, "block_size": 8, "pool_size": 0})
+
+
+def test_settings_by_the_name_of_the_generation_config_are_refused():
+    model = hf_jacobi.enable(tiny_model())
+    model.generation_config.jacobi = {"block_size": 3}
+    with pytest.raises(ValueError, match="as `jacobi_config`"):
+        model.generate(**padded_prompts(1), decoding="jacobi", jacobi={"block_size": 2})
+
+
+def test_a_generation_config_of_the_call_is_enough_and_stays_as_it_is(caplog):
+    model = hf_jacobi.enable(tiny_model())
+    config = GenerationConfig(**GREEDY, return_dict_in_generate=True)
+    before = config.to_dict()
+    with caplog.at_level("WARNING", logger="transformers"):
+        out = model.generate(**padded_prompts(1), generation_config=config, decoding="jacobi")
+    assert isinstance(out, JacobiOutput) and config.to_dict() == before
+    assert "use_cache" not in caplog.text
+
+
+def test_settings_travel_from_a_process_where_all_models_are_enabled(tmp_path):
+    hf_jacobi.enable()
+    try:
+        model = tiny_model()
+        model.generation_config.decoding = "jacobi"
+        assert is_jacobi(model)
+        model.save_pretrained(tmp_path)
+        assert is_jacobi(AutoModelForCausalLM.from_pretrained(tmp_path))
+    finally:
+        hf_jacobi.disable()
+
+
 def test_bad_arguments_are_refused():
     model, inputs = hf_jacobi.enable(tiny_model()), padded_prompts(1)
     with pytest.raises(ValueError, match=r"decoding.*'jacoby'"):

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from models import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -55,3 +56,22 @@ def test_scores_and_texts_are_those_of_ar(place, monkeypatch, capsys):
         assert found["results"]["continue_words"]["exact_match,none"] == 0.5
     assert found["tokens_per_forward"] >= 1.0
     assert "tokens per forward" in capsys.readouterr().out
+
+
+def test_settings_of_a_call_are_laid_over_those_of_the_checkpoint(place):
+    from hf_jacobi.evaluation.lm_eval import JacobiLM
+
+    model = JacobiLM(pretrained=str(place / "model"), device="cpu")
+    model.model.generation_config.jacobi = {"pool_size": 0, "draft_init": "prompt"}
+    asked = {}
+    own = type(model.model).generate
+
+    def generate(*args, **kwargs):
+        asked.update(kwargs)
+        return own(model.model, *args, **kwargs)
+
+    model.model.generate = generate
+    context = torch.tensor([[5, 6, 7]])
+    model._model_generate(context, 8, [], attention_mask=torch.ones_like(context), block_size=6)
+    config = asked["jacobi_config"]
+    assert (config.block_size, config.pool_size, config.draft_init) == (6, 0, "prompt")

@@ -253,6 +253,19 @@ def test_arguments_of_another_trainer_are_refused(tmp_path):
         JacobiForcingTrainer(tiny_model(), arguments(tmp_path), rows(2), compute_metrics=print)
 
 
+def test_agreement_does_not_count_the_ties_of_half_precision(tmp_path):
+    settings = {
+        "eval_dataset": rows(8),
+        "eval_prompts": 8,
+        "eval_max_new_tokens": 96,
+        "learning_rate": 0.0,
+        "bf16": True,
+    }
+    trainer = trainer_of(tiny_model(), tmp_path, **settings)
+    trainer.train()
+    assert trainer.evaluate()["eval_agreement"] == 1.0
+
+
 def test_agreement_is_whole_before_anything_was_learned(tmp_path):
     trainer = trainer_of(
         tiny_model(), tmp_path, eval_dataset=rows(4), eval_prompts=3, eval_max_new_tokens=16, learning_rate=0.0
@@ -404,6 +417,7 @@ def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
         ({"data": Dataset.from_list([{"input_ids": [1, 2]}])}, "lacks the columns"),
         ({"data": rows(2).select([])}, "is empty"),
         ({"block_size": 3}, "blocks of 4 tokens, but block_size=3"),
+        ({"block_size": 8}, "blocks of 4 tokens, but block_size=8"),
         ({"torch_compile": True}, "pass compile_layers=True instead"),
         ({"adapter_scope": "draft"}, "pass a `peft_config`"),
         ({"model_init_kwargs": {"dtype": "auto"}}, "given by name"),

@@ -70,6 +70,7 @@ def add_prompts(parser: argparse.ArgumentParser, count: int) -> None:
     source.add_argument("--dataset", help="a data set on the Hub, or a folder")
     parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
     parser.add_argument("--dataset-split", help="the split (default: train)")
+    parser.add_argument("--as-chat", action="store_true", help="take each text for a user's message")
     parser.add_argument("--count", type=positive, default=count, help=f"how many prompts (default: {count})")
 
 
@@ -80,8 +81,8 @@ def prompts_of(arguments, tokenizer) -> list[list[int]]:
     from ..trajectories.prompts import encode_prompt, open_prompts  # these need `datasets`
 
     rows = open_prompts(arguments.prompts or arguments.dataset, arguments.dataset_split, arguments.dataset_name)
-    rows = enumerate(islice(rows, arguments.count))
-    prompts = [encode_prompt(number, row, None, tokenizer, as_chat=False) for number, row in rows]
-    if empty := [prompt.name for prompt in prompts if not prompt.ids]:
-        raise ValueError(f"prompt {empty[0]} is empty: leave it out.")
-    return [prompt.ids for prompt in prompts]
+    found = (encode_prompt(number, row, None, tokenizer, arguments.as_chat).ids for number, row in enumerate(rows))
+    prompts = list(islice(filter(None, found), arguments.count))  # lines may be blank
+    if not prompts:
+        raise ValueError(f"{arguments.prompts or arguments.dataset} holds no prompt: give it some text.")
+    return prompts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .options import positive
+from .options import check_places, positive
 
 
 def add_parser(commands) -> None:
@@ -42,11 +42,8 @@ def run(arguments) -> int:
     others = ("trajectories", "split", "plot", "command", "run", "rest")
     settings = {name: value for name, value in vars(arguments).items() if name not in others}
     settings["output_dir"] = Path(arguments.output_dir).expanduser()
-    if arguments.plot:
-        try:
-            from ..evaluation.plots import noise_levels
-        except ModuleNotFoundError as error:
-            raise ImportError("--plot draws with matplotlib: pip install 'hf_jacobi[eval]'") from error
+    picture = Path(arguments.plot).expanduser() if arguments.plot else None
+    check_places(None, picture)
     try:
         pack_trajectories(open_prompts(arguments.trajectories, arguments.split), **settings, progress=True)
     except KeyboardInterrupt:
@@ -61,7 +58,9 @@ def run(arguments) -> int:
             f"No text has more than {longest} blocks, so a window of {arguments.window_size} never comes to its "
             "end and the noise levels there: a smaller --window-size uses them all."
         )
-    if arguments.plot:
-        noise_levels(statistics).figure.savefig(Path(arguments.plot).expanduser(), dpi=150, bbox_inches="tight")
+    if picture:
+        from ..evaluation.plots import noise_levels
+
+        noise_levels(statistics).figure.savefig(picture, dpi=150, bbox_inches="tight")
         print(f"drawn into {arguments.plot}")
     return 0

@@ -61,7 +61,8 @@ def run(arguments) -> int:
         eval_dataset=held_out,
         peft_config=get_peft_config(model),
     )
-    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
+    last = str(training.resume_from_checkpoint).lower() == "true"  # the option, unlike YAML, gives text
+    trainer.train(resume_from_checkpoint=last or training.resume_from_checkpoint)
     trainer.save_model()
     if held_out is not None:
         trainer.evaluate()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 
@@ -38,7 +39,8 @@ class JacobiGenerationMixin:
                 `"ar"` is transformers' own decoding. Left out, it is read from the generation config, and is `"ar"` if
                 that says nothing.
             jacobi_config ([`JacobiConfig`] or `dict`, *optional*):
-                Settings of Jacobi decoding. Left out, they are read from the generation config (`jacobi`).
+                Settings of Jacobi decoding. Left out, those of the generation config (`jacobi`); a seed alone is added
+                to those.
             output_trajectory (`bool`, *optional*):
                 With `return_dict_in_generate=True`, also return every draft.
 
@@ -59,6 +61,7 @@ def _generate_of_process(self, *args, decoding=None, jacobi_config=None, output_
     plain = functools.partial(_plain_generate, self)
     if isinstance(self, JacobiGenerationMixin):  # enabled by itself, so it was decided before
         return plain(*args, **kwargs)
+    self.generation_config._from_model_config = False  # as in `enable`
     own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
     return decode_by(plain, self, args, kwargs, **own)
 
@@ -78,6 +81,10 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         decoding = "ar" if kwargs.get("custom_generate") else setting_of("decoding", of_call, model) or "ar"
     if decoding not in DECODINGS:
         raise ValueError(f"`decoding` must be one of {DECODINGS}, got {decoding!r}.")
+    if "jacobi" in kwargs:
+        raise ValueError(
+            "`generate` takes settings as `jacobi_config`; `jacobi` is their name in a generation config."
+        )
     if decoding == "ar":
         if jacobi_config is not None or output_trajectory:
             raise ValueError(
@@ -92,11 +99,17 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         raise ValueError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
     if kwargs.get("token_healing", setting_of("token_healing", of_call, model)):
         raise ValueError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
-    if jacobi_config is None:
-        jacobi_config = setting_of("jacobi", of_call, model)
+    if jacobi_config is None or (isinstance(jacobi_config, dict) and set(jacobi_config) == {"seed"}):
+        of_checkpoint = JacobiConfig.coerce(setting_of("jacobi", of_call, model))
+        jacobi_config = dataclasses.replace(of_checkpoint, **(jacobi_config or {}))
     asked = of_call is not None and of_call is not model.generation_config and of_call.use_cache is False
     if kwargs.get("use_cache") is None and not asked:
-        kwargs["use_cache"] = True  # `Trainer` leaves use_cache=False in the model's configs, which nobody asked for
+        # `Trainer` leaves use_cache=False in the model's configs, which nobody asked for.
+        if of_call is None:
+            kwargs["use_cache"] = True
+        else:
+            kwargs["generation_config"] = of_call = copy.deepcopy(of_call)
+            of_call.use_cache = True
     synced_gpus = kwargs.get("synced_gpus")
     bound = {
         "jacobi_config": JacobiConfig.coerce(jacobi_config),

@@ -11,6 +11,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from ..decoding import JacobiConfig, JacobiStats, enable
+from ..decoding.mixin import setting_of, unwrap
 from .measuring import up_to_end
 
 
@@ -22,8 +23,8 @@ SETTINGS = tuple(field.name for field in dataclasses.fields(JacobiConfig) if fie
 class JacobiLM(HFLM):
     """
     lm-eval's `hf` model with a choice of how it decodes, by `gen_kwargs`: `decoding=jacobi` (the default) or
-    `decoding=ar`, and any setting of `JacobiConfig` but the seed, such as `block_size=32`. Left out, the settings are
-    those of the model's generation config.
+    `decoding=ar`, and any setting of `JacobiConfig` but the seed, such as `block_size=32`. Settings that
+    are left out are those of the model's generation config.
 
     Args:
         pretrained, others: as for lm-eval's `hf` model.
@@ -42,7 +43,8 @@ class JacobiLM(HFLM):
         settings = {name: generation_kwargs.pop(name) for name in SETTINGS if name in generation_kwargs}
         decoding = generation_kwargs.pop("decoding", "jacobi")
         if settings and decoding == "jacobi":
-            generation_kwargs["jacobi_config"] = settings
+            of_checkpoint = JacobiConfig.coerce(setting_of("jacobi", None, unwrap(self.model)))
+            generation_kwargs["jacobi_config"] = dataclasses.replace(of_checkpoint, **settings)
         output = super()._model_generate(
             context, max_length, stop, **generation_kwargs, decoding=decoding, return_dict_in_generate=True
         )

@@ -40,7 +40,7 @@ def check_data(name: str, dataset, model, block_size: int | None) -> None:
     if table is not None and longest > table:
         raise ValueError(f"`{name}` has texts of {longest} tokens, but {type(model).__name__} has {table} positions.")
     found = block_size_of(rows)
-    if block_size is not None and found > block_size:
+    if block_size is not None and (found > block_size or (found < block_size and _has_whole_blocks(rows))):
         raise ValueError(f"`{name}` has blocks of {found} tokens, but block_size={block_size}: make them agree.")
 
 
@@ -51,6 +51,11 @@ def block_size_of(rows) -> int | None:
         noisy = [key for key in zip(row["seq_ids"], row["block_ids"]) if key[1] >= 0]
         longest = max([longest, *(len(list(block)) for _, block in groupby(noisy))])
     return longest or None
+
+
+def _has_whole_blocks(rows) -> bool:
+    """Whether a text has several blocks: only the last one may be short."""
+    return any(block > 0 for row in rows for block in row["block_ids"])
 
 
 def check_tokenizer(tokenizer: Any, model) -> None:
