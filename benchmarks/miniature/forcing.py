@@ -25,6 +25,7 @@ from .tasks import is_solved, training_problems
 VALIDATION = 150  # problems of each task, none of them held out or trained on
 BATCH_SIZE = 4
 KEPT = 0.01  # of the solve rate may be lost by the checkpoint that is chosen
+NEAR = 0.02  # of the tokens per forward may be lost for a better one
 
 
 @dataclass(frozen=True)
@@ -262,9 +263,12 @@ def try_checkpoints(base: Path, phases: list[Phase], count: int) -> list[dict]:
 
 
 def choose(curve: list[dict]) -> dict:
-    """The fastest checkpoint that keeps the base model's solve rate; where none does, the one that solves most."""
+    """
+    The checkpoint that solves most among the fastest and those nearly as fast, of all that keep the base model's solve
+    rate; where none does, the one that solves most.
+    """
     base, *checkpoints = curve
     kept = [point for point in checkpoints if point["solve_rate"] >= base["solve_rate"] - KEPT]
-    if kept:
-        return max(kept, key=lambda point: point["tokens_per_forward"])
-    return max(checkpoints, key=lambda point: (point["solve_rate"], point["tokens_per_forward"]))
+    fastest = max((point["tokens_per_forward"] for point in kept), default=0.0)
+    near = [point for point in kept if point["tokens_per_forward"] >= (1 - NEAR) * fastest]
+    return max(near or checkpoints, key=lambda point: (point["solve_rate"], point["tokens_per_forward"]))

@@ -19,7 +19,8 @@ def curves(figures: dict[str, Any], file: Path) -> None:
     for name, curve in figures["curves"].items():
         points = curve["curve"]
         label = {
-            "forcing": "Jacobi Forcing, window 4",
+            "forcing": "Jacobi Forcing, random noise",
+            "forcing-linear": "Jacobi Forcing, linear noise",
             "cllm": "CLLM, window 1",
             "draft": "draft-only adapter",
         }.get(name, name)

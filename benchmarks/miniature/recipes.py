@@ -89,7 +89,8 @@ DRAFT = {"adapter": "draft", "window_size": 1, "noise_schedule": "random"}
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("forcing", clean_share=0.3, **FULL),  # type: ignore[arg-type]
+        Recipe("forcing", noise_schedule="random", clean_share=0.3, **FULL),  # type: ignore[arg-type]
+        Recipe("forcing-linear", clean_share=0.3, **FULL),  # type: ignore[arg-type]
         Recipe("cllm", window_size=1, noise_schedule="random", **FULL),  # type: ignore[arg-type]
         Recipe("draft", **DRAFT, prompts=MAIN, steps=12_000, checkpoints=4),  # type: ignore[arg-type]
         Recipe("linear-w4"),

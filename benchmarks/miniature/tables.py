@@ -29,6 +29,9 @@ MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("Jacobi Forcing, sliding window of 16", "forcing", sliding(16)),
     ("Jacobi Forcing, sliding window of 32", "forcing", sliding(32)),
     ("Jacobi Forcing, sliding window of 32, recycling", "forcing", sliding(32, pool=4)),
+    ("Jacobi Forcing, linear noise, blocks of 16", "forcing-linear", in_blocks(16)),
+    ("Jacobi Forcing, linear noise, MR", "forcing-linear", MR),
+    ("Jacobi Forcing, linear noise, sliding window of 16", "forcing-linear", sliding(16)),
     ("draft-only adapter, sliding window of 16", "draft", sliding(16)),
     ("draft-only adapter, sliding window of 16, recycling", "draft", sliding(16, pool=4)),
 )
@@ -117,14 +120,17 @@ def render(figures: dict[str, Any]) -> str:
         parts += ["### Jacobi Forcing against CLLM by block size, same budget", _comparison(figures["block_sizes"])]
     if "grid" in figures:
         grid = figures["grid"]
-        parts += ["### Table 4: block size and pool, tokens per forward"]
+        parts += ["### Table 4: block size and pool, tokens per forward (Jacobi Forcing, linear noise)"]
         parts += [
             "In blocks:",
             _grid("n", "pool", grid["pools"]),
             "Sliding window:",
             _grid("n", "pool", grid["sliding"]),
         ]
-        parts += ["### Table 5: K and r, tokens per forward, blocks of 16", _grid("K", "r", grid["flights"])]
+        parts += [
+            "### Table 5: K and r, tokens per forward, blocks of 16 (Jacobi Forcing, linear noise)",
+            _grid("K", "r", grid["flights"]),
+        ]
     return "\n\n".join(parts) + "\n"
 
 

@@ -58,6 +58,7 @@ def test_the_fastest_checkpoint_that_keeps_the_solve_rate_is_chosen():
 
     curve = [point(0, 0.9, 1.0), point(1, 0.9, 2.0), point(2, 0.895, 3.0), point(3, 0.8, 4.0)]
     assert choose(curve)["step"] == 2
+    assert choose([*curve, point(5, 0.9, 2.95)])["step"] == 5, "nearly as fast, and better"
     assert choose([curve[0], point(1, 0.7, 2.0), point(2, 0.75, 1.5)])["step"] == 2, "none keeps it"
     assert choose([curve[0], point(1, 0.75, 1.5), point(2, 0.75, 2.0)])["step"] == 2
 
