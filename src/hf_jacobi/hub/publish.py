@@ -98,7 +98,7 @@ def publish(
     """
     validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} says whose repository it is not: pass 'user/name'.")
+        raise ValueError(f"{repo_id!r} names no user or organization: pass 'user/name'.")
     if dry_run and output_dir is None:
         raise ValueError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
     target = None if output_dir is None else Path(output_dir).expanduser()
