@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 
+from ..decoding.compat import attention_of
 from ..decoding.mixin import setting_of, unwrap
 from .measuring import AR, PROMPT_LOOKUP, Method, compare, race
 
@@ -108,7 +109,7 @@ def setup_of(model) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(inner.device) if on_gpu else processor(),
         "threads": torch.get_num_threads(),
         "dtype": str(inner.dtype).removeprefix("torch."),
-        "attention": inner.config.get_text_config(decoder=True)._attn_implementation,
+        "attention": attention_of(inner.config.get_text_config(decoder=True)),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 
+from ..decoding.compat import parsed_as_dict
 from ..decoding.config import JacobiConfig
 from .losses import CONSISTENCY_LOSSES
 
@@ -14,6 +15,7 @@ from .losses import CONSISTENCY_LOSSES
 ADAPTER_SCOPES = ("all", "draft")
 
 
+@parsed_as_dict("model_init_kwargs", "jacobi_config")
 @dataclass
 class JacobiForcingConfig(TrainingArguments):
     """
@@ -93,12 +95,6 @@ class JacobiForcingConfig(TrainingArguments):
     eval_max_new_tokens: int = field(default=128, metadata={"help": "how far they are decoded"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "has no effect: every column is used"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two logs"})
-
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "jacobi_config",
-    ]
 
     def __post_init__(self):
         super().__post_init__()
