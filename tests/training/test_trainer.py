@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArgumen
 
 import hf_jacobi
 from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
+from hf_jacobi.decoding.compat import CACHE
 from hf_jacobi.trajectories.packing import PACKED_FEATURES
 
 
@@ -381,7 +382,7 @@ def test_decoding_in_between_is_not_compiled_and_nothing_is_afterwards(tmp_path)
     compiled = {True: set(), False: set()}  # by whether it decodes
 
     def spy(module, inputs, named):
-        compiled[named.get("past_key_values") is not None].add(is_compiled(model))
+        compiled[named.get(CACHE) is not None].add(is_compiled(model))
 
     model.model.register_forward_pre_hook(spy, with_kwargs=True)
     trainer.train()

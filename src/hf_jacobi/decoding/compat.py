@@ -153,6 +153,31 @@ def attending_by(config, attention: str):
         config._attn_implementation = before
 
 
+def _checkpointing(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+
+
+def is_checkpointing(model: torch.nn.Module) -> bool:
+    """Whether a model computes activations again in the backward pass; what asks for that was renamed in 5.24."""
+    return bool(_checkpointing(model))
+
+
+@contextmanager
+def without_checkpointing(model: torch.nn.Module):
+    """
+    While this is open, activations are kept. Without gradients checkpointing is of no use, and PEFT, where an adapter
+    applies to some tokens, would prepare for a backward pass that never comes.
+    """
+    modules = _checkpointing(model)
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
 def looks_attention_up(model) -> bool:
     """Whether a model asks transformers for its attention, so that one that was registered reaches it."""
     return model._supports_attention_backend
@@ -206,6 +231,11 @@ def leave_loss_as_it_is(trainer) -> None:
     if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
         trainer.model_accepts_loss_kwargs = False
         trainer.compute_loss_func = trainer.compute_loss
+
+
+def on_device(trainer, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch where a trainer's model is."""
+    return trainer._prepare_inputs(inputs)
 
 
 # torch and accelerate

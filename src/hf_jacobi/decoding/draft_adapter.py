@@ -23,6 +23,11 @@ def is_draft_only(adapter_config) -> bool:
     return tuple(getattr(adapter_config, INVOCATION, None) or ()) == DRAFT_ONLY
 
 
+def is_activated(adapter_config) -> bool:
+    """Whether an adapter applies from certain tokens of a text on (PEFT's activated LoRA), or to drafts alone."""
+    return bool(getattr(adapter_config, INVOCATION, None))
+
+
 class DraftAdapter:
     """
     Switches the draft-only adapter of a model on for the last tokens of each row of a forward, and off otherwise.

@@ -10,14 +10,14 @@ from transformers.generation import GenerationMode
 from .attention import LAYER_KINDS, MASKED_ATTENTIONS
 from .compat import (
     CACHE,
-    INVOCATION,
     attention_of,
     cache_argument,
+    is_checkpointing,
     is_stateful,
     makes_dynamic_cache,
     warn_of_untested_version,
 )
-from .draft_adapter import is_draft_only
+from .draft_adapter import is_activated, is_draft_only
 from .slot_cache import can_roll_back
 
 
@@ -57,7 +57,7 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
             f"Jacobi decoding keeps a KV cache of its own, but cache_implementation is "
             f"{generation_config.cache_implementation!r}: drop it, or {INSTEAD}."
         )
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and is_checkpointing(model):
         raise ValueError(
             "Jacobi decoding verifies drafts against the KV cache, which gradient checkpointing switches off in "
             f"training mode: call model.eval() first, or {INSTEAD}."
@@ -70,7 +70,7 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
 
 def _refuse_adapters(model, name: str) -> None:
     adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, INVOCATION, None) and not is_draft_only(adapter) for adapter in adapters):
+    if any(is_activated(adapter) and not is_draft_only(adapter) for adapter in adapters):
         raise ValueError(
             f"Jacobi decoding cannot tell an activated LoRA which tokens it applies to, but {name} carries one: use "
             f"plain LoRA or a draft-only adapter, or {INSTEAD}."

@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
-from ..decoding.compat import attention_of, leave_loss_as_it_is, make_own, name_of, warn_of_untested_version
+from ..decoding.compat import (
+    attention_of,
+    leave_loss_as_it_is,
+    make_own,
+    name_of,
+    on_device,
+    warn_of_untested_version,
+    without_checkpointing,
+)
 from ..decoding.config import JacobiConfig
 from ..decoding.mixin import unwrap
 from ..hub.card import NOTE, render_card, training_note
@@ -249,8 +257,8 @@ class JacobiForcingTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch of the evaluation set, and nothing else: logits of whole rows would fill the memory."""
-        with torch.no_grad(), _without_checkpointing(self.head.model), self._one_batch():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        with torch.no_grad(), without_checkpointing(self.head.model), self._one_batch():
+            loss = self.compute_loss(model, on_device(self, inputs))
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -298,9 +306,9 @@ class JacobiForcingTrainer(Trainer):
 
     # What is saved
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """Saves the model, how it decodes, the tokenizer, and a model card."""
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
             # An adapter has no generation config of its own: how it decodes is written beside it.
@@ -338,22 +346,6 @@ def means_of(sums: dict[str, float]) -> dict[str, float]:
         "ar_loss": sums["ar"] / max(1.0, sums["clean"]),
         "noisy_accuracy": sums["right"] / max(1.0, sums["noisy"]),
     }
-
-
-@contextmanager
-def _without_checkpointing(model: PreTrainedModel):
-    """
-    Switches gradient checkpointing off. Without gradients it is of no use, and PEFT, where an adapter applies to some
-    tokens, would prepare for a backward pass that never comes.
-    """
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
 
 
 def find_tokenizer(name: str):
