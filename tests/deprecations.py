@@ -12,6 +12,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from torch.jit._builtins import _register_builtin
+
 import hf_jacobi
 
 
@@ -52,20 +54,28 @@ def find_own_use(depth: int = 2) -> str | None:
     return None
 
 
+_warn, _warning_once = warnings.warn, logging.Logger.warning_once
+
+
+def watched_warn(message, category=None, stacklevel=1, source=None):
+    """`warnings.warn`, for our own use of what is deprecated an error."""
+    kind = type(message) if isinstance(message, Warning) else category
+    if kind is not None and issubclass(kind, (DeprecationWarning, FutureWarning)) and (place := find_own_use()):
+        raise OwnUseOfDeprecated(f"{place}: {message}")
+    return _warn(message, category, stacklevel + 1, source)
+
+
+def watched_warning_once(self, message, *args, **kwargs):
+    """`warning_once` of transformers' loggers, likewise."""
+    if "deprecated" in str(message) and (place := find_own_use()):
+        raise OwnUseOfDeprecated(f"{place}: {message}")
+    return _warning_once(self, message, *args, **kwargs)
+
+
+_register_builtin(watched_warn, "aten::warn")  # what TorchScript takes `warnings.warn` for
+
+
 def watch(monkeypatch) -> None:
     """While `monkeypatch` lasts, raises `OwnUseOfDeprecated` where we use what is deprecated."""
-    warn, warning_once = warnings.warn, logging.Logger.warning_once
-
-    def watched_warn(message, category=None, stacklevel=1, *args, **kwargs):
-        kind = type(message) if isinstance(message, Warning) else category
-        if kind is not None and issubclass(kind, (DeprecationWarning, FutureWarning)) and (place := find_own_use()):
-            raise OwnUseOfDeprecated(f"{place}: {message}")
-        return warn(message, category, stacklevel + 1, *args, **kwargs)
-
-    def watched_log(self, message, *args, **kwargs):
-        if "deprecated" in str(message) and (place := find_own_use()):
-            raise OwnUseOfDeprecated(f"{place}: {message}")
-        return warning_once(self, message, *args, **kwargs)
-
     monkeypatch.setattr(warnings, "warn", watched_warn)
-    monkeypatch.setattr(logging.Logger, "warning_once", watched_log)
+    monkeypatch.setattr(logging.Logger, "warning_once", watched_warning_once)

@@ -67,6 +67,7 @@ NAMES = [
     ("_attn_implementation", LlamaConfig, "masks, and refusing an attention that takes none"),
     ("_name_or_path", LlamaConfig, "the base model in model cards"),
     ("_VALID_DICT_FIELDS", lambda: TrainingArguments, "jacobi_config and model_init_kwargs on the command line"),
+    ("_compile_all_devices", member("transformers.CompileConfig"), "compiled prompt lookup on a CPU"),
     ("_prepare_inputs", lambda: Trainer, "evaluation during training"),
     ("_orig_mod", lambda: torch.compile(torch.nn.Linear(1, 1)), "enabling a compiled model"),
     ("_compiled_call_impl", lambda: torch.nn.Module(), "compile_layers"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import CompileConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 
 
@@ -208,6 +210,22 @@ def imported_beside(file: Path) -> list[Path]:
     from transformers.dynamic_module_utils import get_relative_import_files
 
     return [Path(found) for found in get_relative_import_files(file)]
+
+
+def compiles_assisted_decoding(model) -> bool:
+    """
+    Whether transformers by itself compiles assisted decoding of a model with a static cache: since 5.24, not on a CPU,
+    and where every layer keeps all tokens.
+    """
+    static = StaticCache(config=model.config, max_cache_len=sys.maxsize)  # without storage as yet
+    return model.device.type != "cpu" and all(getattr(layer, "is_croppable", False) for layer in static.layers)
+
+
+def compile_here() -> CompileConfig:
+    """transformers' settings for compiled forwards, on a CPU, too, where it does not compile by itself."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
 
 
 # The trainer

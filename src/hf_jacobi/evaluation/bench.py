@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import transformers
 
-from ..decoding.compat import attention_of
+from ..decoding.compat import attention_of, compiles_assisted_decoding
 from ..decoding.mixin import setting_of, unwrap
-from .measuring import AR, PROMPT_LOOKUP, Method, compare, race
+from .measuring import AR, COMPILED_LOOKUP, PROMPT_LOOKUP, Method, compare, race
 
 
 DEFAULT_METHODS = (
@@ -26,11 +26,14 @@ DEFAULT_METHODS = (
 
 
 def methods_of(model) -> tuple[Method, ...]:
-    """What is compared by default: `DEFAULT_METHODS`, and the settings in the model's generation config, if any."""
-    own = setting_of("jacobi", None, unwrap(model))
-    if own is None:
-        return DEFAULT_METHODS
-    return (*DEFAULT_METHODS[:2], Method("Jacobi, the checkpoint's", "jacobi", own), *DEFAULT_METHODS[2:])
+    """
+    What is compared by default: `DEFAULT_METHODS`; compiled prompt lookup, where transformers compiles it by itself;
+    and the settings in the model's generation config, if any.
+    """
+    compiled = [COMPILED_LOOKUP] if compiles_assisted_decoding(unwrap(model)) else []
+    settings = setting_of("jacobi", None, unwrap(model))
+    own = [] if settings is None else [Method("Jacobi, the checkpoint's", "jacobi", settings)]
+    return (*DEFAULT_METHODS[:2], *compiled, *own, *DEFAULT_METHODS[2:])
 
 
 def bench(
