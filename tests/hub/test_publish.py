@@ -67,9 +67,7 @@ def run_without_us(tmp_path, folder, adapter: bool):
     python = os.environ.get("PUBLISHED_PYTHON", sys.executable)
     if python == sys.executable:
         environment["PYTHONPATH"] = os.environ.get("PYTHONPATH", "")
-    done = subprocess.run(
-        [python, script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
-    )
+    done = subprocess.run([python, script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     jacobi, plain = done.stdout.splitlines()[-2:]
     return json.loads(jacobi[: jacobi.index("]") + 1]), json.loads(plain), jacobi

@@ -7,7 +7,7 @@ import torch
 from .acceptance import GumbelNoise, TokenChooser
 from .attention import AttentionMask
 from .candidates import TokenTree, lay_out
-from .compat import CACHE, cache_of, pad_token_of, prefill, renamed_cache
+from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .sequence import Sequence
 from .slot_cache import SlotCache
@@ -40,6 +40,7 @@ class DecodeCall:
         self.model = model
         self.input_ids = input_ids
         self.device = input_ids.device
+        self.cache_name = cache_argument(model)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         seed = config.seed
@@ -129,7 +130,7 @@ class DecodeCall:
             **{CACHE: cache},
             **self._other_kwargs(input_ids.shape[1]),
         )
-        return self.model(**renamed_cache(self.model, inputs), return_dict=True).logits.to(self.device)
+        return self.model(**renamed_cache(inputs, self.cache_name), return_dict=True).logits.to(self.device)
 
     def _other_kwargs(self, width: int) -> dict:
         """What else the caller gave the model; token types of new tokens are those that AR would give them."""

@@ -82,9 +82,8 @@ def cache_argument(model) -> str | None:
     return next((name for name in (CACHE, OLD_CACHE) if name in taken), None)
 
 
-def renamed_cache(model, arguments: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a forward, the cache under the name that the model's forward has for it."""
-    name = cache_argument(model)
+def renamed_cache(arguments: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """The arguments of a forward, the cache under the name that the model's forward has for it (`cache_argument`)."""
     if name in (None, CACHE) or CACHE not in arguments:
         return arguments
     return {name if key == CACHE else key: value for key, value in arguments.items()}
@@ -95,9 +94,10 @@ def renamed_cache(model, arguments: dict[str, Any]) -> dict[str, Any]:
 
 def prefill(model, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
     """transformers' own prefill: the output of its forward (of its last one, if the prompt is taken in chunks)."""
+    name = cache_argument(model)
 
     def rename(module, arguments, keywords):
-        return arguments, renamed_cache(model, keywords)
+        return arguments, renamed_cache(keywords, name)
 
     handle = model.register_forward_pre_hook(rename, with_kwargs=True)
     try:
