@@ -19,7 +19,7 @@ import hf_jacobi
 
 OURS = f"{Path(hf_jacobi.__file__).parent}/"
 TESTS = f"{Path(__file__).parent}/"
-DOOR = ("generate", "_generate_of_process", "decode_by")  # of mixin.py: they hand on what their caller passed
+DOOR = ("generate", "_generate_of_process", "decode_by", "__post_init__")  # they hand on what their caller passed
 
 
 class OwnUseOfDeprecated(AssertionError):

@@ -208,12 +208,14 @@ def test_no_private_method_of_the_trainer_is_replaced():
 # The range of versions
 
 
-def test_the_tested_range_is_what_pip_and_a_published_folder_ask_for(tmp_path):
+def test_the_tested_range_is_said_alike_everywhere():
     required = compat.requirement()
     assert f'"{required}"' in (ROOT / "setup.py").read_text()
     newest = re.search(r"^transformers==(\d+\.\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
     assert newest == compat.NEWEST_TESTED
     assert f"{compat.OLDEST_TESTED} to {compat.NEWEST_TESTED}" in (ROOT / "README.md").read_text()
+    weekly = (ROOT / ".github" / "workflows" / "transformers.yml").read_text()
+    assert f'"{compat.OLDEST_TESTED}.0"' in weekly and f'"{compat.NEWEST_TESTED}.0"' in weekly
 
 
 @pytest.mark.parametrize(("installed", "refused"), [("5.16.0", False), ("5.99.0", False), ("5.15.3", True)])

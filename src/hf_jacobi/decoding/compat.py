@@ -241,6 +241,17 @@ def parsed_as_dict(*names: str):
     return decorate
 
 
+def name_checkpointing(args) -> None:
+    """
+    Gives training arguments with `activation_checkpointing`, as it is called since transformers 5.24, the name that the
+    installed one knows: `gradient_checkpointing` before.
+    """
+    if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
+        if args.activation_checkpointing is not None:
+            args.gradient_checkpointing = args.activation_checkpointing
+        args.activation_checkpointing = args.gradient_checkpointing
+
+
 def leave_loss_as_it_is(trainer) -> None:
     """
     Tells a trainer with `loss_is_scaled_for_ga`, which transformers knows since 5.19, the same where it does not: that

@@ -65,8 +65,8 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
         setattr(peft_config, INVOCATION, list(DRAFT_ONLY))
         peft_config.task_type = "CAUSAL_LM"
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    elif args.gradient_checkpointing:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.activation_checkpointing)
+    elif args.activation_checkpointing:
         model.enable_input_require_grads()
     adapted = get_peft_model(model, peft_config)
     if args.adapter_scope == "draft":
