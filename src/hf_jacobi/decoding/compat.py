@@ -243,8 +243,8 @@ def parsed_as_dict(*names: str):
 
 def name_checkpointing(args) -> None:
     """
-    Gives training arguments with `activation_checkpointing`, the name since transformers 5.24, the one that is known to
-    the installed version: `gradient_checkpointing` before.
+    Gives training arguments with `activation_checkpointing`, the name since transformers 5.24, the name that
+    the installed one knows: `gradient_checkpointing` before.
     """
     if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
         if args.activation_checkpointing is not None:
