@@ -243,8 +243,8 @@ def parsed_as_dict(*names: str):
 
 def name_checkpointing(args) -> None:
     """
-    Gives training arguments with `activation_checkpointing`, the name since transformers 5.24, the name that
-    the installed one knows: `gradient_checkpointing` before.
+    Hands `activation_checkpointing` of training arguments on as `gradient_checkpointing`, where transformers is older
+    than 5.24 and knows no other name.
     """
     if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
         if args.activation_checkpointing is not None:
