@@ -15,7 +15,15 @@ import torch
 import transformers
 from deprecations import OwnUseOfDeprecated, find_own_use
 from models import padded_prompts, tiny_model
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.dynamic_module_utils import check_python_requirements
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -285,6 +293,17 @@ def test_a_model_with_code_from_before_the_renaming_decodes():
     assert output.jacobi_stats.tokens_per_forward > 1.05
     assert compat.cache_argument(old) == "past_key_values"
     assert compat.cache_argument(model) == compat.CACHE
+
+
+@pytest.mark.parametrize("name", sorted({compat.CACHE, compat.OLD_CACHE}))
+def test_a_cache_may_be_passed_by_either_name(name):
+    model = hf_jacobi.enable(tiny_model())
+    cache = DynamicCache(config=model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        text = model.generate(**padded_prompts(1), **{name: cache}, max_new_tokens=9, decoding="jacobi")
+    assert cache.get_seq_length() == text.shape[1] - 1
+    assert torch.equal(text, model.generate(**padded_prompts(1), max_new_tokens=9, decoding="ar"))
 
 
 def test_the_output_carries_the_cache_under_the_names_of_ar():
