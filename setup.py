@@ -53,7 +53,7 @@ setup(
     packages=find_packages("src"),
     package_data={"hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*"]},
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "transformers>=5.16"],
+    install_requires=["torch>=2.6", "transformers>=5.16,<5.25"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-jacobi = hf_jacobi.cli:main"]},
     classifiers=[

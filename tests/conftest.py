@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
+from deprecations import watch
 from fixtures import train_permuted_copy
 
 import hf_jacobi
@@ -25,3 +26,9 @@ def _undo_process_wide_enable():
     """A test that enables every model of the process leaves no trace."""
     yield
     hf_jacobi.disable()
+
+
+@pytest.fixture(autouse=True)
+def _own_use_of_deprecated_names_fails(monkeypatch):
+    """What others have deprecated, the package does not call."""
+    watch(monkeypatch)

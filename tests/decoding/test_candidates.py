@@ -8,6 +8,7 @@ from models import padded_prompts, tiny_model
 from hf_jacobi.decoding.acceptance import guesses_after
 from hf_jacobi.decoding.attention import AttentionMask
 from hf_jacobi.decoding.candidates import TokenTree, lay_out
+from hf_jacobi.decoding.compat import CACHE, cache_of
 from hf_jacobi.decoding.slot_cache import SlotCache
 
 
@@ -46,16 +47,14 @@ def test_a_tree_scores_each_path_as_a_plain_forward_would():
     padding = (mask == 0).sum(1).tolist()
     positions = (mask.cumsum(1) - 1).clamp_min(0)
     with torch.no_grad():
-        home = model(prompt, attention_mask=mask, position_ids=positions, use_cache=True).past_key_values
+        home = cache_of(model(prompt, attention_mask=mask, position_ids=positions, use_cache=True))
         cache = SlotCache.from_prefill(home, 12, keep=False)
         step = lay_out(trees, [12] * 3, [-amount for amount in padding], mask.bool(), torch.device("cpu"))
         cache.place(step.slots, 12, 12 + step.input_ids.shape[1])
         visible = AttentionMask(model.config, torch.float32, torch.tensor(padding))(
             step.visible, step.places, step.key_places
         )
-        logits = model(
-            step.input_ids, attention_mask=visible, position_ids=step.position_ids, past_key_values=cache
-        ).logits
+        logits = model(step.input_ids, attention_mask=visible, position_ids=step.position_ids, **{CACHE: cache}).logits
         for row, tree in enumerate(trees):
             for node in range(len(tree)):
                 path = [tree.tokens[index] for index in tree.path(node)]

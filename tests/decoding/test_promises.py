@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import hf_jacobi
+from hf_jacobi.decoding.compat import CACHE, cache_of
 
 
 CONFIGS = [
@@ -265,10 +266,10 @@ def test_a_following_call_continues_from_the_cache(name, rows, first, second):
         question = torch.randint(3, VOCABULARY, (rows, 5), generator=torch.Generator().manual_seed(9))
         text = torch.cat([out.sequences, question], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(rows, text.shape[1] - 12, dtype=torch.long)], 1)
-        cache = out.past_key_values
+        cache = cache_of(out)
         assert cache.get_seq_length() == out.sequences.shape[1] - 1
         return model.generate(
-            text, attention_mask=mask, past_key_values=cache, **settings, max_new_tokens=20, decoding=decodings[1]
+            text, attention_mask=mask, **{CACHE: cache}, **settings, max_new_tokens=20, decoding=decodings[1]
         )
 
     assert torch.equal(two_turns((first, second)).sequences, two_turns(("ar", "ar")).sequences)
@@ -281,13 +282,13 @@ def test_a_following_call_may_pass_the_new_tokens_only(model, rows):
     texts = []
     for decoding in ("ar", "jacobi"):
         with torch.no_grad():
-            cache = model(**inputs, past_key_values=DynamicCache(config=model.config)).past_key_values
+            cache = cache_of(model(**inputs, **{CACHE: DynamicCache(config=model.config)}))
         mask = torch.cat([inputs["attention_mask"], torch.ones_like(question)], 1)
         texts.append(
             model.generate(
                 question,
                 attention_mask=mask,
-                past_key_values=cache,
+                **{CACHE: cache},
                 max_new_tokens=20,
                 do_sample=False,
                 decoding=decoding,
@@ -300,7 +301,7 @@ def test_the_cache_of_the_caller_is_filled_in_place(model):
     inputs = padded_prompts(1)
     caches = [DynamicCache(config=model.config) for _ in range(2)]
     for cache, decoding in zip(caches, ("ar", "jacobi")):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=20, do_sample=False, decoding=decoding)
+        model.generate(**inputs, **{CACHE: cache}, max_new_tokens=20, do_sample=False, decoding=decoding)
     assert caches[0].get_seq_length() == caches[1].get_seq_length() > 20
     for ar, ours in zip(caches[0].layers, caches[1].layers):
         torch.testing.assert_close(ours.keys, ar.keys, atol=1e-4, rtol=1e-4)

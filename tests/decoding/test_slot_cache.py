@@ -7,6 +7,7 @@ import torch
 from models import padded_prompts, tiny_model
 from transformers import DynamicCache
 
+from hf_jacobi.decoding.compat import CACHE, cache_of
 from hf_jacobi.decoding.slot_cache import GROWTH, SlotCache
 
 
@@ -14,7 +15,7 @@ def prefilled(name: str, length: int = 12):
     model = tiny_model(name)
     inputs = padded_prompts(2, length)
     with torch.no_grad():
-        cache = model(**inputs, past_key_values=DynamicCache(config=model.config), use_cache=True).past_key_values
+        cache = cache_of(model(**inputs, **{CACHE: DynamicCache(config=model.config)}, use_cache=True))
     return model, cache
 
 

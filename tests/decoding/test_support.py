@@ -22,6 +22,7 @@ from transformers import (
 )
 
 import hf_jacobi
+from hf_jacobi.decoding.compat import CACHE
 
 
 TINY = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "eos_token_id": 2}
@@ -73,7 +74,7 @@ def test_settings_that_cannot_be_served():
     refused(tiny_model(), "hidden", output_hidden_states=True, return_dict_in_generate=True)
     refused(tiny_model(), "cache_implementation", cache_implementation="static")
     model = tiny_model()
-    refused(model, "StaticCache", past_key_values=StaticCache(config=model.config, max_cache_len=64))
+    refused(model, "StaticCache", **{CACHE: StaticCache(config=model.config, max_cache_len=64)})
 
 
 def test_adapters_with_virtual_tokens():
@@ -88,7 +89,8 @@ def test_adapters_that_switch_on_within_a_text():
 
 def test_gradient_checkpointing_in_training_mode():
     model = tiny_model().train()
-    model.gradient_checkpointing_enable()
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.24
+    enable()
     refused(model, "gradient checkpointing")
 
 

@@ -1,10 +1,14 @@
 """Ways of decoding against each other."""
 
 import pytest
+import torch
 from models import padded_prompts, tiny_model
 
 import hf_jacobi
-from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Method, compare, measure, race
+from hf_jacobi.decoding.compat import compiles_assisted_decoding
+from hf_jacobi.evaluation import measuring
+from hf_jacobi.evaluation.bench import methods_of
+from hf_jacobi.evaluation.measuring import AR, COMPILED_LOOKUP, PROMPT_LOOKUP, Method, compare, measure, race
 
 
 JACOBI = Method("Jacobi", "jacobi", {"block_size": 6})
@@ -20,6 +24,49 @@ def test_every_way_counts_the_same_text():
     assert lookup.positions >= ar.count
     assert all(0 < measured.first_seconds < measured.seconds for measured in found.values())
     assert all(measured.peak_bytes is None or measured.peak_bytes > 1e6 for measured in found.values())
+
+
+def on_meta(**settings):
+    """A model that is on no CPU, as far as it says."""
+    return tiny_model(**settings).to("meta")
+
+
+compiles = pytest.mark.skipif(
+    not compiles_assisted_decoding(on_meta()), reason="this transformers does not compile assisted decoding"
+)
+
+
+@compiles
+def test_compiled_forwards_are_counted(monkeypatch):
+    """The hook of a later call is not part of what was compiled, so that it would count the prefill alone."""
+
+    def compile_quickly():
+        config = compile_here()
+        config.backend = "eager"
+        return config
+
+    compile_here = measuring.compile_here
+    monkeypatch.setattr(measuring, "compile_here", compile_quickly)
+    torch._dynamo.reset()
+    model = hf_jacobi.enable(tiny_model())
+    model.generation_config.eos_token_id = None
+    copying = {"input_ids": torch.tensor([[5, 6, 7, 8] * 5]), "attention_mask": torch.ones(1, 20, dtype=torch.long)}
+    for inputs in (padded_prompts(1), padded_prompts(1), copying):
+        plain, compiled = (measure(model, inputs, method, 20, room=60) for method in (PROMPT_LOOKUP, COMPILED_LOOKUP))
+        assert compiled.tokens == plain.tokens
+        assert compiled.forwards == plain.forwards and compiled.forwards[0] > 1
+        assert compiled.positions == plain.positions >= 20
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0, "nothing was compiled"
+    assert "get_compiled_call" not in vars(model)
+
+
+@compiles
+def test_prompt_lookup_is_compared_in_the_form_that_transformers_compiles():
+    names = [method.name for method in methods_of(on_meta())]
+    assert names[:3] == ["AR", "prompt lookup", "prompt lookup, compiled"]
+    assert COMPILED_LOOKUP not in methods_of(tiny_model()), "a CPU compiles for minutes, which nobody asked for"
+    windowed = on_meta(name="mistral", sliding_window=8)
+    assert COMPILED_LOOKUP not in methods_of(windowed), "its static cache cannot be cropped"
 
 
 def test_rows_of_a_batch_are_counted_up_to_their_end():

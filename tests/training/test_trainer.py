@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from contextlib import nullcontext
 from functools import partialmethod
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TrainingArgumen
 
 import hf_jacobi
 from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
+from hf_jacobi.decoding.compat import CACHE
 from hf_jacobi.trajectories.packing import PACKED_FEATURES
 
 
@@ -109,7 +111,7 @@ def test_the_loss_is_that_of_the_oracle(tmp_path):
     [
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8},
-        {"gradient_checkpointing": True},
+        {"activation_checkpointing": True},
         {"loss_chunk_size": 5},
     ],
 )
@@ -123,6 +125,7 @@ def test_a_step_is_one_large_batch_however_it_is_cut(tmp_path, settings, kind):
 
 SCRIPT = """
 import sys
+import warnings
 sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 from test_trainer import gradients_of_a_step
@@ -381,7 +384,7 @@ def test_decoding_in_between_is_not_compiled_and_nothing_is_afterwards(tmp_path)
     compiled = {True: set(), False: set()}  # by whether it decodes
 
     def spy(module, inputs, named):
-        compiled[named.get("past_key_values") is not None].add(is_compiled(model))
+        compiled[named.get(CACHE) is not None].add(is_compiled(model))
 
     model.model.register_forward_pre_hook(spy, with_kwargs=True)
     trainer.train()
@@ -408,6 +411,16 @@ def test_compiling_needs_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ValueError, match=r"install g\+\+"):
         trainer_of(tiny_model(), tmp_path, compile_layers=True)
+
+
+@pytest.mark.parametrize("name", ["activation_checkpointing", "gradient_checkpointing"])
+def test_checkpointing_goes_by_the_new_name_and_the_old_one(tmp_path, name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        args = arguments(tmp_path, **{name: True})
+    assert args.activation_checkpointing and args.gradient_checkpointing
+    args = arguments(tmp_path)
+    assert not args.activation_checkpointing and not args.gradient_checkpointing
 
 
 @pytest.mark.parametrize(
@@ -441,7 +454,7 @@ def test_a_draft_only_adapter_needs_layers_that_know_rows(tmp_path):
 def test_a_draft_only_adapter_is_evaluated_while_it_trains(tmp_path, checkpointing):
     """PEFT prepares each forward with checkpointing for a backward pass, which evaluation never runs."""
     trainer = trainer_of(
-        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", gradient_checkpointing=checkpointing,
+        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", activation_checkpointing=checkpointing,
         max_steps=3, eval_dataset=rows(3), eval_strategy="steps", eval_steps=1, eval_prompts=1, eval_max_new_tokens=8,
     )  # fmt: skip
     trainer.train()
@@ -469,7 +482,7 @@ def test_a_draft_only_adapter_that_trains_compiled_is_told_its_tokens_by_peft_ag
 def test_a_batch_that_breaks_off_leaves_a_draft_only_adapter_off(tmp_path, in_one_piece, checkpointing):
     """PEFT's hooks outlive a forward that raises, and would put the adapter on for text."""
     trainer = trainer_of(
-        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", gradient_checkpointing=checkpointing
+        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", activation_checkpointing=checkpointing
     )
     for name, parameter in trainer.model.named_parameters():
         if "lora_B" in name:
@@ -534,7 +547,7 @@ def test_the_scope_of_an_adapter_that_is_there_must_be_its_own(tmp_path):
 def test_a_draft_only_adapter_learns_from_noisy_tokens_alone(tmp_path, checkpointing):
     """Its gradient is that of a loss whose text half comes from the base model."""
     trainer = trainer_of(
-        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", gradient_checkpointing=checkpointing
+        tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", activation_checkpointing=checkpointing
     )
     model = trainer.model
     for name, parameter in model.named_parameters():

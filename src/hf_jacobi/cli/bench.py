@@ -55,10 +55,11 @@ def run(arguments) -> int:
             inner.forward = torch.compile(inner.forward, dynamic=True)
     methods = list(methods_of(model))
     if own is not None:
-        methods.insert(2, Method("Jacobi, the adapter's", "jacobi", own.to_dict()))
+        first = next(index for index, method in enumerate(methods) if method.decoding == "jacobi")
+        methods.insert(first, Method("Jacobi, the adapter's", "jacobi", own.to_dict()))
     if arguments.config:
         named = (Method(f"Jacobi, {json.dumps(config)}", "jacobi", config) for config in arguments.config)
-        methods = [*methods[:2], *named]
+        methods = [*(method for method in methods if method.decoding != "jacobi"), *named]
     report = bench(
         model,
         tokenizer,

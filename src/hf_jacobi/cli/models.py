@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..decoding import JacobiConfig
-from ..decoding.draft_adapter import is_draft_only
+from ..decoding.draft_adapter import is_activated, is_draft_only
 
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def with_adapter(model, folder: Path) -> Adapted:
     config = JacobiConfig.coerce(content.get("jacobi"))
     adapter = PeftConfig.from_pretrained(folder)
     draft_only = is_draft_only(adapter)
-    if not draft_only and (not isinstance(adapter, LoraConfig) or adapter.alora_invocation_tokens):
+    if not draft_only and (not isinstance(adapter, LoraConfig) or is_activated(adapter)):
         raise ValueError(f"{folder} is neither a LoRA for all tokens nor one that only drafts: give one of these.")
     kept = itertools.chain(model.parameters(), model.buffers()) if draft_only else ()
     try:

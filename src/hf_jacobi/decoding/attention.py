@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedConfig
 
+from .compat import attention_of
+
 
 MASKED_ATTENTIONS = ("sdpa", "eager")
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
@@ -25,7 +27,7 @@ class AttentionMask:
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, left_padding: torch.Tensor):
         self.left_padding = left_padding
-        self.additive = config._attn_implementation == "eager"  # eager adds the mask: a boolean one would do nothing
+        self.additive = attention_of(config) == "eager"  # eager adds the mask: a boolean one would do nothing
         self.dtype = dtype
         self.sliding_window = getattr(config, "sliding_window", None)
         self.chunk_size = getattr(config, "attention_chunk_size", None)

@@ -7,6 +7,7 @@ import torch
 from .acceptance import GumbelNoise, TokenChooser
 from .attention import AttentionMask
 from .candidates import TokenTree, lay_out
+from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .sequence import Sequence
 from .slot_cache import SlotCache
@@ -39,6 +40,7 @@ class DecodeCall:
         self.model = model
         self.input_ids = input_ids
         self.device = input_ids.device
+        self.cache_name = cache_argument(model)
         self.generation_config = generation_config
         self.model_kwargs = model_kwargs
         seed = config.seed
@@ -46,8 +48,7 @@ class DecodeCall:
             seed = int(torch.randint(2**62, ()))
         self.chooser = TokenChooser(processors, GumbelNoise(seed, row_keys) if generation_config.do_sample else None)
         self.stop = StopCheck(criteria)
-        pad = generation_config._pad_token_tensor
-        self.pad_token = int(pad) if pad is not None else 0
+        self.pad_token = pad_token_of(generation_config) or 0
         padding = [0] * input_ids.shape[0]
         if (valid := model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
             padding = (valid[:, valid.shape[1] - input_ids.shape[1] :] == 0).sum(1).tolist()
@@ -79,8 +80,8 @@ class DecodeCall:
     def prefill(self) -> None:
         """Runs the prompt through transformers' own prefill, takes its cache over, and commits the first token."""
         kwargs = self.model_kwargs
-        outputs = self.model._prefill(self.input_ids, self.generation_config, kwargs)
-        self.home = outputs.past_key_values
+        outputs = prefill(self.model, self.input_ids, self.generation_config, kwargs)
+        self.home = cache_of(outputs)
         length = self.home.get_seq_length()
         self.cache = SlotCache.from_prefill(self.home, length, self.keeps_home)
         self.slot_shift = length - self.input_ids.shape[1]
@@ -124,16 +125,16 @@ class DecodeCall:
         """
         inputs = self.model.prepare_inputs_for_generation(
             input_ids,
-            past_key_values=cache,
             attention_mask=mask,
             position_ids=position_ids,
+            **{CACHE: cache},
             **self._other_kwargs(input_ids.shape[1]),
         )
-        return self.model(**inputs, return_dict=True).logits.to(self.device)
+        return self.model(**renamed_cache(inputs, self.cache_name), return_dict=True).logits.to(self.device)
 
     def _other_kwargs(self, width: int) -> dict:
         """What else the caller gave the model; token types of new tokens are those that AR would give them."""
-        ours = ("past_key_values", "position_ids", "attention_mask", "inputs_embeds", "logits_to_keep")
+        ours = (CACHE, "position_ids", "attention_mask", "inputs_embeds", "logits_to_keep")
         others = {name: value for name, value in self.model_kwargs.items() if name not in ours}
         for name in ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
             if others.get(name) is not None:
@@ -279,9 +280,9 @@ class DecodeCall:
             sequences=sequences,
             scores=self._columns([row.scores for row in self.sequences]) if self.wants_scores else None,
             logits=self._columns([row.logits for row in self.sequences]) if self.wants_logits else None,
-            past_key_values=self.home,
             jacobi_stats=self.stats,
             trajectory=[row.trajectory for row in self.sequences] if self.records else None,
+            **{CACHE: self.home},
         )
 
     def _settle(self, length: int) -> bool:

@@ -179,9 +179,11 @@ def write_settings(folder: Path, decoding: str | None = None, jacobi: dict[str, 
     Returns:
         `decoding` and `jacobi` as they are now.
     """
+    from .compat import DERIVED  # here alone, as it imports transformers
+
     file = folder / "generation_config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    content.pop("_from_model_config", None)  # one derived from the model's loses our keys when it is loaded
+    content.pop(DERIVED, None)
     settings = {
         "decoding": decoding or content.get("decoding") or "jacobi",
         "jacobi": JacobiConfig.coerce(jacobi if jacobi is not None else content.get("jacobi")).to_dict(),

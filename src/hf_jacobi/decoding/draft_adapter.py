@@ -8,8 +8,10 @@ from contextlib import contextmanager
 
 import torch
 
+from .compat import INVOCATION, OFFSETS, VARIANT, has_weights_elsewhere
 
-# What marks such an adapter in its configuration (`alora_invocation_tokens` of PEFT's activated LoRA): a token that no
+
+# What marks such an adapter in its configuration (the invocation tokens of PEFT's activated LoRA): a token that no
 # text holds, so that PEFT by itself never switches it on, and the model without this library is the base model.
 DRAFT_ONLY = (-1,)
 _BOTH_WEIGHTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, ...]] = weakref.WeakKeyDictionary()
@@ -18,7 +20,12 @@ _LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.We
 
 def is_draft_only(adapter_config) -> bool:
     """Whether an adapter's configuration says that it is for drafts alone."""
-    return tuple(getattr(adapter_config, "alora_invocation_tokens", None) or ()) == DRAFT_ONLY
+    return tuple(getattr(adapter_config, INVOCATION, None) or ()) == DRAFT_ONLY
+
+
+def is_activated(adapter_config) -> bool:
+    """Whether an adapter applies from certain tokens of a text on (PEFT's activated LoRA), or to drafts alone."""
+    return bool(getattr(adapter_config, INVOCATION, None))
 
 
 class DraftAdapter:
@@ -41,7 +48,7 @@ class DraftAdapter:
         layers = [
             module
             for module in model.modules()
-            if names & set(getattr(module, "lora_variant", ()))
+            if names & set(getattr(module, VARIANT, ()))
             and names & set(module.active_adapters)
             and not module.disable_adapters
         ]
@@ -74,7 +81,7 @@ class DraftAdapter:
 
     def _tell(self, module, arguments, keywords):
         _check_rows(arguments[0])
-        return arguments, keywords | {"alora_offsets": [self.tokens] * arguments[0].shape[0]}
+        return arguments, keywords | {OFFSETS: [self.tokens] * arguments[0].shape[0]}
 
     def _quick_forward(self, layer: torch.nn.Module):
         """
@@ -93,7 +100,8 @@ class DraftAdapter:
         both = _both_weights(layer, down, up) if base.device.type == "cpu" and _is_large(layer, name) else None
         bias = getattr(layer.get_base_layer(), "bias", None)
 
-        def forward(x: torch.Tensor, *arguments, alora_offsets=None, **keywords) -> torch.Tensor:
+        def forward(x: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            keywords.pop(OFFSETS, None)
             if both is not None and self.tokens and x.dim() == 3 and x.shape[1] == 2 * self.tokens:
                 halves = x.unflatten(1, (2, self.tokens)).transpose(0, 1).flatten(1, 2)  # [2, B * tokens, in]
                 result = torch.bmm(halves, both).unflatten(1, (-1, self.tokens)).transpose(0, 1).flatten(1, 2)
@@ -153,8 +161,8 @@ def _check_rows(x: torch.Tensor) -> None:
 
 def _has_nothing_else(layer: torch.nn.Module) -> bool:
     """Whether a layer's one adapter is a plain LoRA for drafts, of which no gradient is wanted."""
-    if any(hasattr(part, "_hf_hook") for part in layer.modules()):
-        return False  # accelerate brings the weights when its own forward is called
+    if has_weights_elsewhere(layer):
+        return False
     if len(layer.active_adapters) != 1 or layer.training or torch.is_grad_enabled() or layer.merged:
         return False
     name, down, up = layer.active_adapters[0], getattr(layer, "lora_A", {}), getattr(layer, "lora_B", {})

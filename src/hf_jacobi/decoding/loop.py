@@ -7,6 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from .call import DecodeCall
+from .compat import go_on
 from .config import JacobiConfig
 from .support import refuse_unsupported
 
@@ -64,7 +65,7 @@ def run_to_end(call: DecodeCall, streamer=None, synced_gpus: bool = False) -> No
     """Decodes until every row has finished; the arguments are those of `jacobi_decode`."""
     call.prefill()
     call.stream(streamer)
-    while call.model._has_unfinished_sequences(call.finished, synced_gpus, device=call.device):
+    while go_on(call.model, call.finished, synced_gpus, call.device):
         if call.finished:
             call.idle_forward()
             continue

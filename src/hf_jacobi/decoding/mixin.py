@@ -10,8 +10,9 @@ import inspect
 import torch
 from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
-from transformers.generation.utils import is_deepspeed_zero3_enabled, is_fsdp_managed_module
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
+from .compat import cache_among, inside_compiled, make_own
 from .config import JacobiConfig
 from .loop import jacobi_decode
 
@@ -61,7 +62,7 @@ def _generate_of_process(self, *args, decoding=None, jacobi_config=None, output_
     plain = functools.partial(_plain_generate, self)
     if isinstance(self, JacobiGenerationMixin):  # enabled by itself, so it was decided before
         return plain(*args, **kwargs)
-    self.generation_config._from_model_config = False  # as in `enable`
+    make_own(self.generation_config)  # as in `enable`
     own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
     return decode_by(plain, self, args, kwargs, **own)
 
@@ -116,7 +117,7 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         "output_trajectory": bool(output_trajectory),
         "streamer": kwargs.get("streamer"),
         "synced_gpus": _is_sharded(model) if synced_gpus is None else synced_gpus,
-        "fills_cache": kwargs.get("past_key_values") is not None,
+        "fills_cache": cache_among(kwargs) is not None,
     }
     _turn_stop_strings_into_a_criterion(model, kwargs)
     return plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound))
@@ -195,8 +196,7 @@ def enable(model=None):
         inner.__class__ = _enabled_class(type(inner))
     if _is_carried(vars(inner).get("generate")):
         inner._carried_generate = vars(inner).pop("generate")
-    # A config derived from the model's loses our keys when it is loaded again; one of its own keeps them.
-    inner.generation_config._from_model_config = False
+    make_own(inner.generation_config)
     return model
 
 
@@ -258,8 +258,8 @@ def unwrap(model) -> GenerationMixin:
     while not isinstance(inner, GenerationMixin):
         if hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
-        elif isinstance(getattr(inner, "_orig_mod", None), torch.nn.Module):
-            inner = inner._orig_mod
+        elif (compiled := inside_compiled(inner)) is not None:
+            inner = compiled
         elif isinstance(getattr(inner, "module", None), torch.nn.Module):
             inner = inner.module
         else:

@@ -8,7 +8,16 @@ import torch
 from transformers.generation import GenerationMode
 
 from .attention import LAYER_KINDS, MASKED_ATTENTIONS
-from .draft_adapter import is_draft_only
+from .compat import (
+    CACHE,
+    attention_of,
+    cache_argument,
+    is_checkpointing,
+    is_stateful,
+    makes_dynamic_cache,
+    warn_of_untested_version,
+)
+from .draft_adapter import is_activated, is_draft_only
 from .slot_cache import can_roll_back
 
 
@@ -26,6 +35,7 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
     Raises:
         `ValueError`: with the cause and the way out.
     """
+    warn_of_untested_version()
     name = type(model).__name__
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
@@ -47,20 +57,20 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
             f"Jacobi decoding keeps a KV cache of its own, but cache_implementation is "
             f"{generation_config.cache_implementation!r}: drop it, or {INSTEAD}."
         )
-    if model.training and getattr(model, "is_gradient_checkpointing", False):
+    if model.training and is_checkpointing(model):
         raise ValueError(
             "Jacobi decoding verifies drafts against the KV cache, which gradient checkpointing switches off in "
             f"training mode: call model.eval() first, or {INSTEAD}."
         )
     _refuse_adapters(model, name)
-    _refuse_cache(model, name, model_kwargs.get("past_key_values"))
+    _refuse_cache(model, name, model_kwargs.get(CACHE))
     _refuse_attention(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
 
 
 def _refuse_adapters(model, name: str) -> None:
     adapters = getattr(model, "peft_config", {}).values()
-    if any(getattr(adapter, "alora_invocation_tokens", None) and not is_draft_only(adapter) for adapter in adapters):
+    if any(is_activated(adapter) and not is_draft_only(adapter) for adapter in adapters):
         raise ValueError(
             f"Jacobi decoding cannot tell an activated LoRA which tokens it applies to, but {name} carries one: use "
             f"plain LoRA or a draft-only adapter, or {INSTEAD}."
@@ -74,16 +84,16 @@ def _refuse_adapters(model, name: str) -> None:
 
 
 def _refuse_cache(model, name: str, cache) -> None:
-    if "past_key_values" not in inspect.signature(model.forward).parameters and not model._is_stateful:
+    if cache_argument(model) is None and not is_stateful(model):
         raise ValueError(f"Jacobi decoding verifies drafts against the KV cache, but {name} has none: {INSTEAD}.")
-    if model._is_stateful or not model._supports_default_dynamic_cache() or cache is None:
+    if is_stateful(model) or not makes_dynamic_cache(model) or cache is None:
         raise ValueError(
             f"Jacobi decoding rolls the KV cache back, but {name} keeps a recurrent state (a linear-attention or "
             f"state-space model), which cannot be: {INSTEAD}."
         )
     if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", False):
         raise ValueError(
-            f"Jacobi decoding continues from a DynamicCache, but past_key_values is a {type(cache).__name__}"
+            f"Jacobi decoding continues from a DynamicCache, but the cache of this call is a {type(cache).__name__}"
             f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass a DynamicCache, or {INSTEAD}."
         )
     if not can_roll_back(cache):
@@ -96,7 +106,7 @@ def _refuse_cache(model, name: str, cache) -> None:
 
 def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
     config = model.config.get_text_config(decoder=True)
-    attention = config._attn_implementation
+    attention = attention_of(config)
     if attention not in MASKED_ATTENTIONS:
         raise ValueError(
             f"Jacobi decoding needs an attention that takes a custom mask, but {name} runs {attention!r}: load it "

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import transformers
 
+from ..decoding.compat import attention_of, compiles_assisted_decoding
 from ..decoding.mixin import setting_of, unwrap
-from .measuring import AR, PROMPT_LOOKUP, Method, compare, race
+from .measuring import AR, COMPILED_LOOKUP, PROMPT_LOOKUP, Method, compare, race
 
 
 DEFAULT_METHODS = (
@@ -25,11 +26,14 @@ DEFAULT_METHODS = (
 
 
 def methods_of(model) -> tuple[Method, ...]:
-    """What is compared by default: `DEFAULT_METHODS`, and the settings in the model's generation config, if any."""
-    own = setting_of("jacobi", None, unwrap(model))
-    if own is None:
-        return DEFAULT_METHODS
-    return (*DEFAULT_METHODS[:2], Method("Jacobi, the checkpoint's", "jacobi", own), *DEFAULT_METHODS[2:])
+    """
+    What is compared by default: `DEFAULT_METHODS`; compiled prompt lookup, where transformers compiles it by itself;
+    and the settings in the model's generation config, if any.
+    """
+    compiled = [COMPILED_LOOKUP] if compiles_assisted_decoding(unwrap(model)) else []
+    settings = setting_of("jacobi", None, unwrap(model))
+    own = [] if settings is None else [Method("Jacobi, the checkpoint's", "jacobi", settings)]
+    return (*DEFAULT_METHODS[:2], *compiled, *own, *DEFAULT_METHODS[2:])
 
 
 def bench(
@@ -108,7 +112,7 @@ def setup_of(model) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(inner.device) if on_gpu else processor(),
         "threads": torch.get_num_threads(),
         "dtype": str(inner.dtype).removeprefix("torch."),
-        "attention": inner.config.get_text_config(decoder=True)._attn_implementation,
+        "attention": attention_of(inner.config.get_text_config(decoder=True)),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }

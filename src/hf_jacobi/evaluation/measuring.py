@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -11,12 +12,19 @@ from typing import Any, Literal
 
 import torch
 
+from ..decoding.compat import compile_here
 from ..decoding.mixin import unwrap
 
 
 LOOKUP_TOKENS = 10  # what transformers' documentation of prompt lookup uses
 # What a generation config may ask for that is another way of decoding, or another number of texts.
-ALONE = {"num_beams": 1, "num_return_sequences": 1, "prompt_lookup_num_tokens": None, "cache_implementation": None}
+ALONE = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "prompt_lookup_num_tokens": None,
+    "cache_implementation": None,
+    "max_cache_len": None,
+}
 
 
 @dataclass(frozen=True)
@@ -28,22 +36,34 @@ class Method:
         name: as reports call it.
         decoding: `"ar"`, `"jacobi"`, or `"prompt_lookup"`, transformers' own n-gram drafts, which take one row.
         settings: of `JacobiConfig`, for `"jacobi"`; those of the model's generation config if left out.
+        compiled: for `"prompt_lookup"`, whether its forwards are compiled and its cache is static, which transformers
+            does since 5.24. It is compiled while the first prompt is decoded.
     """
 
     name: str
     decoding: Literal["ar", "jacobi", "prompt_lookup"]
     settings: Mapping[str, Any] | None = field(default=None, hash=False)
+    compiled: bool = False
 
-    def arguments(self) -> dict[str, Any]:
-        """What `generate` is called with."""
+    def arguments(self, room: int) -> dict[str, Any]:
+        """What `generate` is called with, for texts of at most `room` tokens."""
         if self.decoding == "prompt_lookup":
-            return ALONE | {"decoding": "ar", "prompt_lookup_num_tokens": LOOKUP_TOKENS}
+            lookup = {"decoding": "ar", "prompt_lookup_num_tokens": LOOKUP_TOKENS}
+            if self.compiled:  # the last draft may reach beyond the text, and the cache has to hold it
+                length = room + LOOKUP_TOKENS + 1
+                lookup |= {
+                    "cache_implementation": "static",
+                    "max_cache_len": length,
+                    "compile_config": compile_here(),
+                }
+            return ALONE | lookup
         config = {} if self.settings is None else {"jacobi_config": dict(self.settings)}
         return ALONE | {"decoding": self.decoding, **config}
 
 
 AR = Method("AR", "ar")
 PROMPT_LOOKUP = Method("prompt lookup", "prompt_lookup")
+COMPILED_LOOKUP = Method("prompt lookup, compiled", "prompt_lookup", compiled=True)
 
 
 @dataclass
@@ -73,7 +93,47 @@ class Measured:
         return sum(map(len, self.tokens))
 
 
-def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_tokens: int) -> Measured:
+@contextmanager
+def watching_forwards(model, note: Callable[[dict[str, Any]], None]):
+    """
+    While this is open, `note` is called with the keyword arguments of each forward that `generate` has run.
+
+    A compiled forward runs the hooks that were there when it was compiled, or none, so that what `generate` compiles
+    is wrapped instead.
+    """
+    compiling = False
+
+    def hook(module, arguments, keywords, output) -> None:
+        if not torch.compiler.is_compiling() and not compiling:
+            note(keywords)
+
+    def get_compiled_call(compile_config):
+        call = type(model).get_compiled_call(model, compile_config)
+
+        def noted(*arguments, **keywords):
+            nonlocal compiling
+            compiling = True  # where compiling was given up, the hook runs in it
+            try:
+                output = call(*arguments, **keywords)
+            finally:
+                compiling = False
+            note(keywords)
+            return output
+
+        return noted
+
+    handle = model.register_forward_hook(hook, with_kwargs=True)
+    model.get_compiled_call = get_compiled_call
+    try:
+        yield
+    finally:
+        handle.remove()
+        del model.get_compiled_call
+
+
+def measure(
+    model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_tokens: int, room: int | None = None
+) -> Measured:
     """
     Decodes greedily.
 
@@ -82,30 +142,29 @@ def measure(model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_t
         inputs: `input_ids` and `attention_mask`, `[batch, length]`, padded on the left.
         method: the way of decoding.
         max_new_tokens: how far.
+        room: how long the longest text may become, of those that are decoded so; compiled forwards are compiled for
+            it. This text's own length if left out.
     """
     length = inputs["input_ids"].shape[1]
     ends: list[float] = []
     scored: list[int] = []
 
-    def note(module, arguments, keywords, output) -> None:
+    def note(keywords: dict[str, Any]) -> None:
         ends.append(now(model) if not ends else 0.0)
         ids = keywords.get("input_ids")
         scored.append(ids.shape[1] if len(ends) > 1 and ids is not None else 1)
 
-    handle = unwrap(model).register_forward_hook(note, with_kwargs=True)
     memory = PeakMemory(model.device)
-    try:
+    with watching_forwards(unwrap(model), note):
         start = now(model)
         output = model.generate(
             **inputs,
-            **method.arguments(),
+            **method.arguments(length + max_new_tokens if room is None else room),
             do_sample=False,
             max_new_tokens=max_new_tokens,
             return_dict_in_generate=True,
         )
         seconds = now(model) - start
-    finally:
-        handle.remove()
     if method.decoding == "jacobi":
         rows = output.jacobi_stats.per_sequence
         counts = [row.new_tokens for row in rows]
@@ -163,8 +222,11 @@ def race(
     Yields:
         For each prompt what each contestant took.
     """
+    room = max_new_tokens + max(prompt["input_ids"].shape[1] for prompt in prompts)
     for number, prompt in enumerate([*prompts[:warm_up], *prompts]):
-        runs = {name: measure(model, prompt, method, max_new_tokens) for name, (model, method) in contestants.items()}
+        runs = {
+            name: measure(model, prompt, method, max_new_tokens, room) for name, (model, method) in contestants.items()
+        }
         if number >= warm_up:
             yield runs
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
+from ..decoding.compat import cache_argument
 from ..decoding.config import JacobiConfig
 from ..decoding.draft_adapter import DraftAdapter
 from ..decoding.mixin import unwrap
@@ -86,8 +87,8 @@ def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
     vocabulary = inner.config.get_text_config(decoder=True).vocab_size
     draw = torch.Generator().manual_seed(0)
     context = torch.randint(vocabulary, (1, count), generator=draw).to(inner.device)
-    cache = DynamicCache(config=inner.config)
-    inner(input_ids=context, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache, name = DynamicCache(config=inner.config), cache_argument(inner)
+    inner(input_ids=context, **{name: cache}, use_cache=True, logits_to_keep=1)
     adapter = DraftAdapter.of(inner)
     times: dict[int, list[float]] = {size: [] for size in sizes}
     with adapter.listening() if adapter else nullcontext():
@@ -96,7 +97,7 @@ def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
                 ids, behind = context[:, :1].expand(1, size), copy.deepcopy(cache)
                 with adapter.on(size // 2) if adapter else nullcontext():
                     start = now(inner)
-                    inner(input_ids=ids, past_key_values=behind, use_cache=True)
+                    inner(input_ids=ids, **{name: behind}, use_cache=True)
                     if repeat:  # after a warm-up
                         times[size].append(now(inner) - start)
     return Knee(tuple(sizes), tuple(median(times[size]) for size in sizes))

@@ -17,10 +17,8 @@ import transformers
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import get_relative_import_files
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ..decoding.compat import causal_lm_of, imported_beside, is_stateful, name_of, requirement
 from ..decoding.config import write_settings
 from ..decoding.draft_adapter import is_draft_only
 from ..decoding.mixin import unwrap
@@ -29,7 +27,6 @@ from .card import EVALUATION, NOTE, checked, is_on_hub, render_card
 
 ENTRY = "generate"
 CARRIED = "custom_generate"
-REQUIREMENTS = "transformers>=5.16\n"
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin")
 TEMPLATES = "additional_chat_templates"
@@ -166,7 +163,7 @@ def write_folder(model_or_dir, repo_id: str, folder: Path, tokenizer, evaluation
         if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
             raise ValueError("an adapter is published if its name is 'default': make it with that name.")
     _check_decodable(folder)
-    base = _base_of(folder, None if source else unwrap(model_or_dir).config._name_or_path)
+    base = _base_of(folder, None if source else name_of(unwrap(model_or_dir)))
     _write_tokenizer(folder, tokenizer, [source, base])
     settings = write_settings(folder)
     _write_decoder(folder / CARRIED, settings, adapter=_adapter_config(folder) is not None)
@@ -204,7 +201,7 @@ def _own_code(source: Path) -> set[Path]:
             references = [named] if isinstance(named, str) else filter(None, named)
             files |= {source / f"{name.partition('.')[0]}.py" for name in references if "--" not in name}
     files = set(filter(Path.exists, files))
-    return files | {Path(found) for file in files for found in get_relative_import_files(file)}
+    return files | {found for file in files for found in imported_beside(file)}
 
 
 def _check_decodable(folder: Path) -> None:
@@ -216,9 +213,8 @@ def _check_decodable(folder: Path) -> None:
         return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("model_type")
-    known = "auto_map" not in config and name in CONFIG_MAPPING
-    model = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[name], None) if known else None
-    if getattr(model, "_is_stateful", False) or config.get("is_encoder_decoder"):
+    model = None if "auto_map" in config else causal_lm_of(name)
+    if is_stateful(model) or config.get("is_encoder_decoder"):
         raise ValueError(
             f"Jacobi decoding needs a decoder whose KV cache can be rolled back, which {name} is not: push it with "
             "its own `push_to_hub`."
@@ -269,7 +265,7 @@ def _write_decoder(folder: Path, settings: dict[str, Any], adapter: bool) -> Non
     folder.mkdir()
     for name, source in sources.items():
         (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    (folder / "requirements.txt").write_text(REQUIREMENTS, encoding="utf-8")
+    (folder / "requirements.txt").write_text(requirement() + "\n", encoding="utf-8")
 
 
 def _note(folder: Path, base: str | None, settings: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, forget_offsets
 from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
@@ -61,11 +62,11 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
             raise ValueError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
         peft_config = copy.copy(peft_config)
         # What makes PEFT apply it to the last tokens of a row. The tokens themselves are never looked for.
-        peft_config.alora_invocation_tokens = list(DRAFT_ONLY)
+        setattr(peft_config, INVOCATION, list(DRAFT_ONLY))
         peft_config.task_type = "CAUSAL_LM"
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.gradient_checkpointing)
-    elif args.gradient_checkpointing:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.activation_checkpointing)
+    elif args.activation_checkpointing:
         model.enable_input_require_grads()
     adapted = get_peft_model(model, peft_config)
     if args.adapter_scope == "draft":
@@ -88,7 +89,7 @@ def _check_layers(model) -> None:
             lambda module, inputs, name=name: flat.append(name) if inputs[0].dim() != 3 else None
         )
         for name, module in inner.named_modules()
-        if getattr(module, "lora_variant", None)
+        if getattr(module, VARIANT, None)
     ]
     try:
         with outside_training(inner):
@@ -124,9 +125,9 @@ class NoisyTokens:
         noisy = rows.block_ids >= 0
         counts: list[int] = noisy.sum(1).tolist()
         if not (self._in_one_piece and self._in_batch):
-            return {"alora_offsets": counts}
+            return {OFFSETS: counts}
         self.mask = noisy[:, noisy.shape[1] - max(1, *counts) :, None]
-        return {"alora_offsets": []}  # else PEFT looks for them in the text
+        return {OFFSETS: []}  # else PEFT looks for them in the text
 
     @contextmanager
     def one_batch(self):
@@ -135,25 +136,15 @@ class NoisyTokens:
         try:
             yield
         except BaseException:
-            self._forget_offsets()
+            forget_offsets(self.model)
             raise
         finally:
             self._in_batch, self.mask = False, None
 
-    def _forget_offsets(self) -> None:
-        """Takes away the hooks that PEFT leaves behind when a forward breaks off: the adapter would stay on."""
-        for module in self.model.modules():
-            for handle in vars(module).pop("_peft_gradient_checkpointing_forward_hooks", []):
-                handle.remove()
-            for number, hook in list(module._forward_pre_hooks.items()):
-                if "alora_offsets" in getattr(hook, "keywords", {}):
-                    del module._forward_pre_hooks[number]
-                    module._forward_pre_hooks_with_kwargs.pop(number, None)
-
     @contextmanager
     def in_one_piece(self):
         """While this is open, the layers of the adapter compute in operations that compile into one graph."""
-        layers = [module for module in self.model.modules() if getattr(module, "lora_variant", None)]
+        layers = [module for module in self.model.modules() if getattr(module, VARIANT, None)]
         before = {layer: vars(layer).get("forward") for layer in layers}
         for layer, forward in before.items():
             layer.forward = self._forward(layer, forward)
@@ -171,7 +162,7 @@ class NoisyTokens:
         def forward(layer, x, *args, **kwargs):
             if self.mask is None or layer.disable_adapters:
                 return before(x, *args, **kwargs) if before else type(layer).forward(layer, x, *args, **kwargs)
-            kwargs.pop("alora_offsets", None)
+            kwargs.pop(OFFSETS, None)
             result = layer.base_layer(x, *args, **kwargs)
             length = x.shape[1] - self.mask.shape[1]
             noisy = result[:, length:]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import TrainingArguments
 
+from ..decoding.compat import name_checkpointing, parsed_as_dict
 from ..decoding.config import JacobiConfig
 from .losses import CONSISTENCY_LOSSES
 
@@ -14,6 +15,7 @@ from .losses import CONSISTENCY_LOSSES
 ADAPTER_SCOPES = ("all", "draft")
 
 
+@parsed_as_dict("model_init_kwargs", "jacobi_config")
 @dataclass
 class JacobiForcingConfig(TrainingArguments):
     """
@@ -53,6 +55,8 @@ class JacobiForcingConfig(TrainingArguments):
         compile_layers (`bool`, defaults to `False`):
             Compile each decoder layer with `torch.compile` while training; takes the place of `torch_compile`, which
             cannot follow the losses into the model. Worth it where steps are short and many.
+        activation_checkpointing (`bool`, defaults to `False`):
+            transformers' own, which it calls `gradient_checkpointing` before 5.24: this name works with every version.
 
     > Parameters that control decoding, while evaluating and in the saved checkpoint
 
@@ -91,16 +95,19 @@ class JacobiForcingConfig(TrainingArguments):
     )
     eval_prompts: int = field(default=8, metadata={"help": "prompts decoded at each evaluation"})
     eval_max_new_tokens: int = field(default=128, metadata={"help": "how far they are decoded"})
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "compute activations again in the backward pass, to save memory",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "has no effect: every column is used"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two logs"})
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
-        *TrainingArguments._VALID_DICT_FIELDS,
-        "model_init_kwargs",
-        "jacobi_config",
-    ]
-
     def __post_init__(self):
+        name_checkpointing(self)
         super().__post_init__()
         if self.consistency_loss not in CONSISTENCY_LOSSES:
             raise ValueError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {self.consistency_loss!r}.")

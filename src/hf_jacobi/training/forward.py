@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..decoding.compat import attention_of, decoder_layers, not_compiled, undo_compile
 from ..decoding.mixin import unwrap
 
 
@@ -57,10 +57,6 @@ def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
     return decoder(**inputs, use_cache=False).last_hidden_state
 
 
-def _layers(model: PreTrainedModel) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
 def check_compilable(model: PreTrainedModel) -> None:
     """
     Refuses what `compiled_layers` cannot compile, before any work is done.
@@ -68,7 +64,7 @@ def check_compilable(model: PreTrainedModel) -> None:
     Raises:
         `ValueError`: the model has no layers that are known as such, or a CPU has no C++ compiler.
     """
-    if not _layers(model):
+    if not decoder_layers(model):
         raise ValueError(f"the layers of {type(model).__name__} were not found: drop `compile_layers`.")
     if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ValueError("`compile_layers` needs a C++ compiler on a CPU: install g++, or drop `compile_layers`.")
@@ -82,27 +78,14 @@ def compiled_layers(model: PreTrainedModel):
     Layer by layer rather than whole: the losses take the place of the model's own forward, and one layer is quickly
     compiled and serves for all.
     """
-    layers = _layers(model)
+    layers = decoder_layers(model)
     for layer in layers:
         layer.compile(dynamic=True)
     try:
         yield
     finally:
         for layer in layers:
-            layer._compiled_call_impl = None
-
-
-@contextmanager
-def _not_compiled(model: PreTrainedModel):
-    """Layers run as they are written: decoding would compile anew for each kind of cache and mask."""
-    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
-    for module in compiled:
-        module._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for module, call in compiled.items():
-            module._compiled_call_impl = call
+            undo_compile(layer)
 
 
 @contextmanager
@@ -112,12 +95,12 @@ def outside_training(model: PreTrainedModel):
     compiled and cannot decode.
     """
     training = model.training
-    attention = model.config.get_text_config(decoder=True)._attn_implementation
+    attention = attention_of(model.config.get_text_config(decoder=True))
     model.eval()
     if attention == "flex_attention":
         model.set_attn_implementation("sdpa")
     try:
-        with _not_compiled(model):
+        with not_compiled(model):  # decoding would compile anew for each kind of cache and mask
             yield
     finally:
         if attention == "flex_attention":

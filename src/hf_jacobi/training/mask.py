@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig
 
 from ..decoding.attention import LAYER_KINDS, AttentionMask
+from ..decoding.compat import attention_of, is_stateful
 from ..decoding.support import has_own_mask
 
 
@@ -129,7 +130,7 @@ def flex_mask(rows: RowTensors, config: PreTrainedConfig) -> BlockMask | dict[st
 
 def training_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype):
     """The mask for the attention that `config` names."""
-    if config._attn_implementation == "flex_attention":
+    if attention_of(config) == "flex_attention":
         return flex_mask(rows, config)
     return dense_mask(rows, config, dtype)
 
@@ -146,7 +147,7 @@ def refuse_untrainable(model) -> None:
     if model.config.is_encoder_decoder:
         raise ValueError(f"Jacobi Forcing trains decoder-only models, but {name} is an encoder-decoder.")
     kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
-    if kinds or model._is_stateful:
+    if kinds or is_stateful(model):
         raise ValueError(
             f"Jacobi Forcing needs attention that a mask can restrict, but {name} has layers that carry a state "
             f"through the row ({', '.join(sorted(kinds)) or 'state-space'}), so noise would leak into the text."
@@ -157,7 +158,7 @@ def refuse_untrainable(model) -> None:
             f"Jacobi Forcing tells each token its position and what it sees, but the attention of {name} counts "
             "places in the row (ALiBi, or a mask of its own)."
         )
-    attention = config._attn_implementation
+    attention = attention_of(config)
     if attention not in ("sdpa", "eager", "flex_attention"):
         raise ValueError(
             f"Jacobi Forcing needs attention that takes a mask of its own, but {name} runs {attention!r}: load it "

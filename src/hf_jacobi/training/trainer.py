@@ -12,9 +12,18 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 
+from ..decoding.compat import (
+    attention_of,
+    leave_loss_as_it_is,
+    make_own,
+    name_of,
+    on_device,
+    warn_of_untested_version,
+    without_checkpointing,
+)
 from ..decoding.config import JacobiConfig
 from ..decoding.mixin import unwrap
-from ..hub.card import NOTE, TAGS, render_card, training_note
+from ..hub.card import NOTE, render_card, training_note
 from .adapters import NoisyTokens, add_adapter
 from .callbacks import DecodingCallback
 from .checks import block_size_of, check_data, check_tokenizer
@@ -60,7 +69,6 @@ class JacobiForcingTrainer(Trainer):
     ```
     """
 
-    _tag_names = TAGS
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the counts of all micro-batches
 
     def __init__(
@@ -76,9 +84,10 @@ class JacobiForcingTrainer(Trainer):
     ):
         if args is None:
             args = JacobiForcingConfig(output_dir="jacobi-forcing")
+        warn_of_untested_version()
         if not isinstance(args, JacobiForcingConfig):
             raise ValueError(f"`args` must be a JacobiForcingConfig, got {type(args).__name__}.")
-        self.base_name = model if isinstance(model, str) else unwrap(model).config._name_or_path
+        self.base_name = model if isinstance(model, str) else name_of(unwrap(model))
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
         elif args.model_init_kwargs:
@@ -110,7 +119,7 @@ class JacobiForcingTrainer(Trainer):
         self.noisy_tokens = NoisyTokens(model) if args.adapter_scope == "draft" else None
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None) or 0
-            flex = inner.config.get_text_config(decoder=True)._attn_implementation == "flex_attention"
+            flex = attention_of(inner.config.get_text_config(decoder=True)) == "flex_attention"
             data_collator = PackedCollator(pad, FLEX_MULTIPLE if flex else 1, args.adapter_scope == "draft")
         self._sums = {"train": Counter(), "eval": Counter()}
         self._seconds = 0.0  # spent in training steps since the last log
@@ -123,15 +132,13 @@ class JacobiForcingTrainer(Trainer):
             data_collator=data_collator,
             **others,
         )
-        if not hasattr(Trainer, "loss_is_scaled_for_ga"):  # transformers before 5.19 looks at these two instead
-            self.model_accepts_loss_kwargs = False
-            self.compute_loss_func = self.compute_loss
+        leave_loss_as_it_is(self)
         if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
                 "`accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES."
             )
-        inner.generation_config._from_model_config = False  # one derived from the model's would lose our keys
+        make_own(inner.generation_config)
         inner.generation_config.decoding = "jacobi"
         inner.generation_config.jacobi = self.jacobi_config.to_dict()
         self.decoding = DecodingCallback(self) if eval_dataset is not None and args.eval_prompts else None
@@ -250,8 +257,8 @@ class JacobiForcingTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch of the evaluation set, and nothing else: logits of whole rows would fill the memory."""
-        with torch.no_grad(), _without_checkpointing(self.head.model), self._one_batch():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+        with torch.no_grad(), without_checkpointing(self.head.model), self._one_batch():
+            loss = self.compute_loss(model, on_device(self, inputs))
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -299,17 +306,14 @@ class JacobiForcingTrainer(Trainer):
 
     # What is saved
 
-    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """Also writes how the checkpoint decodes beside an adapter, which has no generation config of its own."""
-        super()._save(output_dir, state_dict)
-        folder = output_dir if output_dir is not None else self.args.output_dir
-        unwrap(self.model).generation_config.save_pretrained(folder)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def save_model(self, output_dir: str | None = None, *args, **kwargs) -> None:
         """Saves the model, how it decodes, the tokenizer, and a model card."""
-        super().save_model(output_dir, _internal_call)
+        super().save_model(output_dir, *args, **kwargs)
         if self.args.should_save:
-            self._write_card(Path(output_dir if output_dir is not None else self.args.output_dir))
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            # An adapter has no generation config of its own: how it decodes is written beside it.
+            unwrap(self.model).generation_config.save_pretrained(folder)
+            self._write_card(folder)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes the model card into `args.output_dir`; `push_to_hub` calls it."""
@@ -342,22 +346,6 @@ def means_of(sums: dict[str, float]) -> dict[str, float]:
         "ar_loss": sums["ar"] / max(1.0, sums["clean"]),
         "noisy_accuracy": sums["right"] / max(1.0, sums["noisy"]),
     }
-
-
-@contextmanager
-def _without_checkpointing(model: PreTrainedModel):
-    """
-    Switches gradient checkpointing off. Without gradients it is of no use, and PEFT, where an adapter applies to some
-    tokens, would prepare for a backward pass that never comes.
-    """
-    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    for layer in layers:
-        layer.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.gradient_checkpointing = True
 
 
 def find_tokenizer(name: str):

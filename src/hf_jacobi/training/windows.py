@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from ..decoding.compat import attending_by, attention_of, looks_attention_up
 from .mask import RowTensors
 
 
@@ -134,7 +135,7 @@ def can_be_windowed(model: PreTrainedModel) -> bool:
     attends to all that it may see (layers with a window of their own need the dense mask).
     """
     config = model.config.get_text_config(decoder=True)
-    if config._attn_implementation != "sdpa" or not model._supports_attention_backend:
+    if attention_of(config) != "sdpa" or not looks_attention_up(model):
         return False
     kinds = set(getattr(config, "layer_types", None) or ())
     narrow = getattr(config, "sliding_window", None) is not None or getattr(config, "attention_chunk_size", None)
@@ -145,12 +146,8 @@ def can_be_windowed(model: PreTrainedModel) -> bool:
 def attending_by_windows(model: PreTrainedModel):
     """While this is open, the model runs the windowed attention."""
     config = model.config.get_text_config(decoder=True)
-    before = config._attn_implementation
-    config._attn_implementation = WINDOWED
-    try:
+    with attending_by(config, WINDOWED):
         yield
-    finally:
-        config._attn_implementation = before
 
 
 AttentionInterface.register(WINDOWED, windowed_attention)

@@ -1,0 +1,318 @@
+"""
+What is private to transformers, PEFT, accelerate and torch, or differs between their versions, under names of ours.
+
+No other file names it. `tests/decoding/test_compat.py` asserts that each name is there in what is installed, and says
+what is affected if one is gone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import CompileConfig, StaticCache
+from transformers.generation import GenerateDecoderOnlyOutput
+
+
+# The oldest and the newest transformers that the tests ran with; setup.py repeats what follows from them.
+OLDEST_TESTED = "5.16"
+NEWEST_TESTED = "5.24"
+
+
+def release(version: str) -> tuple[int, int]:
+    """Major and minor of a version: `(5, 24)` for `"5.24.1"`."""
+    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+    return int(major), int(minor)
+
+
+def requirement() -> str:
+    """
+    The range of tested versions as pip takes it. transformers itself reads the lower bound alone in a published folder
+    (`check_python_requirements`), so that a newer version is warned of and not refused there.
+    """
+    major, minor = release(NEWEST_TESTED)
+    return f"transformers>={OLDEST_TESTED},<{major}.{minor + 1}"
+
+
+@functools.cache
+def warn_of_untested_version() -> None:
+    """Warns, once in a process, of a transformers newer than the newest that was tested."""
+    installed = transformers.__version__
+    if release(installed) > release(NEWEST_TESTED):
+        warnings.warn(
+            f"hf_jacobi was tested with transformers up to {NEWEST_TESTED}, but {installed} is installed: if "
+            f"something goes wrong, install transformers {NEWEST_TESTED} or a newer hf_jacobi.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# The KV cache: an argument of forwards, a field of outputs and an entry of what `generate` prepares. In transformers
+# 5.24 its name changed; the old one is deprecated until 5.40.
+
+OLD_CACHE = "past_key_values"
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else OLD_CACHE
+
+
+def cache_of(outputs):
+    """The cache in what a forward or `generate` returned."""
+    return getattr(outputs, CACHE)
+
+
+def cache_among(arguments: dict[str, Any]):
+    """The cache among the arguments of `generate`, by its name of today or the old one, or `None`."""
+    found = arguments.get(CACHE)
+    return found if found is not None else arguments.get(OLD_CACHE)
+
+
+def cache_argument(model) -> str | None:
+    """
+    The name under which a model's forward takes the cache, or `None` if it takes none. Code that comes with a
+    checkpoint may be older than the installed transformers.
+    """
+    taken = inspect.signature(model.forward).parameters
+    return next((name for name in (CACHE, OLD_CACHE) if name in taken), None)
+
+
+def renamed_cache(arguments: dict[str, Any], name: str | None) -> dict[str, Any]:
+    """The arguments of a forward, the cache under the name that the model's forward has for it (`cache_argument`)."""
+    if name in (None, CACHE) or CACHE not in arguments:
+        return arguments
+    return {name if key == CACHE else key: value for key, value in arguments.items()}
+
+
+# What `generate` prepares and does
+
+
+def prefill(model, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
+    """transformers' own prefill: the output of its forward (of its last one, if the prompt is taken in chunks)."""
+    name = cache_argument(model)
+
+    def rename(module, arguments, keywords):
+        return arguments, renamed_cache(keywords, name)
+
+    handle = model.register_forward_pre_hook(rename, with_kwargs=True)
+    try:
+        return model._prefill(input_ids, generation_config, model_kwargs)
+    finally:
+        handle.remove()
+
+
+def go_on(model, finished: bool, synced_gpus: bool, device: torch.device) -> bool:
+    """Whether another forward is due, here or in another process that shares the model's weights."""
+    return model._has_unfinished_sequences(finished, synced_gpus, device=device)
+
+
+def pad_token_of(generation_config) -> int | None:
+    """The padding token of a generation config that `generate` prepared."""
+    pad = generation_config._pad_token_tensor
+    return None if pad is None else int(pad)
+
+
+# One derived from the model's config loses our keys when it is loaded; this marks it, in the file, too.
+DERIVED = "_from_model_config"
+
+
+def make_own(generation_config) -> None:
+    """Makes a generation config one of its own, which keeps `decoding` and `jacobi` when it is saved and loaded."""
+    setattr(generation_config, DERIVED, False)
+
+
+# What a model is
+
+
+def is_stateful(model) -> bool:
+    """Whether a model, or a class of models, keeps a state that cannot be taken back."""
+    return bool(getattr(model, "_is_stateful", False))
+
+
+def makes_dynamic_cache(model) -> bool:
+    """Whether `generate` makes a `DynamicCache` for a model."""
+    return model._supports_default_dynamic_cache()
+
+
+def attention_of(config) -> str:
+    """The attention that a (text) config names: `"sdpa"`, `"eager"`, ..."""
+    return config._attn_implementation
+
+
+@contextmanager
+def attending_by(config, attention: str):
+    """While this is open, the model of a config runs a registered attention, whether or not the model allows it."""
+    before = config._attn_implementation
+    config._attn_implementation = attention
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def _checkpointing(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+
+
+def is_checkpointing(model: torch.nn.Module) -> bool:
+    """Whether a model computes activations again in the backward pass; what asks for that was renamed in 5.24."""
+    return bool(_checkpointing(model))
+
+
+@contextmanager
+def without_checkpointing(model: torch.nn.Module):
+    """
+    While this is open, activations are kept. Without gradients checkpointing is of no use, and PEFT, where an adapter
+    applies to some tokens, would prepare for a backward pass that never comes.
+    """
+    modules = _checkpointing(model)
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+def looks_attention_up(model) -> bool:
+    """Whether a model asks transformers for its attention, so that one that was registered reaches it."""
+    return model._supports_attention_backend
+
+
+def name_of(model) -> str:
+    """The folder or Hub name that a model was loaded from, else an empty string."""
+    return model.config._name_or_path
+
+
+def decoder_layers(model) -> list[torch.nn.Module]:
+    """The layers of a decoder, those that gradient checkpointing takes one by one."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def causal_lm_of(model_type: str) -> type | None:
+    """transformers' own causal language model of a type, such as `"llama"`; `None` if it has none."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None) if model_type in CONFIG_MAPPING else None
+
+
+def imported_beside(file: Path) -> list[Path]:
+    """The files that a model's own code imports beside itself, directly or not."""
+    from transformers.dynamic_module_utils import get_relative_import_files
+
+    return [Path(found) for found in get_relative_import_files(file)]
+
+
+def compiles_assisted_decoding(model) -> bool:
+    """
+    Whether transformers by itself compiles assisted decoding of a model with a static cache: since 5.24, not on a CPU,
+    and where every layer keeps all tokens.
+    """
+    static = StaticCache(config=model.config, max_cache_len=sys.maxsize)  # without storage as yet
+    return model.device.type != "cpu" and all(getattr(layer, "is_croppable", False) for layer in static.layers)
+
+
+def compile_here() -> CompileConfig:
+    """transformers' settings for compiled forwards, on a CPU, too, where it does not compile by itself."""
+    config = CompileConfig()
+    config._compile_all_devices = True
+    return config
+
+
+# The trainer
+
+
+def parsed_as_dict(*names: str):
+    """For a class of `TrainingArguments`: reads these arguments as JSON where they are given as text."""
+
+    def decorate(cls: type) -> type:
+        cls._VALID_DICT_FIELDS = [*cls._VALID_DICT_FIELDS, *names]
+        return cls
+
+    return decorate
+
+
+def name_checkpointing(args) -> None:
+    """
+    Hands `activation_checkpointing` of training arguments on as `gradient_checkpointing`, where transformers is older
+    than 5.24 and knows no other name.
+    """
+    if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
+        if args.activation_checkpointing is not None:
+            args.gradient_checkpointing = args.activation_checkpointing
+        args.activation_checkpointing = args.gradient_checkpointing
+
+
+def leave_loss_as_it_is(trainer) -> None:
+    """
+    Tells a trainer with `loss_is_scaled_for_ga`, which transformers knows since 5.19, the same where it does not: that
+    its `compute_loss` divides by the counts of all micro-batches.
+    """
+    if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
+        trainer.model_accepts_loss_kwargs = False
+        trainer.compute_loss_func = trainer.compute_loss
+
+
+def on_device(trainer, inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch where a trainer's model is."""
+    return trainer._prepare_inputs(inputs)
+
+
+# torch and accelerate
+
+
+def inside_compiled(module) -> torch.nn.Module | None:
+    """The module inside what `torch.compile` made of it, or `None` if it is none of those."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, torch.nn.Module) else None
+
+
+def undo_compile(module: torch.nn.Module) -> None:
+    """Undoes `module.compile()`."""
+    module._compiled_call_impl = None
+
+
+@contextmanager
+def not_compiled(model: torch.nn.Module):
+    """While this is open, modules that were compiled in place run as they are written."""
+    compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
+
+
+def has_weights_elsewhere(module: torch.nn.Module) -> bool:
+    """Whether accelerate brings the weights of a module, or of a part of it, when its own forward is called."""
+    return any(hasattr(part, "_hf_hook") for part in module.modules())
+
+
+# PEFT's activated LoRA, of which a draft-only adapter is one. Its layers have `VARIANT`, and take `OFFSETS`: per row,
+# how many tokens at the end they apply to.
+
+INVOCATION = "alora_invocation_tokens"
+OFFSETS = "alora_offsets"
+VARIANT = "lora_variant"
+
+
+def forget_offsets(model: torch.nn.Module) -> None:
+    """Takes away the hooks that PEFT leaves behind when a forward breaks off: the adapter would stay on."""
+    for module in model.modules():
+        for handle in vars(module).pop("_peft_gradient_checkpointing_forward_hooks", []):
+            handle.remove()
+        for number, hook in list(module._forward_pre_hooks.items()):
+            if OFFSETS in getattr(hook, "keywords", {}):
+                del module._forward_pre_hooks[number]
+                module._forward_pre_hooks_with_kwargs.pop(number, None)
