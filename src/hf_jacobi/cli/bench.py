@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..decoding import enable
-from .models import DEMO_MODEL, load, with_adapter
+from .models import load, with_adapter
 from .options import add_dtype, add_prompts, check_places, positive, prompts_of, settings
+from .smollm2 import DEMO_MODEL
 
 
 def add_parser(commands) -> None:
@@ -41,6 +41,7 @@ def run(arguments) -> int:
     from tqdm import tqdm
 
     check_places(arguments.output, arguments.plot)
+    from ..decoding import enable
     from ..decoding.mixin import unwrap
     from ..evaluation.bench import bench, methods_of, table
     from ..evaluation.measuring import Method

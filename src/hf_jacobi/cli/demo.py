@@ -11,17 +11,15 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from transformers.generation.streamers import BaseStreamer
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
-
-from ..decoding import JacobiConfig, enable
-from ..hub.card import NOTE
-from .models import DEMO_ADAPTER, DEMO_MODEL, MINIATURE, encode, first_time_note, load, with_adapter
+from .models import DEMO_ADAPTER, MINIATURE, encode, load, with_adapter
 from .options import add_dtype, positive
+from .smollm2 import DEMO_MODEL, first_time_note
+
+
+if TYPE_CHECKING:
+    from ..decoding import JacobiConfig
 
 
 PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
@@ -78,7 +76,7 @@ class Writing:
         }
 
 
-class Follower(BaseStreamer):
+class Follower:
     """A streamer for one answer after another: calls `show(text, tokens, seconds)` whenever tokens were committed."""
 
     def __init__(self, tokenizer, show):
@@ -154,14 +152,18 @@ def choose(arguments) -> None:
 
 def run(arguments) -> int:
     """Runs the demo; returns 0 when all texts are identical, 1 when they are not."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     choose(arguments)
+    if not arguments.json:  # before what takes seconds
+        print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
+    from transformers.utils import logging
+
+    from ..decoding import JacobiConfig, enable
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}
     config = JacobiConfig(**given)
-    if not arguments.json:
-        print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
     model, tokenizer = load(arguments.model and str(arguments.model), arguments.dtype)
     models = dict.fromkeys(TITLES, enable(model))
     own = getattr(model.generation_config, "jacobi", None)
@@ -197,6 +199,10 @@ def name_of(arguments) -> str:
 
 def is_trained(model: str | Path | None) -> bool:
     """Whether a note of a training lies beside a model."""
+    from transformers.utils import cached_file
+
+    from ..hub.card import NOTE
+
     try:
         file = cached_file(os.path.expanduser(model), NOTE) if model else None
     except OSError:  # there is none
@@ -206,6 +212,9 @@ def is_trained(model: str | Path | None) -> bool:
 
 def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
     """Both answers' figures, what they ran on, and whether the texts are the same."""
+    import torch
+    import transformers
+
     ar, jacobi = writings["ar"], writings["jacobi"]
     return {
         "model": name_of(arguments),

@@ -8,7 +8,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..decoding import JacobiConfig
 from ..evaluation.prompts import CHAT
 from .models import encode
 
@@ -25,6 +24,8 @@ def settings(text: str) -> dict[str, Any]:
     """Settings of `JacobiConfig` as JSON."""
     try:
         found = json.loads(text)
+        from ..decoding.config import JacobiConfig  # which takes seconds
+
         JacobiConfig.coerce(found)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error

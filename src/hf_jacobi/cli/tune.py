@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..decoding import enable
-from ..decoding.config import write_settings
-from .models import DEMO_MODEL, demo_checkpoint, load, with_adapter
+from .models import load, with_adapter
 from .options import add_dtype, add_prompts, check_places, positive, prompts_of
+from .smollm2 import DEMO_MODEL, HUB_ID, demo_checkpoint, packaged, unpacked
 
 
 def add_parser(commands) -> None:
@@ -31,6 +30,8 @@ def run(arguments) -> int:
     """Runs the command."""
     from tqdm import tqdm
 
+    from ..decoding import enable
+    from ..decoding.config import write_settings
     from ..evaluation.tune import tune
 
     check_places(arguments.output, arguments.plots and arguments.plots / "knee.png")
@@ -63,9 +64,11 @@ def run(arguments) -> int:
 
 def target_of(arguments) -> Path:
     """The folder whose generation config gets the settings."""
-    folder = (
-        arguments.save_to or arguments.adapter or (Path(arguments.model) if arguments.model else demo_checkpoint())
-    )
+    folder = arguments.save_to or arguments.adapter
+    if folder is None and arguments.model is None and (unpacked().exists() or packaged()):
+        folder = demo_checkpoint()
+    elif folder is None:
+        folder = Path(arguments.model or HUB_ID)
     if not folder.expanduser().is_dir():
         raise ValueError(
             f"{folder} is no folder to write the settings into: name one with --save-to, or use --dry-run"
