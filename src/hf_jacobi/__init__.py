@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from . import decoding
+    from . import decoding as decoding
     from .decoding import (
         JacobiConfig,
         JacobiGenerationMixin,

@@ -78,7 +78,7 @@ def test_a_field_is_read_as_it_is_written():
     source = (
         "class Other:\n    kept: int = field(default=1, metadata={'help': 'no'})\n"
         "class Wanted:\n    a: int | None = field(default=None, metadata={'help': 'one ' 'two'})\n"
-        "    b: bool = field(default=True, metadata={'help': 'three'})\n    c: int = 3\n    d: int = field(default=4)\n"
+        "    b: bool = field(default=True, metadata={'help': 'three'})\n    c: int = 3\n"
     )
     first, second = options_of(source, "Wanted")
     assert (first.name, first.type, first.default, first.help) == ("a", "int | None", None, "one two")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from .models import load, with_adapter
-from .options import add_dtype, add_prompts, check_places, positive, prompts_of, settings
+from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, settings, wrapped
 from .smollm2 import DEMO_MODEL
 
 
@@ -58,8 +58,8 @@ def run(arguments) -> int:
     if own is not None:
         methods.insert(2, Method("Jacobi, the adapter's", "jacobi", own.to_dict()))
     if arguments.config:
-        named = (Method(f"Jacobi, {json.dumps(config)}", "jacobi", config) for config in arguments.config)
-        methods = [*methods[:2], *named]
+        asked = (Method(f"Jacobi, {named(config)}", "jacobi", config) for config in arguments.config)
+        methods = [*methods[:2], *asked]
     report = bench(
         model,
         tokenizer,
@@ -73,8 +73,8 @@ def run(arguments) -> int:
     )
     report["setup"] |= {"model": arguments.model or DEMO_MODEL, "compile": arguments.compile}
     report["setup"] |= {"adapter": arguments.adapter and arguments.adapter.name}
-    print(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value))
-    print(table(report))
+    print(wrapped(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value)), end="")
+    print(f"\n{table(report)}")
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:

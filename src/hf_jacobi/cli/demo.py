@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .models import DEMO_ADAPTER, MINIATURE, encode, load, with_adapter
-from .options import add_dtype, positive
+from .options import add_dtype, positive, wrapped
 from .smollm2 import DEMO_MODEL, first_time_note
 
 
@@ -175,7 +175,7 @@ def run(arguments) -> int:
         models = {"ar": enable(adapted.writer), "jacobi": enable(adapted.model)}
     prompts = [encode(tokenizer, prompt, model.device) for prompt in arguments.prompt]
     if not arguments.json:
-        print("".join(f"\nPrompt: {prompt.strip()}\n" for prompt in arguments.prompt), end="")
+        print("".join(wrapped(f"\nPrompt: {prompt.strip()}") for prompt in arguments.prompt), end="")
     for decoding in TITLES:  # warm-up, so that neither pays for first-time costs
         write(models[decoding], tokenizer, prompts[:1], decoding, config, 4, lambda *_: None)
     writings = {}
@@ -238,38 +238,53 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
 
 def print_report(report: dict) -> None:
     """The comparison as a table, and what to make of it."""
-    columns = ("tokens", "forwards", "tokens/forward", "seconds", "tokens/second", "speed-up")
+    columns = {"tokens": 7, "forwards": 9, "tokens/forward": 15, "seconds": 8, "tokens/second": 14, "speed-up": 9}
     if report["longest"] == report["max_new_tokens"]:
         print(f"\n[cut at {report['max_new_tokens']} tokens: --max-new-tokens]", end="")
-    print(f"\n\n{report['dtype']} on {report['device']}, {report['threads']} threads, torch {report['torch']}")
-    print(" " * 16 + "".join(f"{column:>16}" for column in columns))
+    print("\n")
+    print(
+        wrapped(f"{report['dtype']} on {report['device']}, {report['threads']} threads, torch {report['torch']}"),
+        end="",
+    )
+    print(" " * 15 + "".join(f"{column:>{width}}" for column, width in columns.items()))
     for decoding, title in TITLES.items():
         row = report[decoding]
-        speedup = report["speedup"] if decoding == "jacobi" else 1.0
-        print(
-            f"{title:16}{row['new_tokens']:>16}{row['forwards']:>16}{row['tokens_per_forward']:>16.2f}"
-            f"{row['seconds']:>16.2f}{row['tokens_per_second']:>16.1f}{speedup:>15.2f}x"
+        cells = (
+            f"{row['new_tokens']}",
+            f"{row['forwards']}",
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['seconds']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{report['speedup'] if decoding == 'jacobi' else 1:.2f}x",
         )
+        print(f"{title:15}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values())))
     print(f"\nTexts identical: {'yes' if report['identical'] else 'no'}")
+    print(wrapped(remarks(report)), end="")
+
+
+def remarks(report: dict) -> str:
+    """What to make of a comparison, in lines."""
+    found = ""
     if not report["identical"]:
-        print(
+        found += (
             "In half precision two tokens can tie, and the number of tokens in a forward decides which one wins; "
-            "float32 (--dtype float32) has practically no ties."
+            "float32 (--dtype float32) has practically no ties.\n"
         )
     if report["jacobi"]["new_tokens"] < SHORT:
-        print("The answer is too short to judge by: ask for something longer.")
+        found += "The answer is too short to judge by: ask for something longer.\n"
     elif report["trained"] and report["speedup"] < 1:
-        print(
+        found += (
             "Fewer forwards, and yet more time: with these settings a forward over drafts takes longer here than the "
-            "forwards\nit saves. `hf-jacobi tune` looks for settings that pay."
+            "forwards it saves. `hf-jacobi tune` looks for settings that pay.\n"
         )
     elif not report["trained"] and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
-        print(
-            "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts "
-            "the one\nafter it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
-            "Forcing, CLLM) is what\nmakes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
-            "that was so trained."
+        found += (
+            "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts the "
+            "one after it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
+            "Forcing, CLLM) is what makes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
+            "that was so trained.\n"
         )
+    return found
 
 
 def _screen(arguments):

@@ -10,6 +10,7 @@ from .train_options import check
 
 ABOUT = "Train a model to decode in parallel (Jacobi Forcing), whole or with an adapter"
 
+
 @dataclass
 class DataArguments:
     """The data; see `hf-jacobi pack`."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
 from .models import load, with_adapter
-from .options import add_dtype, add_prompts, check_places, positive, prompts_of
+from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, wrapped
 from .smollm2 import DEMO_MODEL, HUB_ID, demo_checkpoint, packaged, unpacked
 
 
@@ -78,20 +79,20 @@ def target_of(arguments) -> Path:
 
 def print_report(report: dict) -> None:
     """What was found, and on what."""
-    setup = report["setup"]
-    print(", ".join(f"{name} {value}" for name, value in setup.items()))
-    print("\nforward over    " + "".join(f"{tokens:>8}" for tokens in report["knee"]["tokens"]) + "  tokens")
-    print("takes           " + "".join(f"{1000 * value:>8.1f}" for value in report["knee"]["seconds"]) + "  ms")
-    print(f"\n{'TPF':>6}{'positions':>11}{'tokens/s, predicted':>21}{'measured':>10}  settings")
+    print(wrapped(", ".join(f"{name} {value}" for name, value in report["setup"].items())), end="")
+    print("\nforward over" + "".join(f"{tokens:>7}" for tokens in report["knee"]["tokens"]) + "  tokens")
+    print("takes       " + "".join(f"{1000 * value:>7.1f}" for value in report["knee"]["seconds"]) + "  ms")
+    print(f"\n{'tokens per second':>37}")
+    print(f"{'TPF':>6}{'positions':>11}{'predicted':>11}{'measured':>10}  settings")
     for row in sorted(report["grid"], key=lambda row: -row["predicted"]):
         checked = report["checked"].get(str(row["settings"]))
         measured = f"{checked['tokens_per_second']:.1f}" if checked else ""
-        print(
-            f"{row['tokens_per_forward']:>6.2f}{row['positions_per_forward']:>11.1f}{row['predicted']:>21.1f}"
-            f"{measured:>10}  {row['settings'] or 'default'}"
-        )
-    print(f"{1:>6.2f}{1:>11.1f}{'':>21}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
+        figures = f"{row['tokens_per_forward']:>6.2f}{row['positions_per_forward']:>11.1f}{row['predicted']:>11.1f}"
+        lines = textwrap.wrap(named(row["settings"]), 40)
+        print(f"{figures}{measured:>10}  " + f"\n{'':40}".join(lines))
+    print(f"{1:>6.2f}{1:>11.1f}{'':>11}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
     if report["decoding"] == "ar":
-        print("\nNothing was faster than one token at a time, so that is what the checkpoint is to do.")
+        found = "Nothing was faster than one token at a time, so that is what the checkpoint is to do."
     else:
-        print(f"\n{report['speedup']:.2f}x AR with {report['jacobi'] or 'the default settings'}")
+        found = f"{report['speedup']:.2f}x AR with {named(report['jacobi'])}"
+    print(f"\n{wrapped(found)}", end="")
