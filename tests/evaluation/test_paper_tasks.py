@@ -12,9 +12,9 @@ from hf_jacobi.evaluation.tasks import scoring
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hf_jacobi[harness]'")
 
-from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval.tasks import TaskManager
 
-from hf_jacobi.evaluation.lm_eval import SETTINGS, TASKS  # noqa: E402
+from hf_jacobi.evaluation.lm_eval import SETTINGS, TASKS
 
 
 DOCS = {
