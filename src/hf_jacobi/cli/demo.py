@@ -155,12 +155,23 @@ def run(arguments) -> int:
     choose(arguments)
     if not arguments.json:  # before what takes seconds
         print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
+    import torch
     from transformers.utils import logging
-
-    from ..decoding import JacobiConfig, enable
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    if arguments.model == MINIATURE:
+        torch.set_num_threads(1)  # more gain a model so small little, and wait for each other on a busy machine
+    try:
+        return _race(arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _race(arguments) -> int:
+    from ..decoding import JacobiConfig, enable
+
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}
     config = JacobiConfig(**given)
