@@ -1,5 +1,8 @@
 """`hf-jacobi train` knows its options without importing what they are for."""
 
+import importlib.util
+import sys
+
 import pytest
 from trl import ModelConfig, TrlParser
 
@@ -72,6 +75,18 @@ def test_what_can_run_goes_on_to_the_parser(typed, monkeypatch, capsys):
     monkeypatch.setattr("trl.TrlParser.parse_args_and_config", parse)
     assert cli.main(["train", *typed]) == 2
     assert f"parsed {typed}" in capsys.readouterr().err
+
+
+def test_without_trl_there_is_help_and_a_way_out(monkeypatch, capsys):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else find(name))
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["train", "--help"])
+    out = capsys.readouterr().out
+    assert "--learning_rate FLOAT" in out and "--lora_r" not in out and "pip install 'hf_jacobi[train]'" in out
+    assert cli.main(["train", "--lora_r", "4"]) == 2
+    assert "needs trl: pip install 'hf_jacobi[train]'" in capsys.readouterr().err
 
 
 def test_a_field_is_read_as_it_is_written():

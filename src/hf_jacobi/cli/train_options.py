@@ -85,12 +85,17 @@ def _literal(node: ast.expr | None) -> Any:
 
 
 def read_options() -> dict[str, list[Option]] | None:
-    """The options by the title of their group; `None` where a package is not as it is known here."""
+    """
+    The options by the title of their group, without those of packages that are not installed; `None` where a package is
+    not as it is known here.
+    """
     groups: dict[str, dict[str, Option]] = {}
     try:
         for title, package, file, name in SOURCES:
-            folder = Path(importlib.util.find_spec(package).origin).parent
-            for option in options_of((folder / file).read_text(encoding="utf-8"), name):
+            if (found := importlib.util.find_spec(package)) is None:
+                continue
+            source = (Path(found.origin).parent / file).read_text(encoding="utf-8")
+            for option in options_of(source, name):
                 ours = next((group for group in groups.values() if option.name in group), {})  # has another default
                 groups.setdefault(title, {})[option.name] = ours.pop(option.name, option)
     except (AttributeError, KeyError, OSError, StopIteration, SyntaxError):
@@ -114,6 +119,7 @@ def check(rest: Sequence[str], about: str) -> None:
         usage="hf-jacobi train --model_name_or_path MODEL --train_dataset DATA [options]\n"
         "       hf-jacobi train --config FILE [options]",
         description=about,
+        epilog=None if len(groups) == len(SOURCES) else "There are more: pip install 'hf_jacobi[train]' brings them.",
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file of options; those that are typed go before it")
     for title, options in groups.items():
@@ -124,6 +130,8 @@ def check(rest: Sequence[str], about: str) -> None:
     if "-h" in rest or "help" in typed:
         parser.print_help()
         parser.exit()
+    if parser.epilog:
+        return  # nothing can run
     known = ["config", *(name for options in groups.values() for option in options for name in option.names)]
     if unknown := [name for name in typed if not any(one.startswith(name) for one in known)]:
         parser.error(f"unrecognized arguments: {' '.join(f'--{name}' for name in unknown)}")
