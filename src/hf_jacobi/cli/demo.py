@@ -253,10 +253,8 @@ def print_report(report: dict) -> None:
     if report["longest"] == report["max_new_tokens"]:
         print(f"\n[cut at {report['max_new_tokens']} tokens: --max-new-tokens]", end="")
     print("\n")
-    print(
-        wrapped(f"{report['dtype']} on {report['device']}, {report['threads']} threads, torch {report['torch']}"),
-        end="",
-    )
+    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+    print(wrapped(f"{report['dtype']} on {report['device']}, {threads}, torch {report['torch']}"), end="")
     print(" " * 15 + "".join(f"{column:>{width}}" for column, width in columns.items()))
     for decoding, title in TITLES.items():
         row = report[decoding]

@@ -86,8 +86,8 @@ def _literal(node: ast.expr | None) -> Any:
 
 def read_options() -> dict[str, list[Option]] | None:
     """
-    The options by the title of their group, without those of packages that are not installed; `None` where a package is
-    not as it is known here.
+    The options by the title of their group, without those of packages that are not installed; `None` where a package
+    is not as it is known here.
     """
     groups: dict[str, dict[str, Option]] = {}
     try:
