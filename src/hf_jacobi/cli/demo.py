@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from .models import DEMO_ADAPTER, MINIATURE, encode, load, with_adapter
 from .options import add_dtype, positive, wrapped
-from .smollm2 import DEMO_MODEL, first_time_note
+from .smollm2 import DEMO_MODEL, demo_checkpoint, first_time_note
 
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ def run(arguments) -> int:
     choose(arguments)
     if not arguments.json:  # before what takes seconds
         print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
+    if arguments.model is None:
+        demo_checkpoint()  # where there is no way to it, that is said before torch is imported
     import torch
     from transformers.utils import logging
 
