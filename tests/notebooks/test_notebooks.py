@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from hf_jacobi.cli.smollm2 import demo_checkpoint
+from hf_jacobi.cli.demo_model import demo_checkpoint
 
 
 FOLDER = Path(__file__).parents[2] / "notebooks"

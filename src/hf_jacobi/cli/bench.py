@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from .demo_model import DEMO_MODEL
 from .models import load, with_adapter
 from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, settings, wrapped
-from .smollm2 import DEMO_MODEL
 
 
 def add_parser(commands) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from .demo_model import DEMO_MODEL
 from .models import load
 from .options import add_dtype, positive
-from .smollm2 import DEMO_MODEL
 
 
 def add_parser(commands) -> None:

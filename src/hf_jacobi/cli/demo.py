@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .demo_model import DEMO_MODEL, demo_checkpoint, first_time_note
 from .models import DEMO_ADAPTER, MINIATURE, encode, load, with_adapter
 from .options import add_dtype, positive, wrapped
-from .smollm2 import DEMO_MODEL, demo_checkpoint, first_time_note
 
 
 if TYPE_CHECKING:

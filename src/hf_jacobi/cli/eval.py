@@ -6,8 +6,8 @@ import json
 import os
 from pathlib import Path
 
+from .demo_model import DEMO_MODEL, demo_checkpoint
 from .options import add_dtype, check_places, positive
-from .smollm2 import DEMO_MODEL, demo_checkpoint
 
 
 def add_parser(commands) -> None:

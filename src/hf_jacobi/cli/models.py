@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from .smollm2 import demo_checkpoint
+from .demo_model import demo_checkpoint
 
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ import json
 import textwrap
 from pathlib import Path
 
+from .demo_model import DEMO_MODEL, HUB_ID, demo_checkpoint, packaged, unpacked
 from .models import load, with_adapter
 from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, wrapped
-from .smollm2 import DEMO_MODEL, HUB_ID, demo_checkpoint, packaged, unpacked
 
 
 def add_parser(commands) -> None:

