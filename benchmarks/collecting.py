@@ -25,7 +25,8 @@ import transformers
 from datasets import disable_progress_bars
 
 import hf_jacobi
-from hf_jacobi.cli.models import DEMO_MODEL, load
+from hf_jacobi.cli.demo_model import DEMO_MODEL
+from hf_jacobi.cli.models import load
 from hf_jacobi.trajectories import collect_trajectories
 from hf_jacobi.trajectories.collect import read_report
 from hf_jacobi.trajectories.prompts import encode_prompt, open_prompts

@@ -22,7 +22,8 @@ import torch
 import transformers
 
 import hf_jacobi
-from hf_jacobi.cli.models import DEMO_MODEL, encode, load, with_adapter
+from hf_jacobi.cli.demo_model import DEMO_MODEL
+from hf_jacobi.cli.models import encode, load, with_adapter
 from hf_jacobi.evaluation.prompts import CHAT
 
 

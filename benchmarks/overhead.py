@@ -11,7 +11,8 @@ import functools
 import time
 
 import hf_jacobi
-from hf_jacobi.cli.models import DEMO_MODEL, encode, load
+from hf_jacobi.cli.demo_model import DEMO_MODEL
+from hf_jacobi.cli.models import encode, load
 from hf_jacobi.evaluation.prompts import CHAT
 
 

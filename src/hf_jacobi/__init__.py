@@ -1,17 +1,25 @@
 """Makes a Hugging Face causal language model decode many tokens per forward."""
 
 import importlib
+from typing import TYPE_CHECKING
 
-from .decoding import (
-    JacobiConfig,
-    JacobiGenerationMixin,
-    JacobiOutput,
-    JacobiStats,
-    Trajectory,
-    TrajectoryStep,
-    disable,
-    enable,
-)
+
+if TYPE_CHECKING:
+    from . import decoding as decoding
+    from .decoding import (
+        JacobiConfig,
+        JacobiGenerationMixin,
+        JacobiOutput,
+        JacobiStats,
+        Trajectory,
+        TrajectoryStep,
+        disable,
+        enable,
+    )
+    from .evaluation import plots
+    from .hub import publish
+    from .training import JacobiForcingConfig, JacobiForcingTrainer
+    from .trajectories import collect_trajectories, pack_trajectories
 
 
 __version__ = "0.1.0"
@@ -33,23 +41,33 @@ __all__ = [
     "publish",
 ]
 
-# What needs more than torch and transformers is imported when it is first asked for.
-_LATER = {
+# Everything is imported when it is first asked for: torch and transformers take seconds, other names need an extra.
+_MODULES = {
     "JacobiForcingConfig": "training",
     "JacobiForcingTrainer": "training",
     "collect_trajectories": "trajectories",
     "pack_trajectories": "trajectories",
     "publish": "hub",
     "plots": "evaluation.plots",
+    "decoding": "decoding",
 }
 
 
 def __getattr__(name: str):
-    if name not in _LATER:
+    if name not in __all__ and name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    place = _MODULES.get(name, "decoding")
     try:
-        module = importlib.import_module(f".{_LATER[name]}", __name__)
+        module = importlib.import_module(f".{place}", __name__)
     except ModuleNotFoundError as error:
+        if place == "decoding":
+            raise
         extra = "eval" if name == "plots" else "train"
         raise ImportError(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[{extra}]'") from error
-    return module if _LATER[name].endswith(f".{name}") else getattr(module, name)
+    value = module if place.split(".")[-1] == name else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -27,7 +27,9 @@ def test_bench_writes_figures_a_table_and_a_picture(checkpoint, tmp_path, capsys
     assert [row["batch_size"] for row in report["results"]] == [1, 1, 1, 3, 3]
     assert report["setup"]["attention"] == "eager"
     assert (tmp_path / "bench.png").stat().st_size > 1000
-    assert '| 3 | Jacobi, {"block_size": 4} |' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "batches of 3" in out and "\nJacobi, block_size=4 " in out
+    assert max(map(len, out.partition("one at a time")[2].splitlines())) <= 80
 
 
 def test_bad_settings_are_refused_before_the_model_is_loaded(capsys):

@@ -4,7 +4,7 @@ import pytest
 from models import VOCABULARY, tiny_model, tiny_tokenizer
 
 import hf_jacobi
-from hf_jacobi.evaluation.bench import bench, methods_of, table
+from hf_jacobi.evaluation.bench import DEFAULT_METHODS, bench, methods_of, table
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Method
 from hf_jacobi.evaluation.plots import bench_bars
 
@@ -31,8 +31,33 @@ def test_a_speedup_for_another_text_says_so(report):
     model, other = hf_jacobi.enable(tiny_model()), hf_jacobi.enable(tiny_model(seed=1))
     differing = bench(model, tiny_tokenizer(), PROMPTS[:1], METHODS, max_new_tokens=12, base=other)
     lines = table(differing).splitlines()
-    assert "x * |" in lines[4] and lines[-1].startswith("* Some of the text")
-    assert "*" not in lines[2] + lines[3]
+    assert "x*" in lines[3] and lines[-1].startswith("* Some of the text")
+    assert "*" not in lines[1] + lines[2]
+
+
+def test_the_table_fits_80_columns_and_names_each_way():
+    figures = {
+        "tokens_per_forward": 12.34,
+        "tokens_per_second": 12345.6,
+        "speedup": 12.34,
+        "slowest": 10.12,
+        "fastest": 13.45,
+        "identical": 0.5,
+        "first_token_seconds": 1.234,
+        "peak_bytes": 9.9e9,
+    }
+    names = [*(method.name for method in DEFAULT_METHODS), "Jacobi, block_size=64, window=block, max_blocks=2"]
+    results = [{"batch_size": size, "decoding": name, **figures} for size in (1, 16) for name in names]
+    results.append({"batch_size": 16, "decoding": "last", **figures, "peak_bytes": 7.5e10})
+    lines = table({"results": results}).splitlines()
+    assert max(map(len, lines)) <= 80
+    row = "12.34 12345.6 12.34x* 10.12-13.45x 1234 ms 9900 MB 50%"
+    assert [" ".join(line.split()) for line in lines].count(f"AR {row}") == 2, "of each batch size"
+    assert f"prompt lookup {row}" in " ".join(lines[2].split())
+    at = next(number for number, line in enumerate(lines) if line.startswith("Jacobi, block_size"))
+    written = f"{lines[at][:22]} {lines[at + 1]} {lines[at + 2]}"
+    assert " ".join(written.split()) == names[-1], "over several lines"
+    assert "75.0 GB" in next(line for line in lines if line.startswith("last"))
 
 
 def test_the_picture_has_a_bar_for_each_figure(report):

@@ -5,11 +5,16 @@ import types
 
 import datasets
 import pytest
-from lm_eval.tasks import TaskManager
 
 from hf_jacobi import JacobiConfig
-from hf_jacobi.evaluation.lm_eval import SETTINGS, TASKS
 from hf_jacobi.evaluation.tasks import scoring
+
+
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hf_jacobi[harness]'")
+
+from lm_eval.tasks import TaskManager
+
+from hf_jacobi.evaluation.lm_eval import SETTINGS, TASKS
 
 
 DOCS = {

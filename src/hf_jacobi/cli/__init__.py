@@ -1,8 +1,14 @@
-"""The command `hf-jacobi`."""
+"""
+The command `hf-jacobi`.
+
+The modules of the commands say what can be typed, and import what takes seconds, torch and transformers among it, when
+they run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from .. import __version__
@@ -21,12 +27,18 @@ def main(argv: list[str] | None = None) -> int:
         module.add_parser(commands)
     arguments, arguments.rest = parser.parse_known_args(argv)
     if arguments.rest and arguments.command != "train":  # which has a parser of its own for them
-        parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+        typed = commands.choices.get(arguments.command, parser)
+        typed.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     if arguments.command is None:
         parser.print_help()
         return 2
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read this has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is said as Python ends
+        return 141  # as the shell calls it when the signal ends a program
     except (ValueError, OSError, ImportError) as error:
         print(f"hf-jacobi {arguments.command}: {error}", file=sys.stderr)
         return 2

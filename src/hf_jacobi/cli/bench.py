@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ..decoding import enable
-from .models import DEMO_MODEL, load, with_adapter
-from .options import add_dtype, add_prompts, check_places, positive, prompts_of, settings
+from .demo_model import DEMO_MODEL
+from .models import load, with_adapter
+from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, settings, wrapped
 
 
 def add_parser(commands) -> None:
@@ -41,6 +41,7 @@ def run(arguments) -> int:
     from tqdm import tqdm
 
     check_places(arguments.output, arguments.plot)
+    from ..decoding import enable
     from ..decoding.mixin import unwrap
     from ..evaluation.bench import bench, methods_of, table
     from ..evaluation.measuring import Method
@@ -58,8 +59,8 @@ def run(arguments) -> int:
         first = next(index for index, method in enumerate(methods) if method.decoding == "jacobi")
         methods.insert(first, Method("Jacobi, the adapter's", "jacobi", own.to_dict()))
     if arguments.config:
-        named = (Method(f"Jacobi, {json.dumps(config)}", "jacobi", config) for config in arguments.config)
-        methods = [*(method for method in methods if method.decoding != "jacobi"), *named]
+        asked = (Method(f"Jacobi, {named(config)}", "jacobi", config) for config in arguments.config)
+        methods = [*(method for method in methods if method.decoding != "jacobi"), *asked]
     report = bench(
         model,
         tokenizer,
@@ -73,8 +74,8 @@ def run(arguments) -> int:
     )
     report["setup"] |= {"model": arguments.model or DEMO_MODEL, "compile": arguments.compile}
     report["setup"] |= {"adapter": arguments.adapter and arguments.adapter.name}
-    print(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value))
-    print(table(report))
+    print(wrapped(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value)), end="")
+    print(f"\n{table(report)}")
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1) + "\n")
     if arguments.plot:

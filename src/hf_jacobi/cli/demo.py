@@ -11,17 +11,15 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-import transformers
-from transformers.generation.streamers import BaseStreamer
-from transformers.utils import cached_file
-from transformers.utils import logging as transformers_logging
+from .demo_model import DEMO_MODEL, demo_checkpoint, first_time_note
+from .models import DEMO_ADAPTER, MINIATURE, encode, load, with_adapter
+from .options import add_dtype, positive, wrapped
 
-from ..decoding import JacobiConfig, enable
-from ..hub.card import NOTE
-from .models import DEMO_ADAPTER, DEMO_MODEL, MINIATURE, encode, first_time_note, load, with_adapter
-from .options import add_dtype, positive
+
+if TYPE_CHECKING:
+    from ..decoding import JacobiConfig
 
 
 PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
@@ -78,7 +76,7 @@ class Writing:
         }
 
 
-class Follower(BaseStreamer):
+class Follower:
     """A streamer for one answer after another: calls `show(text, tokens, seconds)` whenever tokens were committed."""
 
     def __init__(self, tokenizer, show):
@@ -154,14 +152,31 @@ def choose(arguments) -> None:
 
 def run(arguments) -> int:
     """Runs the demo; returns 0 when all texts are identical, 1 when they are not."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     choose(arguments)
+    if not arguments.json:  # before what takes seconds
+        print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
+    if arguments.model is None:
+        demo_checkpoint()  # where there is no way to it, that is said before torch is imported
+    import torch
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    threads = torch.get_num_threads()
+    if arguments.model == MINIATURE:
+        torch.set_num_threads(1)  # more gain a model so small little, and wait for each other on a busy machine
+    try:
+        return _race(arguments)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _race(arguments) -> int:
+    from ..decoding import JacobiConfig, enable
+
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}
     config = JacobiConfig(**given)
-    if not arguments.json:
-        print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
     model, tokenizer = load(arguments.model and str(arguments.model), arguments.dtype)
     models = dict.fromkeys(TITLES, enable(model))
     own = getattr(model.generation_config, "jacobi", None)
@@ -173,7 +188,7 @@ def run(arguments) -> int:
         models = {"ar": enable(adapted.writer), "jacobi": enable(adapted.model)}
     prompts = [encode(tokenizer, prompt, model.device) for prompt in arguments.prompt]
     if not arguments.json:
-        print("".join(f"\nPrompt: {prompt.strip()}\n" for prompt in arguments.prompt), end="")
+        print("".join(wrapped(f"\nPrompt: {prompt.strip()}") for prompt in arguments.prompt), end="")
     for decoding in TITLES:  # warm-up, so that neither pays for first-time costs
         write(models[decoding], tokenizer, prompts[:1], decoding, config, 4, lambda *_: None)
     writings = {}
@@ -197,6 +212,10 @@ def name_of(arguments) -> str:
 
 def is_trained(model: str | Path | None) -> bool:
     """Whether a note of a training lies beside a model."""
+    from transformers.utils import cached_file
+
+    from ..hub.card import NOTE
+
     try:
         file = cached_file(os.path.expanduser(model), NOTE) if model else None
     except OSError:  # there is none
@@ -206,6 +225,9 @@ def is_trained(model: str | Path | None) -> bool:
 
 def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
     """Both answers' figures, what they ran on, and whether the texts are the same."""
+    import torch
+    import transformers
+
     ar, jacobi = writings["ar"], writings["jacobi"]
     return {
         "model": name_of(arguments),
@@ -229,38 +251,51 @@ def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]
 
 def print_report(report: dict) -> None:
     """The comparison as a table, and what to make of it."""
-    columns = ("tokens", "forwards", "tokens/forward", "seconds", "tokens/second", "speed-up")
+    columns = {"tokens": 7, "forwards": 9, "tokens/forward": 15, "seconds": 8, "tokens/second": 14, "speed-up": 9}
     if report["longest"] == report["max_new_tokens"]:
         print(f"\n[cut at {report['max_new_tokens']} tokens: --max-new-tokens]", end="")
-    print(f"\n\n{report['dtype']} on {report['device']}, {report['threads']} threads, torch {report['torch']}")
-    print(" " * 16 + "".join(f"{column:>16}" for column in columns))
+    print("\n")
+    threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
+    print(wrapped(f"{report['dtype']} on {report['device']}, {threads}, torch {report['torch']}"), end="")
+    print(" " * 15 + "".join(f"{column:>{width}}" for column, width in columns.items()))
     for decoding, title in TITLES.items():
         row = report[decoding]
-        speedup = report["speedup"] if decoding == "jacobi" else 1.0
-        print(
-            f"{title:16}{row['new_tokens']:>16}{row['forwards']:>16}{row['tokens_per_forward']:>16.2f}"
-            f"{row['seconds']:>16.2f}{row['tokens_per_second']:>16.1f}{speedup:>15.2f}x"
+        cells = (
+            f"{row['new_tokens']}",
+            f"{row['forwards']}",
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['seconds']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{report['speedup'] if decoding == 'jacobi' else 1:.2f}x",
         )
+        print(f"{title:15}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values())))
     print(f"\nTexts identical: {'yes' if report['identical'] else 'no'}")
+    print(wrapped(remarks(report)), end="")
+
+
+def remarks(report: dict) -> str:
+    """What to make of a comparison, in lines."""
+    found = ""
     if not report["identical"]:
-        print(
+        found += (
             "In half precision two tokens can tie, and the number of tokens in a forward decides which one wins; "
-            "float32 (--dtype float32) has practically no ties."
+            "float32 (--dtype float32) has practically no ties.\n"
         )
     if report["jacobi"]["new_tokens"] < SHORT:
-        print("The answer is too short to judge by: ask for something longer.")
+        found += "The answer is too short to judge by: ask for something longer.\n"
     elif report["trained"] and report["speedup"] < 1:
-        print(
+        found += (
             "Fewer forwards, and yet more time: with these settings a forward over drafts takes longer here than the "
-            "forwards\nit saves. `hf-jacobi tune` looks for settings that pay."
+            "forwards it saves. `hf-jacobi tune` looks for settings that pay.\n"
         )
     elif not report["trained"] and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
-        print(
-            "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts "
-            "the one\nafter it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
-            "Forcing, CLLM) is what\nmakes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
-            "that was so trained."
+        found += (
+            "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts the "
+            "one after it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
+            "Forcing, CLLM) is what makes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
+            "that was so trained.\n"
         )
+    return found
 
 
 def _screen(arguments):

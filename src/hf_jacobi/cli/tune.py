@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 
-from ..decoding import enable
-from ..decoding.config import write_settings
-from .models import DEMO_MODEL, demo_checkpoint, load, with_adapter
-from .options import add_dtype, add_prompts, check_places, positive, prompts_of
+from .demo_model import DEMO_MODEL, HUB_ID, demo_checkpoint, packaged, unpacked
+from .models import load, with_adapter
+from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, wrapped
 
 
 def add_parser(commands) -> None:
@@ -31,6 +31,8 @@ def run(arguments) -> int:
     """Runs the command."""
     from tqdm import tqdm
 
+    from ..decoding import enable
+    from ..decoding.config import write_settings
     from ..evaluation.tune import tune
 
     check_places(arguments.output, arguments.plots and arguments.plots / "knee.png")
@@ -63,9 +65,11 @@ def run(arguments) -> int:
 
 def target_of(arguments) -> Path:
     """The folder whose generation config gets the settings."""
-    folder = (
-        arguments.save_to or arguments.adapter or (Path(arguments.model) if arguments.model else demo_checkpoint())
-    )
+    folder = arguments.save_to or arguments.adapter
+    if folder is None and arguments.model is None and (unpacked().exists() or packaged()):
+        folder = demo_checkpoint()
+    elif folder is None:
+        folder = Path(arguments.model or HUB_ID)
     if not folder.expanduser().is_dir():
         raise ValueError(
             f"{folder} is no folder to write the settings into: name one with --save-to, or use --dry-run"
@@ -75,20 +79,20 @@ def target_of(arguments) -> Path:
 
 def print_report(report: dict) -> None:
     """What was found, and on what."""
-    setup = report["setup"]
-    print(", ".join(f"{name} {value}" for name, value in setup.items()))
-    print("\nforward over    " + "".join(f"{tokens:>8}" for tokens in report["knee"]["tokens"]) + "  tokens")
-    print("takes           " + "".join(f"{1000 * value:>8.1f}" for value in report["knee"]["seconds"]) + "  ms")
-    print(f"\n{'TPF':>6}{'positions':>11}{'tokens/s, predicted':>21}{'measured':>10}  settings")
+    print(wrapped(", ".join(f"{name} {value}" for name, value in report["setup"].items())), end="")
+    print("\nforward over" + "".join(f"{tokens:>7}" for tokens in report["knee"]["tokens"]) + "  tokens")
+    print("takes       " + "".join(f"{1000 * value:>7.1f}" for value in report["knee"]["seconds"]) + "  ms")
+    print(f"\n{'tokens per second':>37}")
+    print(f"{'TPF':>6}{'positions':>11}{'predicted':>11}{'measured':>10}  settings")
     for row in sorted(report["grid"], key=lambda row: -row["predicted"]):
         checked = report["checked"].get(str(row["settings"]))
         measured = f"{checked['tokens_per_second']:.1f}" if checked else ""
-        print(
-            f"{row['tokens_per_forward']:>6.2f}{row['positions_per_forward']:>11.1f}{row['predicted']:>21.1f}"
-            f"{measured:>10}  {row['settings'] or 'default'}"
-        )
-    print(f"{1:>6.2f}{1:>11.1f}{'':>21}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
+        figures = f"{row['tokens_per_forward']:>6.2f}{row['positions_per_forward']:>11.1f}{row['predicted']:>11.1f}"
+        lines = textwrap.wrap(named(row["settings"]), 40)
+        print(f"{figures}{measured:>10}  " + f"\n{'':40}".join(lines))
+    print(f"{1:>6.2f}{1:>11.1f}{'':>11}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
     if report["decoding"] == "ar":
-        print("\nNothing was faster than one token at a time, so that is what the checkpoint is to do.")
+        found = "Nothing was faster than one token at a time, so that is what the checkpoint is to do."
     else:
-        print(f"\n{report['speedup']:.2f}x AR with {report['jacobi'] or 'the default settings'}")
+        found = f"{report['speedup']:.2f}x AR with {named(report['jacobi'])}"
+    print(f"\n{wrapped(found)}", end="")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,10 @@ from ..decoding.mixin import setting_of, unwrap
 from .measuring import AR, COMPILED_LOOKUP, PROMPT_LOOKUP, Method, compare, race
 
 
+WIDTH = 80  # columns of a table
+LEGEND = """\
+range: the speed-up on the slowest and on the fastest batch; first: the time
+until the first token; same: the share of texts that are those of the first line"""
 DEFAULT_METHODS = (
     AR,
     PROMPT_LOOKUP,
@@ -127,29 +133,38 @@ def processor() -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report as a table in Markdown; a speed-up for text that is not the first one's is marked with a star."""
-    head = (
-        "batch", "decoding", "TPF", "tokens/s", "speed-up", "slowest", "fastest", "first token", "memory", "identical",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
-    differs = False
-    for row in report["results"]:
-        star = "" if row["identical"] == 1 else " *"
-        differs = differs or bool(star)
-        memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB"
-        cells = [
-            row["batch_size"],
-            row["decoding"],
-            f"{row['tokens_per_forward']:.2f}",
-            f"{row['tokens_per_second']:.1f}",
-            f"{row['speedup']:.2f}x{star}",
-            f"{row['slowest']:.2f}x",
-            f"{row['fastest']:.2f}x",
-            f"{1000 * row['first_token_seconds']:.0f} ms",
-            memory,
-            f"{100 * row['identical']:.0f}%",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    """
+    The report as a table of `WIDTH` columns, a part for each batch size; a speed-up for text that is not the first
+    one's is marked with a star.
+    """
+    figures = ("TPF", "tokens/s", "speed-up", "range", "first", "memory", "same")
+    widths = (6, 9, 9, 13, 8, 8, 5)
+    room = WIDTH - sum(widths)
+    lines, differs = [], False
+    for size, rows in groupby(report["results"], key=lambda row: row["batch_size"]):
+        title = f"batches of {size}" if size > 1 else "one at a time"
+        lines += ["", f"{title:{room}}" + "".join(f"{name:>{width}}" for name, width in zip(figures, widths))]
+        for row in rows:
+            differs = differs or row["identical"] < 1
+            cells = (
+                f"{row['tokens_per_forward']:.2f}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['speedup']:.2f}x{' ' if row['identical'] == 1 else '*'}",
+                f"{row['slowest']:.2f}-{row['fastest']:.2f}x",
+                f"{1000 * row['first_token_seconds']:.0f} ms",
+                _memory(row["peak_bytes"]),
+                f"{100 * row['identical']:.0f}%",
+            )
+            first, *others = textwrap.wrap(row["decoding"], room, subsequent_indent="  ") or [""]
+            lines.append(f"{first:{room}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+            lines += others
+    lines += ["", LEGEND]
     if differs:
-        lines += ["", "* Some of the text is not that of the first line."]
-    return "\n".join(lines)
+        lines += ["* Some of the text is not that of the first line."]
+    return "\n".join(lines[1:])
+
+
+def _memory(peak: int | None) -> str:
+    if peak is None:
+        return ""
+    return f"{peak / 1e6:.0f} MB" if peak < 1e10 else f"{peak / 1e9:.1f} GB"

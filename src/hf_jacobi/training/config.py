@@ -80,7 +80,7 @@ class JacobiForcingConfig(TrainingArguments):
     ar_loss_weight_start: float | None = field(
         default=None, metadata={"help": "lambda at the first step, if it is to grow to ar_loss_weight"}
     )
-    consistency_loss: str = field(default="soft", metadata={"help": f"one of {', '.join(CONSISTENCY_LOSSES)}"})
+    consistency_loss: str = field(default="soft", metadata={"help": "one of soft, kl, reverse_kl, jsd, hard"})
     temperature: float = field(default=1.0, metadata={"help": "temperature of the consistency loss"})
     within_block: bool = field(default=False, metadata={"help": "leave out the last token of each noisy block"})
     loss_chunk_size: int = field(default=512, metadata={"help": "tokens whose logits are held at a time"})
