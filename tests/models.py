@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from fixtures import with_kept_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 
-WEIGHTS = Path(__file__).parent / "weights"  # made by train_tiny_models.py
 VOCABULARY = 96
 BASE = {
     "vocab_size": VOCABULARY,
@@ -134,30 +129,15 @@ def tiny_model(name: str = "llama", *, seed: int = 0, attention: str | None = No
     return model
 
 
-def trained_model(name: str = "llama", *, attention: str | None = None):
+def trained_model(name: str = "llama", *, attention: str | None = None, dtype: torch.dtype = torch.float32):
     """
-    A tiny model in float32, in evaluation mode, whose text drafts and n-grams come true in (see `TinyLanguage`).
+    A tiny model, in evaluation mode, whose text drafts and n-grams come true in (`train_tiny_models.TinyLanguage`).
 
-    Each architecture has weights of its own, kept as 8-bit integers: a few bytes for each of a million numbers.
+    Each architecture has weights of its own.
     """
     kwargs = {} if attention is None else {"attn_implementation": attention}
     model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32, **kwargs).eval()
-    parameters = dict(model.named_parameters())
-    with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file, torch.no_grad():
-        scales = json.loads(file.metadata()["scales"])
-        assert scales.keys() == parameters.keys(), "these are another model's weights: see train_tiny_models.py"
-        for key, scale in scales.items():
-            parameters[key].copy_(file.get_tensor(key).float() * scale)
-    return model
-
-
-def keep_weights(name: str, model) -> None:
-    """Writes what `trained_model` reads."""
-    weights = {key: parameter.detach().float() for key, parameter in model.named_parameters()}
-    scales = {key: max(float(weight.abs().max()), 1e-8) / 127 for key, weight in weights.items()}
-    integers = {key: (weight / scales[key]).round().to(torch.int8) for key, weight in weights.items()}
-    WEIGHTS.mkdir(exist_ok=True)
-    save_file(integers, WEIGHTS / f"{name}.safetensors", metadata={"scales": json.dumps(scales)})
+    return with_kept_weights(model, name).to(dtype)
 
 
 def padded_prompts(rows: int, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -1,8 +1,8 @@
 """
-Trains the tiny models of `ARCHITECTURES` and keeps their weights in `tests/weights/`.
+Trains the models that the tests use, and keeps their weights in `tests/weights/`.
 
-    python tests/train_tiny_models.py            # all, a few minutes on two cores
-    python tests/train_tiny_models.py llama opt  # some
+    python tests/train_tiny_models.py                       # all, a quarter of an hour
+    python tests/train_tiny_models.py llama opt word_chain  # some
 
 Each architecture learns a language of its own (`TinyLanguage`). In such a text a block of guesses comes out right in
 one forward up to the next leader, whose successor n-grams know and the model's own guesses do not: all that drafts can
@@ -14,16 +14,18 @@ from __future__ import annotations
 import sys
 import zlib
 
+import fixtures
 import torch
 from decoding.test_loop import check_architecture
-from models import ARCHITECTURES, VOCABULARY, keep_weights, padded_prompts, tiny_config, trained_model
-from transformers import AutoModelForCausalLM
+from fixtures import keep_weights
+from models import ARCHITECTURES, VOCABULARY, padded_prompts, tiny_config, trained_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 
 LAG = 5  # less than the windows of the models that have one
 FIRST = 3  # ids 0 to 2 are padding, beginning and end
-ROWS, LENGTH = 32, 64
-STEPS = (300, 1000, 3000)  # as many as it takes
+ROWS, LENGTH = 24, 80  # of a batch; no longer texts are asked for
+STEPS = (300, 1200)  # as many as it takes
 ACCURACY = 0.98
 SEEDS = 8
 
@@ -85,7 +87,7 @@ def fit(name: str) -> None:
             print(f"{name}, attempt {attempt}: {accuracy:.1%} right after {steps} steps", flush=True)
             if accuracy > ACCURACY:
                 break
-        keep_weights(name, model)
+        keep_weights(model, name)
         try:
             for rows in (1, 3):
                 smallest_gap(name, rows)
@@ -94,6 +96,47 @@ def fit(name: str) -> None:
         except AssertionError as error:
             print(f"{name}, attempt {attempt}: {str(error).splitlines()[0]}", flush=True)
     raise SystemExit(f"{name}: none of {SEEDS} languages has it all")
+
+
+def run_through(model, batches, rate: float) -> None:
+    """Trains a model on batches of token ids and labels."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=rate, total_steps=len(batches))
+    for ids, labels in batches:
+        loss = model(ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    print(f"loss {loss.item():.4f} after {len(batches)} steps", flush=True)
+
+
+def fit_permuted_copy(steps: int = 400) -> None:
+    """The model of `fixtures.permuted_copy_model`."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(fixtures.PERMUTED_COPY)
+    generator = torch.Generator().manual_seed(1)
+    texts = [fixtures.permuted_copy_batch(16, 96, generator) for _ in range(steps)]
+    random_part = torch.arange(96) < fixtures.PERIOD
+    run_through(model, [(batch, batch.masked_fill(random_part, -100)) for batch in texts], rate=5e-3)
+    keep_weights(model, "permuted_copy")
+
+
+def fit_word_chain(steps: int = 700) -> None:
+    """The model of `fixtures.word_chain_model`."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(fixtures.WORD_CHAIN)
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(steps):
+        rows = [fixtures.word_chain(generator) for _ in range(16)]
+        width = max(len(prompt) + len(text) for prompt, text in rows)
+        filled = [(prompt, text, width - len(prompt) - len(text)) for prompt, text in rows]
+        ids = [prompt + text + [0] * padding for prompt, text, padding in filled]
+        labels = [[-100] * len(prompt) + text + [-100] * padding for prompt, text, padding in filled]
+        batches.append((torch.tensor(ids), torch.tensor(labels)))
+    run_through(model, batches, rate=3e-3)
+    keep_weights(model, "word_chain")
 
 
 def smallest_gap(name: str, rows: int) -> None:
@@ -107,5 +150,6 @@ def smallest_gap(name: str, rows: int) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for architecture in sys.argv[1:] or ARCHITECTURES:
-        fit(architecture)
+    others = {"permuted_copy": fit_permuted_copy, "word_chain": fit_word_chain}
+    for name in sys.argv[1:] or [*ARCHITECTURES, *others]:
+        others[name]() if name in others else fit(name)

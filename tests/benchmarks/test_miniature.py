@@ -82,6 +82,7 @@ def test_the_code_on_the_card_of_what_ships_runs(capsys):
     assert "So there are" in capsys.readouterr().out.partition("Solution:")[2]
 
 
+@pytest.mark.slow
 def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for module in (evaluate, forcing, results):
         monkeypatch.setattr(module, "MAX_NEW_TOKENS", 8)

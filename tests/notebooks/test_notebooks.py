@@ -16,7 +16,7 @@ PICTURES = {"01_decode_in_parallel": 2, "02_train_your_own": 3, "03_tune_and_pub
 MOST = 180  # seconds
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def unpacked():
     """The demo model, whose unpacking is not the notebooks' time."""
     demo_checkpoint()
@@ -40,8 +40,9 @@ def test_it_is_kept_as_it_ran(path):
     assert counts == list(range(1, len(counts) + 1)), "from top to bottom, once"
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_it_runs(path, tmp_path, monkeypatch):
+def test_it_runs(path, tmp_path, monkeypatch, unpacked):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(path, 4)
     start = time.perf_counter()
