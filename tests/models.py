@@ -152,6 +152,13 @@ def padded_prompts(rows: int, length: int = 12, seed: int = 0) -> dict[str, torc
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
+def last_new_tokens(model, inputs: dict[str, torch.Tensor], max_new_tokens: int = 40) -> list[int]:
+    """For each row the token that its text is last to bring up: as ends of text, they end the rows late and apart."""
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
+    texts = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
+    return [max(text, key=text.index) for text in texts]
+
+
 def tiny_tokenizer(template: bool = True, size: int = VOCABULARY, special: tuple[str, ...] = ("<pad>", "<s>", "</s>")):
     """A tokenizer of `size` words, "w3 w4 ..."; with `special`, ids 0 to 2 are padding, beginning and end."""
     words = dict(zip(special, range(3))) | {f"w{token}": token for token in range(len(special), size)}

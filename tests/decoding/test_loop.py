@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from fixtures import permuted_copy_batch
-from models import ARCHITECTURES, padded_prompts, tiny_model, trained_model
+from models import ARCHITECTURES, last_new_tokens, padded_prompts, tiny_model, trained_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
@@ -51,9 +51,8 @@ def check_architecture(name: str, attention: str | None = None) -> None:
         expected = generate(model, inputs, **kwargs)
         if rows == 1:
             assert len(set(expected.sequences[0, 12:].tolist())) >= 6, "a text that repeats itself would test nothing"
-        else:  # rows end at different times: the second one at the token that it is last to write
-            text = expected.sequences[1, 12:].tolist()
-            kwargs["eos_token_id"] = end = max(text, key=text.index)
+        else:  # rows end at different times
+            kwargs["eos_token_id"] = end = last_new_tokens(model, inputs)[1]
             expected = generate(model, inputs, **kwargs)
             ends = [(row.tolist() + [end]).index(end) for row in expected.sequences[:, 12:]]
             assert len(set(ends)) > 1, f"rows end at {ends}"

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import transformers
-from models import VOCABULARY, padded_prompts, tiny_model
+from models import VOCABULARY, last_new_tokens, padded_prompts, tiny_model, trained_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import (
     DynamicCache,
@@ -32,9 +32,13 @@ CONFIGS = [
 ]
 
 
-@pytest.fixture(scope="module")
+MODEL = hf_jacobi.enable(trained_model("olmo"))
+A, B, C = last_new_tokens(MODEL, padded_prompts(3))  # of text that comes late
+
+
+@pytest.fixture
 def model():
-    return hf_jacobi.enable(tiny_model("olmo"))  # repeats itself now and then, so that several tokens are accepted
+    return MODEL
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +48,31 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=chr(31), eos_token="!")  # tokens 0 and 2
 
 
-def both(model, inputs, config, make_kwargs=dict, **kwargs):
-    """The outputs of AR and of Jacobi decoding; `make_kwargs` makes the stateful arguments anew for each."""
+def both(model, inputs, config, make_kwargs=dict, drafts=True, **kwargs):
+    """
+    The outputs of AR and of Jacobi decoding; `make_kwargs` makes the stateful arguments anew for each.
+
+    Unless `drafts` is false, blocks of a size that is given must have accepted drafts: without them Jacobi decoding is
+    AR by another name. The default settings may rest for the length of these texts.
+    """
     kwargs = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True} | kwargs
     expected = model.generate(**inputs, **kwargs, **make_kwargs())
-    return expected, model.generate(**inputs, **kwargs, **make_kwargs(), decoding="jacobi", jacobi_config=config)
+    out = model.generate(**inputs, **kwargs, **make_kwargs(), decoding="jacobi", jacobi_config=config)
+    accepted = out.jacobi_stats.new_tokens - sum(row.forwards for row in out.jacobi_stats.per_sequence)
+    assert accepted > 0 or not drafts or not config
+    return expected, out
 
 
 PROCESSING = {
     "repetition penalty": {"repetition_penalty": 1.4},
     "no repeated n-grams": {"no_repeat_ngram_size": 2},
-    "min_new_tokens": {"min_new_tokens": 30, "eos_token_id": [2, 17, 24]},
-    "min_length": {"min_length": 30, "eos_token_id": [2, 17, 24]},
-    "several eos ids": {"eos_token_id": [2, 17, 24, 39]},
-    "bad words": {"bad_words_ids": [[17], [24, 39]]},
-    "sequence bias": {"sequence_bias": {(17,): -3.0, (24, 39): 4.0}},
+    "min_new_tokens": {"min_new_tokens": 30, "eos_token_id": [A, B]},
+    "min_length": {"min_length": 30, "eos_token_id": [A, B]},
+    "several eos ids": {"eos_token_id": [A, B, C]},
+    "bad words": {"bad_words_ids": [[A], [B, C]]},
+    "sequence bias": {"sequence_bias": {(A,): -9.0, (B, C): 9.0}},
     "forced eos": {"forced_eos_token_id": 2},
-    "suppressed tokens": {"suppress_tokens": [17, 24]},
+    "suppressed tokens": {"suppress_tokens": [A, B]},
     "length penalty": {"exponential_decay_length_penalty": (5, 1.5)},
     "max_length": {"max_length": 31, "max_new_tokens": None},
     "one new token": {"max_new_tokens": 1},
@@ -69,14 +81,21 @@ PROCESSING = {
     "guidance": {"guidance_scale": 1.5},
     "renormalized": {"renormalize_logits": True, "output_scores": True},
 }
+NO_ROOM = ("one new token", "two new tokens")  # for drafts
+UNMOVED = ("repetition penalty", "watermark", "guidance")  # by these is a model that is sure of its text
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("label", PROCESSING)
 def test_processors_and_lengths(model, label, rows):
+    inputs = padded_prompts(rows)
+    if label in UNMOVED:
+        model = hf_jacobi.enable(tiny_model("olmo"))
+    plain = model.generate(**inputs, max_new_tokens=40, do_sample=False)
     for config in CONFIGS:
-        expected, out = both(model, padded_prompts(rows), config, **PROCESSING[label])
+        expected, out = both(model, inputs, config, drafts=label not in NO_ROOM + UNMOVED, **PROCESSING[label])
         assert torch.equal(out.sequences, expected.sequences), config
+        assert label == "renormalized" or not torch.equal(out.sequences, plain), "this had no effect"
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -141,7 +160,7 @@ def test_stateful_processors_and_criteria_are_called_as_ar_calls_them(model, row
 def test_criterion_that_returns_a_plain_bool(model):
     class Plain(StoppingCriteria):
         def __call__(self, input_ids, scores, **kwargs):
-            return bool(input_ids[0, -1] > 80)
+            return bool(input_ids[0, -1] == A)
 
     for rows in (1, 3):
         expected, out = both(
@@ -245,7 +264,7 @@ def test_scores_and_logits(model, rows, extra):
 
 
 def test_scores_of_rows_that_ended_are_zero(model):
-    _, out = both(model, padded_prompts(3), {"block_size": 8}, output_scores=True, eos_token_id=[2, 17, 24, 39])
+    _, out = both(model, padded_prompts(3), {"block_size": 8}, output_scores=True, eos_token_id=[A, B, C])
     for row, stats in enumerate(out.jacobi_stats.per_sequence):
         for position, scores in enumerate(out.scores):
             assert bool((scores[row] == 0).all()) == (position >= stats.new_tokens)
@@ -258,7 +277,7 @@ def test_scores_of_rows_that_ended_are_zero(model):
 def test_a_following_call_continues_from_the_cache(name, rows, first, second):
     model = hf_jacobi.enable(tiny_model(name))
     inputs = padded_prompts(rows)
-    settings = {"do_sample": False, "eos_token_id": [2, 17, 24], "return_dict_in_generate": True}
+    settings = {"do_sample": False, "eos_token_id": [A, B], "return_dict_in_generate": True}
 
     def two_turns(decodings):
         out = model.generate(**inputs, **settings, max_new_tokens=20, decoding=decodings[0])
