@@ -159,6 +159,12 @@ def last_new_tokens(model, inputs: dict[str, torch.Tensor], max_new_tokens: int 
     return [max(text, key=text.index) for text in texts]
 
 
+def tokens_per_forward(out) -> float:
+    """The mean over the rows of an output, each with the forwards of its own: above 1, drafts were accepted."""
+    rows = out.jacobi_stats.per_sequence
+    return sum(row.new_tokens for row in rows) / sum(row.forwards for row in rows)
+
+
 def tiny_tokenizer(template: bool = True, size: int = VOCABULARY, special: tuple[str, ...] = ("<pad>", "<s>", "</s>")):
     """A tokenizer of `size` words, "w3 w4 ..."; with `special`, ids 0 to 2 are padding, beginning and end."""
     words = dict(zip(special, range(3))) | {f"w{token}": token for token in range(len(special), size)}

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from fixtures import permuted_copy_batch
-from models import ARCHITECTURES, last_new_tokens, padded_prompts, tiny_model, trained_model
+from models import ARCHITECTURES, last_new_tokens, padded_prompts, tiny_model, tokens_per_forward, trained_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
@@ -58,13 +58,12 @@ def check_architecture(name: str, attention: str | None = None) -> None:
             assert len(set(ends)) > 1, f"rows end at {ends}"
         for label, config in CONFIGS.items():
             out = jacobi(model, inputs, config, **kwargs)
-            stats = out.jacobi_stats.per_sequence
             assert torch.equal(out.sequences, expected.sequences), label
-            for row, length in enumerate(row.new_tokens for row in stats):
+            for row, length in enumerate(row.new_tokens for row in out.jacobi_stats.per_sequence):
                 ours, theirs = (torch.stack(logits)[:length, row] for logits in (out.logits, expected.logits))
                 torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
-            tokens_per_forward = sum(row.new_tokens for row in stats) / sum(row.forwards for row in stats)
-            assert tokens_per_forward > 1.3, f"{label}, {rows} rows: {tokens_per_forward:.2f} tokens per forward"
+            accepted = tokens_per_forward(out)
+            assert accepted > 1.3, f"{label}, {rows} rows: {accepted:.2f} tokens per forward"
             recycled[label] += out.jacobi_stats.recycled_tokens
             spawned[label] += out.jacobi_stats.blocks_spawned
     for label, config in CONFIGS.items():
@@ -80,11 +79,7 @@ def test_identical_to_ar(name):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window", "gemma3", "qwen2-mixed-window"])
 def test_identical_with_eager_attention(name):
-    model = hf_jacobi.enable(tiny_model(name, attention="eager"))
-    inputs = padded_prompts(3)
-    expected = generate(model, inputs)
-    for label, config in CONFIGS.items():
-        assert torch.equal(jacobi(model, inputs, config).sequences, expected), label
+    check_architecture(name, attention="eager")
 
 
 def test_window_of_sliding_layers_counts_positions_not_slots():
