@@ -17,6 +17,7 @@ EXTRAS = {
     "flash": ["flash-attn>=2.7"],
     "test": [
         "pytest>=8",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "peft>=0.19",
         "datasets>=4.0",

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import os
+
+
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing by more; tests run beside each other instead
+
 import pytest
 import torch
 import transformers
 from deprecations import watch
-from fixtures import train_permuted_copy
+from fixtures import permuted_copy_model
+from hypothesis import HealthCheck, settings
 
 import hf_jacobi
 
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
+# One of them by --hypothesis-profile: what every run tries, what `.ci/run` tries, and what nobody has tried before.
+QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("default", max_examples=100, derandomize=True, **QUIET)
+settings.register_profile("thorough", max_examples=600, derandomize=True, **QUIET)
+settings.register_profile("search", max_examples=1000, **QUIET)
+settings.load_profile("default")
 
 
 @pytest.fixture(scope="session")
 def permuted_copy():
-    """A model whose text Jacobi decoding guesses well and n-gram look-up does not (see `train_permuted_copy`)."""
-    return hf_jacobi.enable(train_permuted_copy())
+    """A model whose text Jacobi decoding guesses well and n-gram look-up does not (see `permuted_copy_model`)."""
+    return hf_jacobi.enable(permuted_copy_model())
 
 
 @pytest.fixture(autouse=True)

@@ -1,13 +1,53 @@
-"""A model with high acceptance: trained for seconds on sequences that look back sixteen tokens."""
+"""Weights that are kept; two small models with a language each, and texts in these languages."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+
+WEIGHTS = Path(__file__).parent / "weights"  # made by train_tiny_models.py
+
+
+def with_kept_weights(model, name: str):
+    """The model with the weights that `keep_weights` kept."""
+    parameters = dict(model.named_parameters())
+    with safe_open(WEIGHTS / f"{name}.safetensors", "pt") as file, torch.no_grad():
+        scales = json.loads(file.metadata()["scales"])
+        assert scales.keys() == parameters.keys(), "these are another model's weights: see train_tiny_models.py"
+        for key, scale in scales.items():
+            parameters[key].copy_(file.get_tensor(key).float() * scale)
+    return model
+
+
+def keep_weights(model, name: str) -> None:
+    """Writes the weights of a model to `tests/weights/`, as integers of 8 bits: forty models in a megabyte."""
+    weights = {key: parameter.detach().float() for key, parameter in model.named_parameters()}
+    scales = {key: max(float(weight.abs().max()), 1e-8) / 127 for key, weight in weights.items()}
+    integers = {key: (weight / scales[key]).round().to(torch.int8) for key, weight in weights.items()}
+    WEIGHTS.mkdir(exist_ok=True)
+    save_file(integers, WEIGHTS / f"{name}.safetensors", metadata={"scales": json.dumps(scales)})
 
 
 PERIOD = 16
 SYMBOLS = 64
+PERMUTED_COPY = LlamaConfig(
+    vocab_size=SYMBOLS,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    pad_token_id=None,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 
 
 def permutation() -> torch.Tensor:
@@ -24,45 +64,30 @@ def permuted_copy_batch(rows: int, length: int, generator: torch.Generator) -> t
     return batch[:, :length]
 
 
-def train_permuted_copy(steps: int = 400) -> LlamaForCausalLM:
+def permuted_copy_model() -> LlamaForCausalLM:
     """
-    A 2-layer Llama trained on `permuted_copy_batch`.
+    A 2-layer Llama that was trained on `permuted_copy_batch`.
 
     Every token depends on the one sixteen before it and on nothing else, so a whole block comes out right at once, and
     no n-gram ever repeats within a period: ideal for Jacobi decoding, useless to n-gram look-up.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=SYMBOLS,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        batch = permuted_copy_batch(16, 96, generator)
-        logits = model(batch).logits
-        targets = batch[:, PERIOD:]
-        loss = torch.nn.functional.cross_entropy(logits[:, PERIOD - 1 : -1].flatten(0, 1), targets.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.final_loss = loss.item()
-    return model.eval()
+    return with_kept_weights(LlamaForCausalLM(PERMUTED_COPY), "permuted_copy").eval()
 
 
 WORDS, WORD_LENGTH, MODES = 12, 6, 3
 CHAIN_VOCABULARY = 64  # 0 padding, 1 beginning, 2 end, 3 to 5 the modes, the rest letters
+WORD_CHAIN = LlamaConfig(
+    vocab_size=CHAIN_VOCABULARY,
+    hidden_size=96,
+    intermediate_size=192,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def words() -> torch.Tensor:
@@ -89,39 +114,9 @@ def word_chain(generator: torch.Generator, length: int = 8) -> tuple[list[int], 
     return prompt, [*letters[chain].flatten().tolist(), 2]
 
 
-def train_word_chain(steps: int = 500) -> LlamaForCausalLM:
+def word_chain_model() -> LlamaForCausalLM:
     """
     A 2-layer Llama that continues chains of words: sure of every token given the one before, and never asked to look
     further ahead. What Jacobi Forcing is for.
     """
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=CHAIN_VOCABULARY,
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=256,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        rows = [word_chain(generator) for _ in range(16)]
-        width = max(len(prompt) + len(text) for prompt, text in rows)
-        ids = torch.tensor([prompt + text + [0] * (width - len(prompt) - len(text)) for prompt, text in rows])
-        labels = torch.tensor(
-            [[-100] * len(prompt) + text + [-100] * (width - len(prompt) - len(text)) for prompt, text in rows]
-        )
-        loss = model(ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    model.final_loss = loss.item()
-    return model.eval()
+    return with_kept_weights(LlamaForCausalLM(WORD_CHAIN), "word_chain").eval()

@@ -1,8 +1,9 @@
-"""Tiny random models of every architecture the tests cover, built from configs, and their reference texts."""
+"""Tiny models of every architecture the tests cover: random ones, and trained ones whose drafts come true."""
 
 from __future__ import annotations
 
 import torch
+from fixtures import with_kept_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -128,6 +129,17 @@ def tiny_model(name: str = "llama", *, seed: int = 0, attention: str | None = No
     return model
 
 
+def trained_model(name: str = "llama", *, attention: str | None = None, dtype: torch.dtype = torch.float32):
+    """
+    A tiny model, in evaluation mode, whose text drafts and n-grams come true in (`train_tiny_models.TinyLanguage`).
+
+    Each architecture has weights of its own.
+    """
+    kwargs = {} if attention is None else {"attn_implementation": attention}
+    model = AutoModelForCausalLM.from_config(tiny_config(name), dtype=torch.float32, **kwargs).eval()
+    return with_kept_weights(model, name).to(dtype)
+
+
 def padded_prompts(rows: int, length: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
     """`rows` random prompts of different lengths, left-padded to `length`."""
     generator = torch.Generator().manual_seed(seed)
@@ -138,6 +150,19 @@ def padded_prompts(rows: int, length: int = 12, seed: int = 0) -> dict[str, torc
         input_ids[row, :padding] = 0
         attention_mask[row, :padding] = 0
     return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def last_new_tokens(model, inputs: dict[str, torch.Tensor], max_new_tokens: int = 40) -> list[int]:
+    """For each row the token that its text is last to bring up: as ends of text, they end the rows late and apart."""
+    settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
+    texts = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
+    return [max(text, key=text.index) for text in texts]
+
+
+def tokens_per_forward(out) -> float:
+    """The mean over the rows of an output, each with the forwards of its own: above 1, drafts were accepted."""
+    rows = out.jacobi_stats.per_sequence
+    return sum(row.new_tokens for row in rows) / sum(row.forwards for row in rows)
 
 
 def tiny_tokenizer(template: bool = True, size: int = VOCABULARY, special: tuple[str, ...] = ("<pad>", "<s>", "</s>")):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
+from card_table import metadata_of, table_of
 from safetensors.torch import load_file, save_file
 
 from benchmarks.miniature import evaluate, forcing, results, sql_task
@@ -69,7 +70,19 @@ def test_the_page_shows_what_was_measured():
     assert tables == render(json.loads(FIGURES.read_text()))
 
 
-def test_the_card_of_what_ships_is_what_was_measured():
+@pytest.mark.parametrize("read", [table_of, metadata_of])
+def test_the_figures_on_the_card_are_those_that_were_measured(read):
+    figures = json.loads(FIGURES.read_text())["main"]
+    shown = read(CARD.read_text())
+    assert len(shown) > 10 and ("math, 500 held out", "CLLM, sliding window of 16") in shown
+    for (data, decoding), metrics in shown.items():
+        what, _, count = data.partition(", ")
+        measured = figures[decoding]["race" if what == "both" else what]
+        assert what == "both" or count == f"{measured['problems']} held out"
+        assert metrics == pytest.approx({name: measured[name] for name in metrics}, rel=1e-3)
+
+
+def test_the_card_of_what_ships_is_up_to_date():
     assert CARD.read_text() == card()
     measured = json.loads((MINIATURE / EVALUATION).read_text())
     assert measured == evaluation(json.loads(FIGURES.read_text()), measured["recipe"])
@@ -82,6 +95,7 @@ def test_the_code_on_the_card_of_what_ships_runs(capsys):
     assert "So there are" in capsys.readouterr().out.partition("Solution:")[2]
 
 
+@pytest.mark.slow
 def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monkeypatch):
     for module in (evaluate, forcing, results):
         monkeypatch.setattr(module, "MAX_NEW_TOKENS", 8)

@@ -1,8 +1,14 @@
-"""The prompts for SmolLM2."""
+"""The prompts for SmolLM2, and the card of its adapter."""
+
+import json
+
+import pytest
+from card_table import metadata_of, table_of
 
 from benchmarks.smollm2.prompts import HELD_OUT, KINDS, TOPICS, TRAIN, is_held_out, prompts
 from benchmarks.smollm2.ship import CARD, card
 from hf_jacobi.cli.models import DEMO_ADAPTER
+from hf_jacobi.hub.card import EVALUATION
 
 
 def test_what_is_held_out_is_asked_for_nowhere_in_training():
@@ -17,7 +23,17 @@ def test_what_is_held_out_is_asked_for_nowhere_in_training():
     assert not [prompt for prompt in asked for ending in endings if ending in prompt]
 
 
-def test_the_card_is_what_was_measured():
+@pytest.mark.parametrize("read", [table_of, metadata_of])
+def test_the_figures_on_the_card_are_those_that_were_measured(read):
+    measured = json.loads((DEMO_ADAPTER / EVALUATION).read_text())["results"]
+    expected = {(row["dataset"], row["decoding"]): row["metrics"] for row in measured}
+    shown = read(CARD.read_text())
+    assert shown.keys() == expected.keys() and len(shown) > 20
+    for row, metrics in shown.items():
+        assert metrics == pytest.approx(expected[row], rel=1e-3)
+
+
+def test_the_card_is_up_to_date():
     assert CARD.read_text() == card()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from fixtures import permuted_copy_batch
-from models import ARCHITECTURES, padded_prompts, tiny_model
+from models import ARCHITECTURES, last_new_tokens, padded_prompts, tiny_model, tokens_per_forward, trained_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
@@ -19,8 +21,8 @@ CONFIGS = {
     "block": {"block_size": 8, "window": "block", "draft_init": "prompt", "pool_size": 0},
     "sliding": {"block_size": 8, "pool_size": 0},
     "recycling": {"block_size": 5, "pool_size": 4},
-    "blocks-in-flight": {"block_size": 6, "window": "block", "max_blocks": 2, "spawn_ratio": 0.5},
-    "all": {"block_size": 16, "max_blocks": 3, "pool_size": 2, "draft_init": "repeat", "pool_prompt": False},
+    "blocks-in-flight": {"block_size": 6, "window": "block", "max_blocks": 2, "spawn_ratio": 0.5, "ngram_size": 12},
+    "all": {"block_size": 16, "max_blocks": 3, "spawn_ratio": 0.3, "pool_size": 2, "draft_init": "repeat"},
 }
 
 
@@ -34,26 +36,50 @@ def jacobi(model, inputs, config=None, **kwargs):
     return generate(model, inputs, decoding="jacobi", jacobi_config=config, **kwargs)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_identical_to_ar(name, rows):
-    model = hf_jacobi.enable(tiny_model(name))
-    inputs = padded_prompts(rows)
-    stop = {} if rows > 1 else {"eos_token_id": None}  # three rows end at different times, one row is long
-    expected = generate(model, inputs, **stop)
-    if rows == 1:
-        assert len(set(expected[0, 12:].tolist())) >= 6, "a text that repeats itself would test nothing"
+def check_architecture(name: str, attention: str | None = None) -> None:
+    """
+    Text and logits are AR's in every configuration, and each configuration gets there by what it is for: drafts are
+    accepted, n-grams are recycled, blocks are spawned.
+
+    Logits are compared beside the text, since a model that is sure of its text writes the same with a wrong mask.
+    """
+    model = hf_jacobi.enable(trained_model(name, attention=attention))
+    recycled, spawned = Counter(), Counter()
+    for rows in (1, 3):
+        inputs = padded_prompts(rows)
+        kwargs = {"max_new_tokens": 64, "return_dict_in_generate": True, "output_logits": True, "eos_token_id": None}
+        expected = generate(model, inputs, **kwargs)
+        if rows == 1:
+            assert len(set(expected.sequences[0, 12:].tolist())) >= 6, "a text that repeats itself would test nothing"
+        else:  # rows end at different times
+            kwargs["eos_token_id"] = end = last_new_tokens(model, inputs)[1]
+            expected = generate(model, inputs, **kwargs)
+            ends = [(row.tolist() + [end]).index(end) for row in expected.sequences[:, 12:]]
+            assert len(set(ends)) > 1, f"rows end at {ends}"
+        for label, config in CONFIGS.items():
+            out = jacobi(model, inputs, config, **kwargs)
+            assert torch.equal(out.sequences, expected.sequences), label
+            for row, length in enumerate(row.new_tokens for row in out.jacobi_stats.per_sequence):
+                ours, theirs = (torch.stack(logits)[:length, row] for logits in (out.logits, expected.logits))
+                torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+            accepted = tokens_per_forward(out)
+            assert accepted > 1.3, f"{label}, {rows} rows: {accepted:.2f} tokens per forward"
+            recycled[label] += out.jacobi_stats.recycled_tokens
+            spawned[label] += out.jacobi_stats.blocks_spawned
     for label, config in CONFIGS.items():
-        assert torch.equal(jacobi(model, inputs, config, **stop).sequences, expected), label
+        settings = JacobiConfig(**config)
+        assert (recycled[label] > 0) == (settings.pool_size > 0), f"{label}: {recycled[label]} tokens recycled"
+        assert (spawned[label] > 0) == (settings.max_blocks > 1), f"{label}: {spawned[label]} blocks spawned"
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_identical_to_ar(name):
+    check_architecture(name)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mistral-window", "gemma3", "qwen2-mixed-window"])
 def test_identical_with_eager_attention(name):
-    model = hf_jacobi.enable(tiny_model(name, attention="eager"))
-    inputs = padded_prompts(3)
-    expected = generate(model, inputs)
-    for label, config in CONFIGS.items():
-        assert torch.equal(jacobi(model, inputs, config).sequences, expected), label
+    check_architecture(name, attention="eager")
 
 
 def test_window_of_sliding_layers_counts_positions_not_slots():

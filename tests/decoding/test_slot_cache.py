@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from models import padded_prompts, tiny_model
@@ -29,10 +31,14 @@ def test_round_trip(name):
         assert torch.equal(original.keys, returned.keys) and torch.equal(original.values, returned.values)
 
 
-def test_a_prefill_nobody_needs_any_more_is_freed():
-    _, cache = prefilled("llama")
-    SlotCache.from_prefill(cache, 12, keep=False)
-    assert all(layer.keys is None or layer.keys.numel() == 0 or not layer.keys.any() for layer in cache.layers)
+@pytest.mark.parametrize("name", ["llama", "mistral-window"])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_prefill_nobody_needs_any_more_is_freed(name, keep):
+    _, cache = prefilled(name)
+    tensors = [weakref.ref(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    taken = SlotCache.from_prefill(cache, 12, keep=keep)
+    assert [tensor() is not None for tensor in tensors] == [keep] * 4, "zeroed memory is taken memory"
+    assert all(layer.keys.any() and layer.values.any() for layer in taken.layers)
 
 
 @pytest.mark.parametrize("slots", [[[12, 13], [12, 13]], [[12, 13], [70, 71]]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -43,6 +44,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.mark.multiprocess
 def test_processes_run_the_same_number_of_forwards(tmp_path):
     mp.spawn(count_forwards, args=(free_port(), str(tmp_path)), nprocs=2)
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]

@@ -43,6 +43,7 @@ def test_it_is_kept_as_it_ran(path):
     assert counts == list(range(1, len(counts) + 1)), "from top to bottom, once"
 
 
+@pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, demo_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

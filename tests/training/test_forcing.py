@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from fixtures import CHAIN_VOCABULARY, train_word_chain, word_chain
+from fixtures import CHAIN_VOCABULARY, word_chain, word_chain_model
 from models import tiny_tokenizer
 
 from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer, collect_trajectories, pack_trajectories
@@ -13,7 +13,7 @@ from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer, collect_traject
 
 @pytest.fixture(scope="module")
 def base():
-    return train_word_chain(steps=700)
+    return word_chain_model()
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def trajectories(base):
     return collect_trajectories(base, tokenizer, prompts, 8, 64, batch_size=64, progress=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scope", ["all", "draft"])
 def test_a_model_learns_to_decode_in_parallel(base, trajectories, scope, tmp_path, monkeypatch):
     """

@@ -92,7 +92,6 @@ def check_against_oracle(model, rows, batch, ours):
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3"])
 def test_flex_mask_is_the_dense_one(name):
-    """On a CPU FlexAttention has no backward pass, but its forward agrees."""
     model = tiny_model(name, attention="sdpa")
     batch = batch_of(packed(4, max_length=100), FLEX_MULTIPLE)
     rows, config = RowTensors.of(batch), model.config.get_text_config()
@@ -106,12 +105,19 @@ def test_flex_mask_is_the_dense_one(name):
         )
         assert torch.equal(seen, mask[:, 0] == 0)
         assert block.shape == (len(mask), 1, len(tokens), len(tokens))
-    if name != "llama" or shutil.which("g++") is None:  # compiling takes its time
-        return
-    dense_logits = masked_logits(model, batch, dense)
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(shutil.which("g++") is None, reason="FlexAttention is compiled, which needs a C++ compiler here")
+def test_flex_attention_gives_the_logits_of_the_dense_mask():
+    """On a CPU FlexAttention has no backward pass, but its forward agrees."""
+    model = tiny_model(attention="sdpa")
+    batch = batch_of(packed(4, max_length=100), FLEX_MULTIPLE)
+    rows, config = RowTensors.of(batch), model.config.get_text_config()
+    dense_logits = masked_logits(model, batch, dense_mask(rows, config, torch.float32))
     model.set_attn_implementation("flex_attention")
     with torch.no_grad():
-        flex_logits = masked_logits(model.eval(), batch, blocks)
+        flex_logits = masked_logits(model.eval(), batch, flex_mask(rows, config))
     real = batch["seq_ids"] >= 0
     assert errors(flex_logits[real], dense_logits[real]) < 1e-4
 

@@ -138,6 +138,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.multiprocess
 def test_two_processes_take_the_step_of_one(tmp_path):
     here = Path(__file__).parent
     path = [str(here), str(here.parent), str(Path(hf_jacobi.__file__).parents[1])]
@@ -361,6 +362,7 @@ def compile_quickly(monkeypatch) -> None:
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 @pytest.mark.parametrize("scope", ["all", "draft"])
 def test_compiled_layers_give_the_same_gradients(tmp_path, monkeypatch, scope):
@@ -376,6 +378,7 @@ def test_compiled_layers_give_the_same_gradients(tmp_path, monkeypatch, scope):
     assert not (scope == "draft" and counts["graph_break"]), "the adapter does not break a layer into pieces"
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_decoding_in_between_is_not_compiled_and_nothing_is_afterwards(tmp_path):
     model = tiny_model()
@@ -461,6 +464,7 @@ def test_a_draft_only_adapter_is_evaluated_while_it_trains(tmp_path, checkpointi
     assert trainer.evaluate()["eval_agreement"] == 1.0
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_draft_only_adapter_that_trains_compiled_is_told_its_tokens_by_peft_again(tmp_path, monkeypatch):
     """When it decodes in between, and when training is over."""

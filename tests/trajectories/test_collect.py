@@ -420,6 +420,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_stopped(tmp_path):
     assert not list((tmp_path / "out").glob(".*.tmp"))
 
 
+@pytest.mark.multiprocess
 def test_two_processes_share_the_work(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     run = subprocess.run(

@@ -113,6 +113,8 @@ class SlotCache(Cache):
             target.values[:, :, length - held : length] = source.values
             if not keep:
                 source.reset()
+                source.keys = source.values = None  # older transformers zero them and keep the memory
+                source.is_initialized = False
         return slots
 
     def of_rows(self, rows: list[int], length: int) -> SlotCache:
