@@ -22,7 +22,7 @@ transformers.logging.set_verbosity_error()
 # One of them by --hypothesis-profile: what every run tries, what `.ci/run` tries, and what nobody has tried before.
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=100, derandomize=True, **QUIET)
-settings.register_profile("thorough", max_examples=600, derandomize=True, **QUIET)
+settings.register_profile("thorough", max_examples=500, derandomize=True, **QUIET)
 settings.register_profile("search", max_examples=1000, **QUIET)
 settings.load_profile("default")
 

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from hf_jacobi.evaluation.lm_eval import SETTINGS, TASKS
 
 
+pytestmark = pytest.mark.harness
 DOCS = {
     "paper_humaneval": {"prompt": "\ndef one():\n", "test": "def check(f): assert f() == 1", "entry_point": "one"},
     "paper_gsm8k": {"question": "How many?", "answer": "3 * 400 = <<3*400=1200>>1200\n#### 1,200"},
