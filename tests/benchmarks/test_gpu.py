@@ -8,8 +8,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.gpu.attention import Case
 from benchmarks.gpu.bundle import MODEL, PACKAGE, PART, distribute, join, parts_of, unpack
+from benchmarks.gpu.chain import TOY
+from benchmarks.gpu.exactness import MASKS, float32
 from benchmarks.gpu.report import report
 from benchmarks.gpu.runner import STAGES, Plan, run
 from benchmarks.gpu.stage import Stage
@@ -17,6 +21,7 @@ from hf_jacobi.cli import demo_model
 
 
 ROOT = Path(__file__).parents[2]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def kit(folder: Path, *options: str, seconds: float = 600) -> dict:
@@ -133,3 +138,21 @@ def test_a_bundle_arrives_whole_or_says_what_is_missing(tmp_path):
         join(MODEL, [folder])
     with pytest.raises(ValueError, match="raise --max-mib"):
         distribute(pieces, tmp_path / "too-small", PART // 2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", MASKS)
+def test_text_on_a_gpu_is_that_of_ar_and_of_every_block_size(name):
+    figure = float32(name, torch.device("cuda"))
+    assert figure["greedy"] == figure["sampled"] == "8 of 8"
+    assert figure["tokens_per_forward"] > 1.3
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("way", ["flex", "windows"])
+def test_attention_on_a_gpu_gives_the_dense_masks_logits_and_gradients(way):
+    figure = Case(TOY, torch.device("cuda"), torch.float32, 512).compare(way, backward=True)
+    assert 0 < figure["logits"] < 1e-4
+    assert 0 < figure["gradients"] < 1e-3
