@@ -329,7 +329,7 @@ def test_a_card_tells_that_jacobi_decoding_is_to_be_asked_for(tmp_path):
 
 def test_settings_may_be_a_config_and_an_installed_decoder_takes_the_place_of_the_one_that_came_along(tmp_path):
     model = tiny_model()
-    expected = greedy(model)
+    expected, _ = greedy(model)
     model.generation_config.decoding, model.generation_config.jacobi = "jacobi", hf_jacobi.JacobiConfig(block_size=8)
     folder = publish(model, tmp_path / "pushed")
     settings = json.loads((tmp_path / "pushed" / "generation_config.json").read_text())
