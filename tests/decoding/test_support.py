@@ -89,7 +89,7 @@ def test_adapters_that_switch_on_within_a_text():
 
 def test_gradient_checkpointing_in_training_mode():
     model = tiny_model().train()
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.24
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.23
     enable()
     refused(model, "gradient checkpointing")
 

@@ -160,7 +160,7 @@ def _checkpointing(model: torch.nn.Module) -> list[torch.nn.Module]:
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:
-    """Whether a model computes activations again in the backward pass; what asks for that was renamed in 5.24."""
+    """Whether a model computes activations again in the backward pass; what asks for that was renamed in 5.23."""
     return bool(_checkpointing(model))
 
 
@@ -244,7 +244,7 @@ def parsed_as_dict(*names: str):
 def name_checkpointing(args) -> None:
     """
     Hands `activation_checkpointing` of training arguments on as `gradient_checkpointing`, where transformers is older
-    than 5.24 and knows no other name.
+    than 5.23 and knows no other name.
     """
     if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
         if args.activation_checkpointing is not None:

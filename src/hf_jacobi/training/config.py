@@ -56,7 +56,7 @@ class JacobiForcingConfig(TrainingArguments):
             Compile each decoder layer with `torch.compile` while training; takes the place of `torch_compile`, which
             cannot follow the losses into the model. Worth it where steps are short and many.
         activation_checkpointing (`bool`, defaults to `False`):
-            transformers' own, which it calls `gradient_checkpointing` before 5.24: this name works with every version.
+            transformers' own, which it calls `gradient_checkpointing` before 5.23: this name works with every version.
 
     > Parameters that control decoding, while evaluating and in the saved checkpoint
 
