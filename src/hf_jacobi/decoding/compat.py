@@ -243,8 +243,8 @@ def parsed_as_dict(*names: str):
 
 def name_checkpointing(args) -> None:
     """
-    Hands `activation_checkpointing` of training arguments on as `gradient_checkpointing`, where transformers is older
-    than 5.23 and knows no other name.
+    Hands `activation_checkpointing` of training arguments on as `gradient_checkpointing`, the only name that
+    transformers had before 5.23.
     """
     if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
         if args.activation_checkpointing is not None:
