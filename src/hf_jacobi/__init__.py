@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         JacobiStats,
         Trajectory,
         TrajectoryStep,
+        UsageError,
         disable,
         enable,
     )
@@ -33,6 +34,7 @@ __all__ = [
     "JacobiStats",
     "Trajectory",
     "TrajectoryStep",
+    "UsageError",
     "collect_trajectories",
     "disable",
     "enable",
@@ -62,8 +64,10 @@ def __getattr__(name: str):
     except ModuleNotFoundError as error:
         if place == "decoding":
             raise
+        from .decoding.errors import MissingPackage
+
         extra = "eval" if name == "plots" else "train"
-        raise ImportError(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[{extra}]'") from error
+        raise MissingPackage(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[{extra}]'") from error
     value = module if place.split(".")[-1] == name else getattr(module, name)
     globals()[name] = value
     return value

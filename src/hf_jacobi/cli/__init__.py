@@ -12,6 +12,7 @@ import os
 import sys
 
 from .. import __version__
+from ..decoding.errors import UsageError
 from . import bench, collect, demo, eval, pack, push, train, tune
 
 
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read this has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is said as Python ends
         return 141  # as the shell calls it when the signal ends a program
-    except (ValueError, OSError, ImportError) as error:
+    except (UsageError, OSError) as error:
         print(f"hf-jacobi {arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

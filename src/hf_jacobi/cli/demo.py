@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..decoding.errors import UsageError
 from .demo_model import DEMO_MODEL, demo_checkpoint, first_time_note
 from .models import DEMO_ADAPTER, MINIATURE, encode, load, with_adapter
 from .options import add_dtype, positive, wrapped
@@ -135,9 +136,9 @@ def write(model, tokenizer, prompts: list[dict], decoding: str, config: JacobiCo
 def choose(arguments) -> None:
     """Settles which model is meant, what it is asked, and how far it answers."""
     if sum([arguments.model is not None, arguments.base, arguments.trained]) > 1:
-        raise ValueError("--model, --base and --trained each say which model is meant: give one of them.")
+        raise UsageError("--model, --base and --trained each say which model is meant: give one of them.")
     if arguments.trained and arguments.adapter:
-        raise ValueError("--trained is with the adapter that comes with it: drop --adapter, or give --base.")
+        raise UsageError("--trained is with the adapter that comes with it: drop --adapter, or give --base.")
     if arguments.trained:
         arguments.adapter = DEMO_ADAPTER
     elif arguments.model is not None:

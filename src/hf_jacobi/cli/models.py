@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..decoding.errors import MissingFile, MissingPackage, UsageError
 from .demo_model import demo_checkpoint
 
 
@@ -42,7 +43,9 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     if name and name.startswith(("/", ".", "~")) and not Path(name).expanduser().is_dir():
-        raise OSError(f"there is no folder {name}: name a folder that save_pretrained wrote, or a model on the Hub")
+        raise MissingFile(
+            f"there is no folder {name}: name a folder that save_pretrained wrote, or a model on the Hub"
+        )
     path = str(Path(name).expanduser()) if name and name.startswith("~") else name or str(demo_checkpoint())
     if name is None and dtype == "auto":
         dtype = "float32"  # whichever way it came
@@ -63,7 +66,7 @@ def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     if encoded["input_ids"].shape[1] == 0:
-        raise ValueError("the prompt is empty: give --prompt some text")
+        raise UsageError("the prompt is empty: give --prompt some text")
     return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
@@ -100,11 +103,11 @@ def with_adapter(model, folder: Path) -> Adapted:
 
     folder = folder.expanduser()
     if not (folder / "adapter_config.json").exists():
-        raise OSError(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote")
+        raise MissingFile(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote")
     try:
         from peft import LoraConfig, PeftConfig, PeftModel
     except ModuleNotFoundError as error:
-        raise ImportError(f"adapters need {error.name}: pip install peft") from error
+        raise MissingPackage(f"adapters need {error.name}: pip install peft") from error
 
     file = folder / "generation_config.json"
     content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -112,12 +115,12 @@ def with_adapter(model, folder: Path) -> Adapted:
     adapter = PeftConfig.from_pretrained(folder)
     draft_only = is_draft_only(adapter)
     if not draft_only and (not isinstance(adapter, LoraConfig) or is_activated(adapter)):
-        raise ValueError(f"{folder} is neither a LoRA for all tokens nor one that only drafts: give one of these.")
+        raise UsageError(f"{folder} is neither a LoRA for all tokens nor one that only drafts: give one of these.")
     kept = itertools.chain(model.parameters(), model.buffers()) if draft_only else ()
     try:
         adapted = PeftModel.from_pretrained(copy.deepcopy(model, {id(tensor): tensor for tensor in kept}), folder)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} is not for this model: its weights have other names or shapes.") from error
+        raise UsageError(f"{folder} is not for this model: its weights have other names or shapes.") from error
     if draft_only:
         return Adapted(adapted.eval(), model, config)
     merged = adapted.merge_and_unload().eval()

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..decoding.errors import MissingPackage, UsageError
 from ..evaluation.prompts import CHAT
 from .models import encode
 
@@ -72,10 +73,10 @@ def check_places(output: Path | None, picture: Path | None = None) -> None:
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
-        raise ImportError("pictures need matplotlib: pip install 'hf_jacobi[eval]'") from error
+        raise MissingPackage("pictures need matplotlib: pip install 'hf_jacobi[eval]'") from error
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if picture.suffix.removeprefix(".") not in known:
-        raise ValueError(f"{picture} is no picture that can be drawn: end its name in one of {', '.join(known)}.")
+        raise UsageError(f"{picture} is no picture that can be drawn: end its name in one of {', '.join(known)}.")
 
 
 def add_prompts(parser: argparse.ArgumentParser, count: int) -> None:
@@ -99,5 +100,5 @@ def prompts_of(arguments, tokenizer) -> list[list[int]]:
     found = (encode_prompt(number, row, None, tokenizer, arguments.as_chat).ids for number, row in enumerate(rows))
     prompts = list(islice(filter(None, found), arguments.count))  # lines may be blank
     if not prompts:
-        raise ValueError(f"{arguments.prompts or arguments.dataset} holds no prompt: give it some text.")
+        raise UsageError(f"{arguments.prompts or arguments.dataset} holds no prompt: give it some text.")
     return prompts

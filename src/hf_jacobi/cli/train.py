@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..decoding.errors import MissingPackage, UsageError, of_usage
 from .train_options import check
 
 
@@ -34,15 +35,16 @@ def run(arguments) -> int:
     try:
         from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
     except ModuleNotFoundError as error:
-        raise ImportError(f"this needs {error.name}: pip install 'hf_jacobi[train]'") from error
+        raise MissingPackage(f"this needs {error.name}: pip install 'hf_jacobi[train]'") from error
 
     from ..training import JacobiForcingConfig, JacobiForcingTrainer
     from ..trajectories.prompts import open_prompts
 
     parser = TrlParser((DataArguments, JacobiForcingConfig, ModelConfig), prog="hf-jacobi train")
-    data, training, model = parser.parse_args_and_config(args=arguments.rest)
+    with of_usage(ValueError, OSError):
+        data, training, model = parser.parse_args_and_config(args=arguments.rest)
     if model.model_name_or_path is None:
-        raise ValueError("name the model: --model_name_or_path, a folder or a Hub id.")
+        raise UsageError("name the model: --model_name_or_path, a folder or a Hub id.")
     settings = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -59,7 +61,7 @@ def run(arguments) -> int:
         held_out = open_prompts(data.eval_dataset)
     elif data.eval_rows:
         if data.eval_rows >= len(train):
-            raise ValueError(f"eval_rows={data.eval_rows} leaves nothing of {len(train)} rows to train on.")
+            raise UsageError(f"eval_rows={data.eval_rows} leaves nothing of {len(train)} rows to train on.")
         split = train.train_test_split(test_size=data.eval_rows, seed=training.seed)
         train, held_out = split["train"], split["test"]
     trainer = JacobiForcingTrainer(

@@ -6,6 +6,7 @@ import json
 import textwrap
 from pathlib import Path
 
+from ..decoding.errors import UsageError
 from .demo_model import DEMO_MODEL, HUB_ID, demo_checkpoint, packaged, unpacked
 from .models import load, with_adapter
 from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, wrapped
@@ -71,7 +72,7 @@ def target_of(arguments) -> Path:
     elif folder is None:
         folder = Path(arguments.model or HUB_ID)
     if not folder.expanduser().is_dir():
-        raise ValueError(
+        raise UsageError(
             f"{folder} is no folder to write the settings into: name one with --save-to, or use --dry-run"
         )
     return folder.expanduser()

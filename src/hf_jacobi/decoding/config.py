@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .errors import UsageError
+
 
 WINDOWS = ("block", "sliding")
 DRAFT_INITS = ("prompt", "ngram", "repeat")
@@ -114,25 +116,25 @@ class JacobiConfig:
             if name == "block_size" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"JacobiConfig: `{name}` must be an integer of at least {least}, got {value!r}.")
+                raise UsageError(f"JacobiConfig: `{name}` must be an integer of at least {least}, got {value!r}.")
         if self.window not in WINDOWS:
-            raise ValueError(f"JacobiConfig: `window` must be one of {WINDOWS}, got {self.window!r}.")
+            raise UsageError(f"JacobiConfig: `window` must be one of {WINDOWS}, got {self.window!r}.")
         if self.draft_init not in DRAFT_INITS:
-            raise ValueError(f"JacobiConfig: `draft_init` must be one of {DRAFT_INITS}, got {self.draft_init!r}.")
+            raise UsageError(f"JacobiConfig: `draft_init` must be one of {DRAFT_INITS}, got {self.draft_init!r}.")
         ratio = self.spawn_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
-            raise ValueError(f"JacobiConfig: `spawn_ratio` must lie in (0, 1], got {ratio!r}.")
+            raise UsageError(f"JacobiConfig: `spawn_ratio` must lie in (0, 1], got {ratio!r}.")
         cost = self.position_cost
         if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0.0 <= cost < float("inf"):
-            raise ValueError(f"JacobiConfig: `position_cost` must be a number of at least 0, got {cost!r}.")
+            raise UsageError(f"JacobiConfig: `position_cost` must be a number of at least 0, got {cost!r}.")
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise ValueError(f"JacobiConfig: `seed` must be an integer or None, got {self.seed!r}.")
+            raise UsageError(f"JacobiConfig: `seed` must be an integer or None, got {self.seed!r}.")
         if not isinstance(self.pool_prompt, bool):
-            raise ValueError(f"JacobiConfig: `pool_prompt` must be True or False, got {self.pool_prompt!r}.")
+            raise UsageError(f"JacobiConfig: `pool_prompt` must be True or False, got {self.pool_prompt!r}.")
         if self.adaptive is not None and not isinstance(self.adaptive, bool):
-            raise ValueError(f"JacobiConfig: `adaptive` must be True, False or None, got {self.adaptive!r}.")
+            raise UsageError(f"JacobiConfig: `adaptive` must be True, False or None, got {self.adaptive!r}.")
         if self.adaptive and self.window != "sliding":
-            raise ValueError("JacobiConfig: `adaptive=True` moves a sliding window: set window='sliding' with it.")
+            raise UsageError("JacobiConfig: `adaptive=True` moves a sliding window: set window='sliding' with it.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as a JSON-serializable dict; `JacobiConfig.from_dict` reads it back."""
@@ -149,7 +151,7 @@ class JacobiConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(known))
         if unknown:
-            raise ValueError(f"JacobiConfig: unknown settings {unknown}; the settings are {known}.")
+            raise UsageError(f"JacobiConfig: unknown settings {unknown}; the settings are {known}.")
         return cls(**settings)
 
     @classmethod
@@ -164,7 +166,7 @@ class JacobiConfig:
             return cls.from_dict(value)
         if type(value).__name__ == cls.__name__:  # that of a published checkpoint's own copy of this module, or for it
             return cls.from_dict(value.to_dict())
-        raise ValueError(f"`jacobi_config` must be a JacobiConfig or a dict of its settings, got {type(value)}.")
+        raise UsageError(f"`jacobi_config` must be a JacobiConfig or a dict of its settings, got {type(value)}.")
 
 
 def write_settings(folder: Path, decoding: str | None = None, jacobi: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from .compat import INVOCATION, OFFSETS, VARIANT, has_weights_elsewhere
+from .errors import UsageError
 
 
 # What marks such an adapter in its configuration (the invocation tokens of PEFT's activated LoRA): a token that no
@@ -153,7 +154,7 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _check_rows(x: torch.Tensor) -> None:
     if x.dim() != 3:
-        raise ValueError(
+        raise UsageError(
             "a draft-only adapter cannot serve a layer that gets its tokens without their rows: train it with other "
             "target_modules, such as those of the attention."
         )

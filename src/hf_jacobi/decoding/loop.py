@@ -9,6 +9,7 @@ import torch
 from .call import DecodeCall
 from .compat import go_on
 from .config import JacobiConfig
+from .errors import UsageError
 from .support import refuse_unsupported
 
 
@@ -43,7 +44,7 @@ def jacobi_decode(
         `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
     """
     if output_trajectory and not generation_config.return_dict_in_generate:
-        raise ValueError("`output_trajectory=True` returns drafts beside text: pass return_dict_in_generate=True too.")
+        raise UsageError("`output_trajectory=True` returns drafts beside text: pass return_dict_in_generate=True too.")
     refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
     call = DecodeCall(
         model,

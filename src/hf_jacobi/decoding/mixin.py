@@ -14,6 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_manage
 
 from .compat import cache_among, inside_compiled, make_own
 from .config import JacobiConfig
+from .errors import UsageError
 from .loop import jacobi_decode
 
 
@@ -81,25 +82,25 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
     if decoding is None:
         decoding = "ar" if kwargs.get("custom_generate") else setting_of("decoding", of_call, model) or "ar"
     if decoding not in DECODINGS:
-        raise ValueError(f"`decoding` must be one of {DECODINGS}, got {decoding!r}.")
+        raise UsageError(f"`decoding` must be one of {DECODINGS}, got {decoding!r}.")
     if "jacobi" in kwargs:
-        raise ValueError(
+        raise UsageError(
             "`generate` takes settings as `jacobi_config`; `jacobi` is their name in a generation config."
         )
     if decoding == "ar":
         if jacobi_config is not None or output_trajectory:
-            raise ValueError(
+            raise UsageError(
                 "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' too."
             )
         return plain(*args, **kwargs)
     names = list(inspect.signature(_plain_generate).parameters)[1:]
     kwargs = dict(zip(names, args)) | kwargs
     if kwargs.get("custom_generate") is not None:
-        raise ValueError("`custom_generate` and decoding='jacobi' are two ways to decode: pass one of them.")
+        raise UsageError("`custom_generate` and decoding='jacobi' are two ways to decode: pass one of them.")
     if kwargs.get("assistant_model") is not None:
-        raise ValueError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
+        raise UsageError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
     if kwargs.get("token_healing", setting_of("token_healing", of_call, model)):
-        raise ValueError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
+        raise UsageError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
     if jacobi_config is None or (isinstance(jacobi_config, dict) and set(jacobi_config) == {"seed"}):
         of_checkpoint = JacobiConfig.coerce(setting_of("jacobi", of_call, model))
         jacobi_config = dataclasses.replace(of_checkpoint, **(jacobi_config or {}))
@@ -150,7 +151,7 @@ def _turn_stop_strings_into_a_criterion(model, kwargs: dict) -> None:
     if strings is None:
         return
     if kwargs.get("tokenizer") is None:
-        raise ValueError("`stop_strings` are compared as text: pass the model's tokenizer as `tokenizer` with them.")
+        raise UsageError("`stop_strings` are compared as text: pass the model's tokenizer as `tokenizer` with them.")
     criterion = StopStringCriteria(tokenizer=kwargs["tokenizer"], stop_strings=strings)
     kwargs["stopping_criteria"] = StoppingCriteriaList([criterion, *(kwargs.get("stopping_criteria") or [])])
     if getattr(of_call, "stop_strings", None) is not None:

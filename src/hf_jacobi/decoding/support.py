@@ -18,6 +18,7 @@ from .compat import (
     warn_of_untested_version,
 )
 from .draft_adapter import is_activated, is_draft_only
+from .errors import UsageError
 from .slot_cache import can_roll_back
 
 
@@ -39,26 +40,26 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
     name = type(model).__name__
     mode = generation_config.get_generation_mode()
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding is greedy or sampled, but the arguments ask for {mode.value.replace('_', ' ')}: drop "
             f"num_beams and its like, or {INSTEAD}."
         )
     if model.config.is_encoder_decoder:
-        raise ValueError(f"Jacobi decoding needs a decoder-only model, but {name} is an encoder-decoder: {INSTEAD}.")
+        raise UsageError(f"Jacobi decoding needs a decoder-only model, but {name} is an encoder-decoder: {INSTEAD}.")
     if not generation_config.use_cache:
-        raise ValueError(f"Jacobi decoding verifies drafts against the KV cache: drop use_cache=False, or {INSTEAD}.")
+        raise UsageError(f"Jacobi decoding verifies drafts against the KV cache: drop use_cache=False, or {INSTEAD}.")
     if generation_config.output_attentions or generation_config.output_hidden_states:
-        raise ValueError(
+        raise UsageError(
             "Jacobi decoding returns scores and logits, but no attentions or hidden states, since its forwards score "
             f"drafts as well as text: drop output_attentions and output_hidden_states, or {INSTEAD}."
         )
     if generation_config.cache_implementation not in (None, "dynamic"):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding keeps a KV cache of its own, but cache_implementation is "
             f"{generation_config.cache_implementation!r}: drop it, or {INSTEAD}."
         )
     if model.training and is_checkpointing(model):
-        raise ValueError(
+        raise UsageError(
             "Jacobi decoding verifies drafts against the KV cache, which gradient checkpointing switches off in "
             f"training mode: call model.eval() first, or {INSTEAD}."
         )
@@ -71,13 +72,13 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
 def _refuse_adapters(model, name: str) -> None:
     adapters = getattr(model, "peft_config", {}).values()
     if any(is_activated(adapter) and not is_draft_only(adapter) for adapter in adapters):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding cannot tell an activated LoRA which tokens it applies to, but {name} carries one: use "
             f"plain LoRA or a draft-only adapter, or {INSTEAD}."
         )
     adapter = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding knows no virtual tokens, but {name} carries a {adapter.peft_type.value} adapter: use an "
             f"adapter of another kind, such as LoRA, or {INSTEAD}."
         )
@@ -85,20 +86,20 @@ def _refuse_adapters(model, name: str) -> None:
 
 def _refuse_cache(model, name: str, cache) -> None:
     if cache_argument(model) is None and not is_stateful(model):
-        raise ValueError(f"Jacobi decoding verifies drafts against the KV cache, but {name} has none: {INSTEAD}.")
+        raise UsageError(f"Jacobi decoding verifies drafts against the KV cache, but {name} has none: {INSTEAD}.")
     if is_stateful(model) or not makes_dynamic_cache(model) or cache is None:
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding rolls the KV cache back, but {name} keeps a recurrent state (a linear-attention or "
             f"state-space model), which cannot be: {INSTEAD}."
         )
     if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", False):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding continues from a DynamicCache, but the cache of this call is a {type(cache).__name__}"
             f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass a DynamicCache, or {INSTEAD}."
         )
     if not can_roll_back(cache):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding rolls the KV cache back, but {name} has layers whose cache cannot be "
             f"({', '.join(kinds)}; linear attention, state-space or indexed): {INSTEAD}."
         )
@@ -108,27 +109,27 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
     config = model.config.get_text_config(decoder=True)
     attention = attention_of(config)
     if attention not in MASKED_ATTENTIONS:
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding needs an attention that takes a custom mask, but {name} runs {attention!r}: load it "
             f"with attn_implementation='sdpa' (or 'eager'), or {INSTEAD}."
         )
     kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
     if kinds:
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding knows no mask for the {', '.join(sorted(kinds))} layers of {name}: {INSTEAD}."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding tells each token its position, but {name} takes no position_ids (it counts them off the "
             f"mask, as models with ALiBi do): {INSTEAD}."
         )
     positions = model_kwargs.get("position_ids")
     if positions is None or positions.dim() != 2:
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding needs position_ids of two dimensions, which {name} does not use: {INSTEAD}."
         )
     if getattr(config, "alibi", False) or has_own_mask(model):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of "
             f"its own by cache slot: {INSTEAD}."
         )
@@ -148,7 +149,7 @@ def _refuse_rope(model, name: str, generation_config, prompt_length: int, model_
             or config.max_position_embeddings
         )
         if last > switch and (kind == "dynamic" or (kind == "longrope" and first <= switch)):
-            raise ValueError(
+            raise UsageError(
                 f"Jacobi decoding cannot cross position {switch}, where the rotary embedding of {name} changes, but "
                 f"this text may reach position {last}: lower max_new_tokens, or {INSTEAD}."
             )

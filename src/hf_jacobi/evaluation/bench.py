@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from ..decoding.compat import attention_of, compiles_assisted_decoding
+from ..decoding.errors import UsageError
 from ..decoding.mixin import setting_of, unwrap
 from .measuring import AR, COMPILED_LOOKUP, PROMPT_LOOKUP, Method, compare, race
 
@@ -79,11 +80,11 @@ def bench(
     methods = methods_of(model) if methods is None else methods
     too_large = [size for size in batch_sizes if size > len(prompts)]
     if not all(prompts):
-        raise ValueError("a prompt is empty: leave it out.")
+        raise UsageError("a prompt is empty: leave it out.")
     if len({method.name for method in methods}) < len(methods):
-        raise ValueError("two ways of decoding have the same name.")
+        raise UsageError("two ways of decoding have the same name.")
     if too_large or not prompts:
-        raise ValueError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
+        raise UsageError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
     results = []
     for size in batch_sizes:
         batches = [pad(prompts[start : start + size], tokenizer) for start in range(0, len(prompts) - size + 1, size)]

@@ -11,6 +11,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
+from ..decoding.errors import UsageError
 from ..decoding.stats import JacobiStats, Trajectory, TrajectoryStep
 from ..trajectories.statistics import BINS, PackingStatistics
 
@@ -200,7 +201,7 @@ def training_curves(
     """
     shown = [name for name in names if any(name in entry for entry in history)]
     if not shown:
-        raise ValueError(f"none of {list(names)} was logged.")
+        raise UsageError(f"none of {list(names)} was logged.")
     if axes is None:
         figure = pyplot.figure(figsize=(3.5 * len(shown), 3), layout="constrained")
         axes = figure.subplots(1, len(shown), squeeze=False)[0]

@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from ..decoding.compat import cache_argument
 from ..decoding.config import JacobiConfig
 from ..decoding.draft_adapter import DraftAdapter
+from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .bench import pad, setup_of
 from .measuring import AR, Method, compare, measure, now, race
@@ -135,7 +136,7 @@ def tune(
         `ValueError`: there are no prompts.
     """
     if not prompts or not all(prompts):
-        raise ValueError("there are no prompts to tune for." if not prompts else "a prompt is empty: leave it out.")
+        raise UsageError("there are no prompts to tune for." if not prompts else "a prompt is empty: leave it out.")
     inputs = [pad([prompt], tokenizer) for prompt in prompts]
     inputs = [{name: rows.to(unwrap(model).device) for name, rows in one.items()} for one in inputs]
     writer = base if base is not None else model

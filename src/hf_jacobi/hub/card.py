@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..decoding.config import JacobiConfig
+from ..decoding.errors import UsageError
 
 
 TAGS = ("jacobi-forcing", "hf_jacobi")
@@ -131,7 +132,7 @@ def checked(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
         ]
         return evaluation | {"measured_on": _text(evaluation["measured_on"]), "results": results}
     except (KeyError, TypeError, AttributeError, OverflowError):
-        raise ValueError(
+        raise UsageError(
             "an evaluation has `measured_on`, a text, and `results`, a list of `dataset`, `decoding` and `metrics` "
             "(name to number)."
         ) from None

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from ..decoding.compat import causal_lm_of, imported_beside, is_stateful, name_of, requirement
 from ..decoding.config import write_settings
 from ..decoding.draft_adapter import is_draft_only
+from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .card import EVALUATION, NOTE, checked, is_on_hub, render_card
 
@@ -95,12 +96,12 @@ def publish(
     """
     validate_repo_id(repo_id)
     if "/" not in repo_id:
-        raise ValueError(f"{repo_id!r} names no user or organization: pass 'user/name'.")
+        raise UsageError(f"{repo_id!r} names no user or organization: pass 'user/name'.")
     if dry_run and output_dir is None:
-        raise ValueError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
+        raise UsageError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
     target = None if output_dir is None else Path(output_dir).expanduser()
     if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{output_dir} holds files: name an empty folder or a new one.")
+        raise UsageError(f"{output_dir} holds files: name an empty folder or a new one.")
     if isinstance(evaluation, (str, Path)):
         evaluation = json.loads(Path(evaluation).expanduser().read_text(encoding="utf-8"))
     evaluation = checked(evaluation)
@@ -112,7 +113,7 @@ def publish(
         write_folder(model_or_dir, repo_id, folder, tokenizer, evaluation)
         adapter = _adapter_config(folder)
         if not dry_run and adapter is not None and not is_on_hub(base := adapter.get("base_model_name_or_path")):
-            raise ValueError(
+            raise UsageError(
                 f"others cannot load {base or 'a model without a name'}, which the adapter goes onto: publish that "
                 "first, and name its repository in adapter_config.json (`base_model_name_or_path`)."
             )
@@ -161,7 +162,7 @@ def write_folder(model_or_dir, repo_id: str, folder: Path, tokenizer, evaluation
         settings = unwrap(model_or_dir).generation_config.to_json_string(use_diff=True)
         (folder / "generation_config.json").write_text(settings, encoding="utf-8")
         if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-            raise ValueError("an adapter is published if its name is 'default': make it with that name.")
+            raise UsageError("an adapter is published if its name is 'default': make it with that name.")
     _check_decodable(folder)
     base = _base_of(folder, None if source else name_of(unwrap(model_or_dir)))
     _write_tokenizer(folder, tokenizer, [source, base])
@@ -183,7 +184,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 def _copy_checkpoint(source: Path, folder: Path, patterns) -> None:
     weights = any(path for pattern in WEIGHTS for path in source.glob(pattern))
     if not weights or not any((source / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(
+        raise UsageError(
             f"{source} holds no weights or no config: name a folder that save_pretrained or the trainer wrote."
         )
     for path in {path for pattern in patterns for path in source.glob(pattern)} | _own_code(source):
@@ -209,13 +210,13 @@ def _check_decodable(folder: Path) -> None:
     adapter = _adapter_config(folder)
     if adapter is not None:
         if adapter.get("num_virtual_tokens"):
-            raise ValueError(f"Jacobi decoding knows no virtual tokens ({adapter['peft_type']}): publish a LoRA.")
+            raise UsageError(f"Jacobi decoding knows no virtual tokens ({adapter['peft_type']}): publish a LoRA.")
         return
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     name = config.get("model_type")
     model = None if "auto_map" in config else causal_lm_of(name)
     if is_stateful(model) or config.get("is_encoder_decoder"):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi decoding needs a decoder whose KV cache can be rolled back, which {name} is not: push it with "
             "its own `push_to_hub`."
         )
@@ -246,7 +247,7 @@ def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
             return
         except (OSError, ValueError):  # there is none
             continue
-    raise ValueError("there is no tokenizer beside the model: pass `tokenizer`.")
+    raise UsageError("there is no tokenizer beside the model: pass `tokenizer`.")
 
 
 def _write_decoder(folder: Path, settings: dict[str, Any], adapter: bool) -> None:

@@ -12,6 +12,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, forget_offsets
 from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
+from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
 from .forward import outside_training
@@ -34,24 +35,24 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
     if peft_config is None:
         drafting = [is_draft_only(config) for config in present.values()]
         if args.adapter_scope == "draft" and not (drafting and all(drafting)):
-            raise ValueError(
+            raise UsageError(
                 "adapter_scope='draft' trains a draft-only adapter: pass a `peft_config`, or a model with such an "
                 "adapter."
             )
         if args.adapter_scope != "draft" and any(drafting):
-            raise ValueError("the model carries a draft-only adapter, which learns with adapter_scope='draft' alone.")
+            raise UsageError("the model carries a draft-only adapter, which learns with adapter_scope='draft' alone.")
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if present:
-        raise ValueError("the model carries an adapter already: leave `peft_config` out, or pass the base model.")
+        raise UsageError("the model carries an adapter already: leave `peft_config` out, or pass the base model.")
     if peft_config.is_prompt_learning:
-        raise ValueError(
+        raise UsageError(
             f"Jacobi Forcing knows no virtual tokens, as of {peft_config.peft_type.value}: use a LoraConfig."
         )
     if args.adapter_scope == "draft":
         if not isinstance(peft_config, LoraConfig):
-            raise ValueError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
+            raise UsageError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
         touching = {
             "modules_to_save": peft_config.modules_to_save,
             "trainable_token_indices": peft_config.trainable_token_indices,
@@ -59,7 +60,7 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
             "use_dora": peft_config.use_dora or None,
         }
         if asked := [name for name, value in touching.items() if value]:
-            raise ValueError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
+            raise UsageError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
         peft_config = copy.copy(peft_config)
         # What makes PEFT apply it to the last tokens of a row. The tokens themselves are never looked for.
         setattr(peft_config, INVOCATION, list(DRAFT_ONLY))
@@ -81,7 +82,7 @@ def _check_layers(model) -> None:
     inner = unwrap(model)
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
     if any(hasattr(end, "lora_A") for end in ends):
-        raise ValueError("a draft-only adapter cannot be on the embeddings or the head: name other target_modules.")
+        raise UsageError("a draft-only adapter cannot be on the embeddings or the head: name other target_modules.")
     if is_deepspeed_zero3_enabled():  # no process has the weights
         return
     hooks = [
@@ -98,7 +99,7 @@ def _check_layers(model) -> None:
         for hook in hooks:
             hook.remove()
     if flat:
-        raise ValueError(
+        raise UsageError(
             f"a draft-only adapter cannot serve {flat[0]}, which gets its tokens without their rows (as the experts "
             "of a mixture do): name other target_modules, such as those of the attention."
         )

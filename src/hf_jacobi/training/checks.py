@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import groupby, islice
 from typing import Any
 
+from ..decoding.errors import UsageError
 from ..trajectories.packing import COLUMNS
 
 
@@ -23,25 +24,25 @@ def check_data(name: str, dataset, model, block_size: int | None) -> None:
     """
     rows = list(islice(dataset, LOOKED_AT))
     if not rows:
-        raise ValueError(f"`{name}` is empty: collect trajectories and pack them first.")
+        raise UsageError(f"`{name}` is empty: collect trajectories and pack them first.")
     if "trajectories" in rows[0]:
-        raise ValueError(f"`{name}` holds trajectories: pass what pack_trajectories makes of them.")
+        raise UsageError(f"`{name}` holds trajectories: pass what pack_trajectories makes of them.")
     if missing := [column for column in COLUMNS if column not in rows[0]]:
-        raise ValueError(f"`{name}` lacks the columns {missing}: pass what pack_trajectories returns.")
+        raise UsageError(f"`{name}` lacks the columns {missing}: pass what pack_trajectories returns.")
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     largest = max(max(row["input_ids"]) for row in rows)
     if largest >= vocabulary:
-        raise ValueError(
+        raise UsageError(
             f"`{name}` holds token {largest}, but {type(model).__name__} knows {vocabulary}: it was collected with "
             "another tokenizer."
         )
     table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     longest = max(max(row["position_ids"]) for row in rows) + 1
     if table is not None and longest > table:
-        raise ValueError(f"`{name}` has texts of {longest} tokens, but {type(model).__name__} has {table} positions.")
+        raise UsageError(f"`{name}` has texts of {longest} tokens, but {type(model).__name__} has {table} positions.")
     found = block_size_of(rows)
     if block_size is not None and (found > block_size or (found < block_size and _has_whole_blocks(rows))):
-        raise ValueError(f"`{name}` has blocks of {found} tokens, but block_size={block_size}: make them agree.")
+        raise UsageError(f"`{name}` has blocks of {found} tokens, but block_size={block_size}: make them agree.")
 
 
 def block_size_of(rows) -> int | None:
@@ -62,7 +63,7 @@ def check_tokenizer(tokenizer: Any, model) -> None:
     """Raises `ValueError` for a tokenizer of another model: one with many tokens that the model does not have."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if len(tokenizer) > vocabulary + 8:  # some models leave out a token or two that their tokenizer has
-        raise ValueError(
+        raise UsageError(
             f"the tokenizer makes {len(tokenizer)} tokens, but {type(model).__name__} knows {vocabulary}: pass the "
             "tokenizer of this model."
         )

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 from ..decoding.compat import name_checkpointing, parsed_as_dict
 from ..decoding.config import JacobiConfig
+from ..decoding.errors import UsageError
 from .losses import CONSISTENCY_LOSSES
 
 
@@ -110,25 +111,25 @@ class JacobiForcingConfig(TrainingArguments):
         name_checkpointing(self)
         super().__post_init__()
         if self.consistency_loss not in CONSISTENCY_LOSSES:
-            raise ValueError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {self.consistency_loss!r}.")
+            raise UsageError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {self.consistency_loss!r}.")
         if self.adapter_scope not in ADAPTER_SCOPES:
-            raise ValueError(f"`adapter_scope` must be one of {ADAPTER_SCOPES}, got {self.adapter_scope!r}.")
+            raise UsageError(f"`adapter_scope` must be one of {ADAPTER_SCOPES}, got {self.adapter_scope!r}.")
         if self.temperature <= 0:
-            raise ValueError(f"`temperature` must be positive, got {self.temperature}.")
+            raise UsageError(f"`temperature` must be positive, got {self.temperature}.")
         if self.ar_loss_weight < 0:
-            raise ValueError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
+            raise UsageError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
         if self.ar_loss_weight_start is not None and not 0 < self.ar_loss_weight_start <= self.ar_loss_weight:
-            raise ValueError(
+            raise UsageError(
                 "`ar_loss_weight_start` must be above 0 and at most `ar_loss_weight` "
                 f"({self.ar_loss_weight}), got {self.ar_loss_weight_start}."
             )
         for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+                raise UsageError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.jacobi_config is not None:
             self.jacobi_config = JacobiConfig.coerce(self.jacobi_config).to_dict()
         if self.torch_compile:
-            raise ValueError(
+            raise UsageError(
                 "`torch_compile` cannot follow the losses into the model: pass compile_layers=True instead."
             )
         self.remove_unused_columns = False

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.compat import attention_of, decoder_layers, not_compiled, undo_compile
+from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 
 
@@ -65,9 +66,9 @@ def check_compilable(model: PreTrainedModel) -> None:
         `ValueError`: the model has no layers that are known as such, or a CPU has no C++ compiler.
     """
     if not decoder_layers(model):
-        raise ValueError(f"the layers of {type(model).__name__} were not found: drop `compile_layers`.")
+        raise UsageError(f"the layers of {type(model).__name__} were not found: drop `compile_layers`.")
     if not torch.cuda.is_available() and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise ValueError("`compile_layers` needs a C++ compiler on a CPU: install g++, or drop `compile_layers`.")
+        raise UsageError("`compile_layers` needs a C++ compiler on a CPU: install g++, or drop `compile_layers`.")
 
 
 @contextmanager
@@ -154,7 +155,7 @@ class Head:
             own = model(input_ids=tokens, use_cache=False).logits[0].float()
             ours = self(hidden_states(model, input_ids=tokens)[0]).float()
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max() + 1e-6), rtol=1e-2):
-            raise ValueError(
+            raise UsageError(
                 f"the logits of {type(model).__name__} are not those of its output embeddings applied to its hidden "
                 "states, so that Jacobi Forcing cannot compute them in chunks: please report the model."
             )

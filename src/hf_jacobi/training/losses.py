@@ -10,6 +10,8 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from ..decoding.errors import UsageError
+
 
 CONSISTENCY_LOSSES = ("soft", "kl", "reverse_kl", "jsd", "hard")
 
@@ -46,7 +48,7 @@ def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, te
         parts = log_student.exp() * (log_student - log_mean) + log_teacher.exp() * (log_teacher - log_mean)
         loss = parts.sum(-1) / 2
     else:
-        raise ValueError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {kind!r}.")
+        raise UsageError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {kind!r}.")
     return loss * temperature**2
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 
 from ..decoding.attention import LAYER_KINDS, AttentionMask
 from ..decoding.compat import attention_of, is_stateful
+from ..decoding.errors import UsageError
 from ..decoding.support import has_own_mask
 
 
@@ -107,7 +108,7 @@ def flex_mask(rows: RowTensors, config: PreTrainedConfig) -> BlockMask | dict[st
     """
     sizes, length = rows.seq_ids.shape
     if length % FLEX_MULTIPLE:
-        raise ValueError(f"FlexAttention trains on rows of a multiple of {FLEX_MULTIPLE} tokens, got {length}.")
+        raise UsageError(f"FlexAttention trains on rows of a multiple of {FLEX_MULTIPLE} tokens, got {length}.")
     mask = AttentionMask(config, torch.float32, torch.zeros(1, dtype=torch.long))
     kinds = mask.layer_types or [mask.single_kind()]
 
@@ -145,27 +146,27 @@ def refuse_untrainable(model) -> None:
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise ValueError(f"Jacobi Forcing trains decoder-only models, but {name} is an encoder-decoder.")
+        raise UsageError(f"Jacobi Forcing trains decoder-only models, but {name} is an encoder-decoder.")
     kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
     if kinds or is_stateful(model):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi Forcing needs attention that a mask can restrict, but {name} has layers that carry a state "
             f"through the row ({', '.join(sorted(kinds)) or 'state-space'}), so noise would leak into the text."
         )
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     if getattr(config, "alibi", False) or has_own_mask(model) or not takes_positions:
-        raise ValueError(
+        raise UsageError(
             f"Jacobi Forcing tells each token its position and what it sees, but the attention of {name} counts "
             "places in the row (ALiBi, or a mask of its own)."
         )
     attention = attention_of(config)
     if attention not in ("sdpa", "eager", "flex_attention"):
-        raise ValueError(
+        raise UsageError(
             f"Jacobi Forcing needs attention that takes a mask of its own, but {name} runs {attention!r}: load it "
             "with attn_implementation='sdpa' or, on a GPU, 'flex_attention'."
         )
     device = next(model.parameters()).device.type
     if attention == "flex_attention" and device == "cpu":
-        raise ValueError(
+        raise UsageError(
             f"FlexAttention has no backward pass on a CPU: load {name} with attn_implementation='sdpa' to train here."
         )

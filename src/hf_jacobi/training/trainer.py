@@ -22,6 +22,7 @@ from ..decoding.compat import (
     without_checkpointing,
 )
 from ..decoding.config import JacobiConfig
+from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from ..hub.card import NOTE, render_card, training_note
 from .adapters import NoisyTokens, add_adapter
@@ -86,12 +87,12 @@ class JacobiForcingTrainer(Trainer):
             args = JacobiForcingConfig(output_dir="jacobi-forcing")
         warn_of_untested_version()
         if not isinstance(args, JacobiForcingConfig):
-            raise ValueError(f"`args` must be a JacobiForcingConfig, got {type(args).__name__}.")
+            raise UsageError(f"`args` must be a JacobiForcingConfig, got {type(args).__name__}.")
         self.base_name = model if isinstance(model, str) else name_of(unwrap(model))
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
         elif args.model_init_kwargs:
-            raise ValueError("`model_init_kwargs` is for a model that is given by name: drop it, or pass the name.")
+            raise UsageError("`model_init_kwargs` is for a model that is given by name: drop it, or pass the name.")
         if processing_class is None and self.base_name:
             processing_class = find_tokenizer(self.base_name)
         inner = unwrap(model)
@@ -102,7 +103,7 @@ class JacobiForcingTrainer(Trainer):
         if args.compile_layers:
             check_compilable(inner)
         if others.get("compute_metrics") is not None:
-            raise ValueError(
+            raise UsageError(
                 "`compute_metrics` would need the logits of whole rows, which are never made: leave it out."
             )
         several = isinstance(eval_dataset, dict)
@@ -134,7 +135,7 @@ class JacobiForcingTrainer(Trainer):
         )
         leave_loss_as_it_is(self)
         if self.args.n_gpu > 1:
-            raise ValueError(
+            raise UsageError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
                 "`accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES."
             )

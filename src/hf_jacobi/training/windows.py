@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from ..decoding.compat import attending_by, attention_of, looks_attention_up
+from ..decoding.errors import UsageError
 from .mask import RowTensors
 
 
@@ -84,7 +85,7 @@ def windowed_attention(
         `[B, L, heads, D]`, and `None`. Padding gets zeros.
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise ValueError(f"the windowed attention knows no {', '.join(unknown)}: use 'eager' attention.")
+        raise UsageError(f"the windowed attention knows no {', '.join(unknown)}: use 'eager' attention.")
     grouped = key.shape[1] != query.shape[1]
     outputs = []
     for row, table in _by_row(attention_mask).items():

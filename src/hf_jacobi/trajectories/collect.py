@@ -19,6 +19,7 @@ from accelerate.utils import parse_flag_from_env
 from datasets import Dataset, Features, List, Value
 from tqdm.auto import tqdm
 
+from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .collector import SAMPLING, TOKENS, Collector, CollectSettings
 from .prompts import digest_of, encode_prompt, only_prompts, open_prompts
@@ -126,13 +127,13 @@ def collect_trajectories(
     settings = CollectSettings(**{field.name: given[field.name] for field in dataclasses.fields(CollectSettings)})
     for name, value in (("batch_size", batch_size), ("positions_per_forward", positions_per_forward)):
         if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            raise UsageError(f"`{name}` must be at least 1, got {value}.")
     collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward)
     rows = only_prompts(open_prompts(dataset), prompt_column)
     processes = process_state()
     if output_dir is None:
         if processes.num_processes > 1:
-            raise ValueError("several processes write into one folder: pass `output_dir`.")
+            raise UsageError("several processes write into one folder: pass `output_dir`.")
         with tempfile.TemporaryDirectory() as folder:
             files = ShardFolder(folder, NAME, TRAJECTORY_FEATURES, {})
             _fill(files, collector, rows, progress)
@@ -178,7 +179,7 @@ def _fill(files: ShardFolder, collector: Collector, rows, progress: bool) -> Non
     for shard, (count, expected) in enumerate(seen):
         note = read_note(files.path(shard))
         if expected and (note["made_from"], note["digest"]) != (count, expected):
-            raise ValueError(
+            raise UsageError(
                 f"the processes were given different data (shard {shard}): shuffle with a seed, the same for all."
             )
 

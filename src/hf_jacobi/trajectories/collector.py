@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from ..decoding.call import DecodeCall
 from ..decoding.config import JacobiConfig
+from ..decoding.errors import UsageError
 from ..decoding.loop import run_to_end
 from ..decoding.mixin import unwrap
 from ..decoding.support import refuse_unsupported
@@ -66,18 +67,18 @@ class CollectSettings:
     def __post_init__(self):
         for name, least in (("block_size", 2), ("max_new_tokens", 1), ("shard_size", 1)):
             if getattr(self, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+                raise UsageError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise ValueError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
+            raise UsageError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
         for name, choices in (
             ("repetition", ("cut", "drop", "keep")),
             ("overlong", ("keep", "drop")),
             ("empty", ("drop", "keep")),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
+                raise UsageError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not self.do_sample and any(value is not None for value in (self.temperature, self.top_k, self.top_p)):
-            raise ValueError("`temperature`, `top_k` and `top_p` are for sampled text: pass do_sample=True with them.")
+            raise UsageError("`temperature`, `top_k` and `top_p` are for sampled text: pass do_sample=True with them.")
 
 
 class Collector:
@@ -86,7 +87,7 @@ class Collector:
     def __init__(self, model, tokenizer, settings: CollectSettings, batch_size: int, positions_per_forward: int):
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
-            raise ValueError(
+            raise UsageError(
                 f"trajectories know no virtual tokens, but the model carries a {adapter.peft_type.value} adapter: use "
                 "an adapter of another kind, such as LoRA."
             )
@@ -101,7 +102,7 @@ class Collector:
         table = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         room = None if table is None else table - settings.max_new_tokens
         if room is not None and room < 1:
-            raise ValueError(
+            raise UsageError(
                 f"max_new_tokens={settings.max_new_tokens} leaves no room for a prompt in the {table} positions of "
                 f"{type(self.model).__name__}: lower it."
             )

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Sequence
 
 from ..decoding.blocks import agreement
+from ..decoding.errors import UsageError
 
 
 NoiseSchedule = str | Callable[[int, int, random.Random], float]
@@ -47,14 +48,14 @@ def noise_targets(
         `ValueError`: an unknown schedule, a window of no blocks, or levels outside 0 to 1.
     """
     if window_size < 1:
-        raise ValueError(f"`window_size` must be at least 1, got {window_size}.")
+        raise UsageError(f"`window_size` must be at least 1, got {window_size}.")
     if not 0.0 <= min_noise <= max_noise <= 1.0:
-        raise ValueError(f"noise must satisfy 0 <= min_noise <= max_noise <= 1, got {min_noise} and {max_noise}.")
+        raise UsageError(f"noise must satisfy 0 <= min_noise <= max_noise <= 1, got {min_noise} and {max_noise}.")
     generator = generator or random.Random(0)
     if callable(schedule):
         targets = [float(schedule(index, window_size, generator)) for index in range(window_size)]
         if not all(0.0 <= target <= 1.0 for target in targets):
-            raise ValueError(f"`noise_schedule` must return levels from 0 to 1, it returned {targets}.")
+            raise UsageError(f"`noise_schedule` must return levels from 0 to 1, it returned {targets}.")
         return targets
     if schedule == "random":
         return [generator.uniform(min_noise, max_noise) for _ in range(window_size)]
@@ -65,7 +66,7 @@ def noise_targets(
         return [min_noise + step * index for index in range(window_size)]
     if schedule == "reverse":
         return [max_noise - step * index for index in range(window_size)]
-    raise ValueError(f"`noise_schedule` must be one of {SCHEDULES} or a callable, got {schedule!r}.")
+    raise UsageError(f"`noise_schedule` must be one of {SCHEDULES} or a callable, got {schedule!r}.")
 
 
 def nearest_state(states: Sequence[Sequence[int]], target: float) -> int:

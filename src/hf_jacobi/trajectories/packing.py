@@ -16,6 +16,7 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
+from ..decoding.errors import UsageError
 from .noise import NoiseSchedule, converged_prefix, nearest_state, noise_targets
 from .shards import ShardFolder, in_shards
 from .statistics import packing_statistics
@@ -102,9 +103,9 @@ class PackSettings:
     def __post_init__(self):
         noise_targets(self.noise_schedule, self.window_size, self.min_noise, self.max_noise, random.Random(self.seed))
         if self.pack_samples and self.max_length is None:
-            raise ValueError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
+            raise UsageError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
         if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"`max_length` must be at least 1, got {self.max_length}.")
+            raise UsageError(f"`max_length` must be at least 1, got {self.max_length}.")
 
     def described(self) -> dict[str, Any]:
         """The settings, JSON-serializable: a schedule that is a function stands there as a digest of it."""
@@ -143,17 +144,17 @@ def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sam
 def _check_row(row: dict[str, Any], number: int) -> None:
     """Raises `ValueError` for a row whose blocks do not make up its text."""
     if missing := [column for column in TRAJECTORY_COLUMNS if row.get(column) is None]:
-        raise ValueError(f"trajectory {number} lacks {missing}: rows need {list(TRAJECTORY_COLUMNS)}.")
+        raise UsageError(f"trajectory {number} lacks {missing}: rows need {list(TRAJECTORY_COLUMNS)}.")
     lengths = [{len(state) for state in states} for states in row["trajectories"]]
     if any(len(length) != 1 for length in lengths):
-        raise ValueError(f"trajectory {number} has a block of no states, or of states of different lengths.")
+        raise UsageError(f"trajectory {number} has a block of no states, or of states of different lengths.")
     sizes = [length.pop() for length in lengths]
     if any(size != row["block_size"] for size in sizes[:-1]) or (sizes and not 0 < sizes[-1] <= row["block_size"]):
-        raise ValueError(
+        raise UsageError(
             f"trajectory {number} has blocks of {sizes} tokens, but its block_size is {row['block_size']}."
         )
     if [token for states in row["trajectories"] for token in states[-1]] != list(row["completion_ids"]):
-        raise ValueError(f"trajectory {number} has other text in completion_ids than its blocks end in.")
+        raise UsageError(f"trajectory {number} has other text in completion_ids than its blocks end in.")
 
 
 def join_samples(samples: list[Sample]) -> dict[str, list[int]]:
@@ -248,19 +249,19 @@ def pack_trajectories(
     """
     settings = PackSettings(window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed)
     if iter(trajectories) is trajectories:
-        raise ValueError("`trajectories` can be run through only once: pass a list or a data set, not an iterator.")
+        raise UsageError("`trajectories` can be run through only once: pass a list or a data set, not an iterator.")
     if isinstance(trajectories, (Dataset, IterableDataset)):
         trajectories = trajectories.with_format(None)
     columns = getattr(trajectories, "column_names", None) or list(next(iter(trajectories), {}))
     if not columns:
-        raise ValueError("there are no trajectories.")
+        raise UsageError("there are no trajectories.")
     if missing := [column for column in TRAJECTORY_COLUMNS if column not in columns]:
-        raise ValueError(f"trajectories lack {missing}: their columns are {list(TRAJECTORY_COLUMNS)}.")
+        raise UsageError(f"trajectories lack {missing}: their columns are {list(TRAJECTORY_COLUMNS)}.")
     if output_dir is not None:
         packed = _pack_into(output_dir, trajectories, settings, shard_size, progress)
     else:
         if next(packed_rows(trajectories, settings), None) is None:
-            raise ValueError(_nothing_fits(max_length))
+            raise UsageError(_nothing_fits(max_length))
         # A fingerprint of its own: by default `datasets` would return what a reader of the same name gave before.
         try:
             packed = Dataset.from_generator(
@@ -269,7 +270,7 @@ def pack_trajectories(
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
     if not len(packed):
-        raise ValueError(_nothing_fits(max_length))
+        raise UsageError(_nothing_fits(max_length))
     return packed
 
 

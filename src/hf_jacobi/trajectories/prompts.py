@@ -12,6 +12,8 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
 
+from ..decoding.errors import MissingFile, UsageError
+
 
 BUILDERS = {
     ".json": "json",
@@ -63,19 +65,19 @@ def open_prompts(source, split: str | None = None, name: str | None = None) -> I
     if isinstance(source, Iterable) and not isinstance(source, dict):
         rows = [{"prompt": row} if row is None or isinstance(row, str) else row for row in source]
         if odd := next((row for row in rows if not isinstance(row, dict)), None):
-            raise ValueError(f"`dataset` must be a list of texts or of rows with columns, it holds {odd!r:.80}.")
+            raise UsageError(f"`dataset` must be a list of texts or of rows with columns, it holds {odd!r:.80}.")
         return rows
     if isinstance(source, dict) and source:
-        raise ValueError(f"`dataset` has several splits, {list(source)}: pass one of them, as in dataset['train'].")
-    raise ValueError(f"`dataset` must be a data set, a list of prompts or a path, got {type(source).__name__}.")
+        raise UsageError(f"`dataset` has several splits, {list(source)}: pass one of them, as in dataset['train'].")
+    raise UsageError(f"`dataset` must be a data set, a list of prompts or a path, got {type(source).__name__}.")
 
 
 def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, Any]]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix not in BUILDERS:
-        raise ValueError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
+        raise UsageError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
     if not path.exists() and (source.startswith(("/", ".", "~")) or path.suffix in BUILDERS):
-        raise OSError(f"there is no file or folder {source}.")
+        raise MissingFile(f"there is no file or folder {source}.")
     try:
         if path.is_file():
             return load_dataset(BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
@@ -88,9 +90,9 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
     except (OSError, ValueError):
         raise
     except KeyError:
-        raise ValueError(f"{source} has no split {split!r}: its splits are {sorted(loaded)}.") from None
+        raise UsageError(f"{source} has no split {split!r}: its splits are {sorted(loaded)}.") from None
     except Exception as error:  # whatever a builder of `datasets` stumbles over
-        raise ValueError(f"{source} could not be read: {error.__cause__ or error or type(error).__name__}") from error
+        raise UsageError(f"{source} could not be read: {error.__cause__ or error or type(error).__name__}") from error
 
 
 def only_prompts(rows, column: str | None):
@@ -110,11 +112,11 @@ def prompt_column(row: dict[str, Any], column: str | None) -> str:
         `ValueError`: there is none.
     """
     if column is not None and column not in row:
-        raise ValueError(f"the data set has no column {column!r}; its columns are {sorted(row)}.")
+        raise UsageError(f"the data set has no column {column!r}; its columns are {sorted(row)}.")
     there = [name for name in PROMPT_COLUMNS if name in row]
     found = column or next((name for name in there if row[name] is not None), next(iter(there), None))
     if found is None:
-        raise ValueError(
+        raise UsageError(
             f"none of the columns {sorted(row)} looks like a prompt: name one, or rename it to one of "
             f"{list(PROMPT_COLUMNS)}."
         )
@@ -144,9 +146,9 @@ def encode_prompt(number: int, row: dict[str, Any], column: str | None, tokenize
             return Prompt(number, name, _without_end(tokenizer(value)["input_ids"], tokenizer))
         value = [{"role": "user", "content": value}]
     if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
-        raise ValueError(f"prompt {name}: a prompt must be text or a list of messages, got {value!r:.80}.")
+        raise UsageError(f"prompt {name}: a prompt must be text or a list of messages, got {value!r:.80}.")
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the prompts are messages, but the tokenizer has no chat template: give it one, or use text.")
+        raise UsageError("the prompts are messages, but the tokenizer has no chat template: give it one, or use text.")
     messages = _until_answer(name, value)
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
     return Prompt(number, name, list(encoded["input_ids"]))
@@ -177,7 +179,7 @@ def _text_of(name: str, content: Any) -> str:
         return content or ""
     parts = content if isinstance(content, list) else [content]
     if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise ValueError(f"prompt {name}: a message must be text or parts with a text, got {content!r:.80}.")
+        raise UsageError(f"prompt {name}: a message must be text or parts with a text, got {content!r:.80}.")
     return "".join(part["text"] for part in parts)
 
 

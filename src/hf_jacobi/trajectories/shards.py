@@ -17,6 +17,8 @@ import pyarrow.parquet
 from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars
 from datasets.utils import are_progress_bars_disabled
 
+from ..decoding.errors import MissingFile, UsageError
+
 
 try:
     import fcntl
@@ -56,7 +58,7 @@ class ShardFolder:
         file = self.folder / SETTINGS
         if not self.files() or not file.exists():  # settings that made nothing bind nobody
             if any(self.folder.glob("*.parquet")):
-                raise ValueError(
+                raise UsageError(
                     f"{self.folder} holds Parquet files of other work: name an empty folder or a new one."
                 )
             return
@@ -68,7 +70,7 @@ class ShardFolder:
             if before.get(key) != settings.get(key)
         ]
         if other:
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder} was begun with other settings ({'; '.join(other)}): go on with those, or name another "
                 "folder."
             )
@@ -86,7 +88,7 @@ class ShardFolder:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError:
-                    raise ValueError(f"another run is at work in {self.folder}: wait for it, or stop it.") from None
+                    raise UsageError(f"another run is at work in {self.folder}: wait for it, or stop it.") from None
             self._check_settings(self.settings)  # another run may have begun since
             for scratch in self.folder.glob(".*.tmp"):
                 scratch.unlink(missing_ok=True)
@@ -119,7 +121,7 @@ class ShardFolder:
             return False
         note = read_note(path)
         if note["made_from"] > len(piece) or note["digest"] != digest(piece[: note["made_from"]]):
-            raise ValueError(
+            raise UsageError(
                 f"{path} was made from other data than is at its place now: go on with the data that {self.folder} "
                 "was begun with, or name another folder."
             )
@@ -128,7 +130,7 @@ class ShardFolder:
     def check_end(self, count: int) -> None:
         """Raises `ValueError` if there are shards beyond the first `count`, which the data at hand did not make."""
         if more := [path.name for path in self.files() if _number(path) >= count]:
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder} was begun with more data than there are now ({', '.join(more)} are left over): go on "
                 "with those, or name another folder."
             )
@@ -207,7 +209,7 @@ def read_note(path: Path) -> dict[str, Any]:
     try:
         return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA])
     except (pyarrow.ArrowInvalid, OSError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is broken or not one of ours: delete it and run again.") from error
+        raise UsageError(f"{path} is broken or not one of ours: delete it and run again.") from error
 
 
 def counts_in(folder: str | Path, name: str) -> Counter:
@@ -220,7 +222,7 @@ def counts_in(folder: str | Path, name: str) -> Counter:
     folder = Path(folder).expanduser()
     files = shard_files(folder, name) if folder.is_dir() else []
     if not files:
-        raise OSError(f"{folder} holds no {name}.")
+        raise MissingFile(f"{folder} holds no {name}.")
     total: Counter = Counter()
     for path in files:
         total.update(read_note(path)["counts"])

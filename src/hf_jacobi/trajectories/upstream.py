@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow.parquet
 from datasets import Dataset, Features
 
+from ..decoding.errors import MissingFile, UsageError
 from .collect import TRAJECTORY_FEATURES
 from .packing import PACKED_FEATURES, join_samples, lay_out_sample
 
@@ -28,7 +29,7 @@ RAW_COLUMNS = ("data_id", "diffusion_itr_id", "prompt_ids", "answer_trajectory_i
 PACKED_COLUMNS = ("data_id", "prompt_ids", "prompt_ids_len", "complete_training_sequence_ids", "traj_position_indices")
 
 
-class MalformedRow(ValueError):
+class MalformedRow(UsageError):
     """A row that does not hold what its format says."""
 
 
@@ -57,7 +58,7 @@ class UpstreamRows:
         self.paths = [Path(path).expanduser() for path in ([paths] if isinstance(paths, (str, Path)) else paths)]
         for path in self.paths:
             if not path.is_file():
-                raise OSError(f"there is no file {path}.")
+                raise MissingFile(f"there is no file {path}.")
         ends = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
         self.eos_tokens = set(ends)
         self.strict = strict
@@ -73,7 +74,7 @@ class UpstreamRows:
 
     def _skip(self, error: MalformedRow, path: Path, line: int) -> None:
         if self.strict:
-            raise ValueError(f"{path}, row {line}: {error}") from error
+            raise UsageError(f"{path}, row {line}: {error}") from error
         self.skipped[str(error)] += 1
 
     def _until_end(self, tokens: list[int]) -> list[int]:
@@ -89,7 +90,7 @@ class UpstreamRows:
             `ValueError`: no row could be read.
         """
         if next(iter(self), None) is None:
-            raise ValueError(f"no row could be read from {', '.join(map(str, self.paths))}: {dict(self.skipped)}.")
+            raise UsageError(f"no row could be read from {', '.join(map(str, self.paths))}: {dict(self.skipped)}.")
         # A fingerprint of its own: by default `datasets` would return what files of the same names held before.
         return Dataset.from_generator(lambda: iter(self), features=self.features, fingerprint=uuid.uuid4().hex)
 
@@ -116,7 +117,7 @@ class RawTrajectories(UpstreamRows):
     def __init__(self, paths, block_size: int, eos_token_id=None, strict: bool = False):
         super().__init__(paths, eos_token_id, strict)
         if block_size < 2:
-            raise ValueError(f"`block_size` must be at least 2, got {block_size}.")
+            raise UsageError(f"`block_size` must be at least 2, got {block_size}.")
         self.block_size = block_size
 
     def _convert(self, path: Path) -> Iterator[dict[str, Any]]:
@@ -217,7 +218,7 @@ class PackedRows(UpstreamRows):
     ):
         super().__init__(paths, eos_token_id, strict)
         if window_size < 1:
-            raise ValueError(f"`window_size` must be at least 1, got {window_size}.")
+            raise UsageError(f"`window_size` must be at least 1, got {window_size}.")
         self.window_size = window_size
         self.block_size = block_size
 
@@ -302,7 +303,7 @@ def _array(file, path: Path) -> Iterator[tuple[int, Any]]:
         except ValueError:
             more = file.read(max(CHUNK, len(text)))
             if not more:
-                raise ValueError(f"{path}, row {number + 1}: the array ends in the middle, or is no JSON.") from None
+                raise UsageError(f"{path}, row {number + 1}: the array ends in the middle, or is no JSON.") from None
             text += more
             continue
         number += 1

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from ...decoding.errors import UsageError
+
 
 NAMES = ("agreement", "speedup", "tokens_per_forward")
 
@@ -27,5 +29,5 @@ def path_of(name: str) -> str:
         `ValueError`: there is no such metric.
     """
     if name not in NAMES:
-        raise ValueError(f"there is no metric {name!r}: they are {', '.join(NAMES)}.")
+        raise UsageError(f"there is no metric {name!r}: they are {', '.join(NAMES)}.")
     return str(Path(__file__).parent / name)
