@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCABULARY, tokens_per_forward, trained_model
+from models import ARCHITECTURES, VOCABULARY, tokens_per_forward, trained_model
 
 import hf_jacobi
 
@@ -74,6 +75,29 @@ def test_text_is_that_of_ar():
 
     check()
     assert 2 * accepted[True] > accepted[False], f"only {accepted[True]} of {accepted.total()} accepted a draft"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_text_is_that_of_ar_on_every_architecture(name, record_property):
+    model = hf_jacobi.enable(trained_model(name))
+    cases = Counter()
+
+    @settings(max_examples=55)  # over 2,000 for all architectures
+    @given(batches(), jacobi_settings, windows, processing, stops)
+    def check(inputs, config, window, processing, stops):
+        kwargs = {"do_sample": False, "pad_token_id": 0} | processing | stops
+        config = config | window if config else config
+        out = model.generate(**inputs, **kwargs, decoding="jacobi", jacobi_config=config, return_dict_in_generate=True)
+        assert torch.equal(out.sequences, model.generate(**inputs, **kwargs))
+        rows = out.jacobi_stats.per_sequence
+        cases.update(cases=1, tokens=sum(row.new_tokens for row in rows), forwards=sum(row.forwards for row in rows))
+
+    check()
+    per_forward = cases["tokens"] / cases["forwards"]
+    record_property("tokens_per_forward", per_forward)
+    print(f"{name}: {cases['cases']} cases, {per_forward:.2f} tokens per forward")
+    assert cases["cases"] >= 55 and per_forward > 1.3
 
 
 def test_sampled_text_is_that_of_its_seed():
