@@ -7,7 +7,7 @@ import pytest
 from models import tiny_model, tiny_tokenizer
 
 from hf_jacobi import cli
-from hf_jacobi.cli.options import add_prompts, prompts_of
+from hf_jacobi.cli.options import Prompts, add_prompts
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_blank_lines_are_no_prompts_and_text_may_be_a_users_message(tmp_path):
     add_prompts(parser, count=4)
     read = ["--prompts", str(tmp_path / "prompts.txt")]
     tokenizer = tiny_tokenizer()
-    assert prompts_of(parser.parse_args(read), tokenizer) == [tokenizer(text)["input_ids"] for text in ("w5 w6", "w7")]
-    chat = prompts_of(parser.parse_args([*read, "--as-chat"]), tokenizer)
+    assert Prompts(parser.parse_args(read)).encode(tokenizer) == [
+        tokenizer(text)["input_ids"] for text in ("w5 w6", "w7")
+    ]
+    chat = Prompts(parser.parse_args([*read, "--as-chat"])).encode(tokenizer)
     message = [{"role": "user", "content": "w7"}]
     assert chat[1] == list(tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"])
