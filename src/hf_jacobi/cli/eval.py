@@ -95,10 +95,20 @@ def run(arguments) -> int:
         kept = {name: results[name] for name in ("results", "samples", "n-shot", "configs")}
         kept["tokens_per_forward"] = stats.tokens_per_forward
         kept |= {"new_tokens": stats.new_tokens, "forwards": stats.forwards}
-        write_json(arguments.output, kept)
+        write_json(arguments.output, kept | {"configs": names_only(kept["configs"])})
     if arguments.evaluation:
         _write_evaluation(arguments, found, model, results, given)
     return 0
+
+
+def names_only(value):
+    """A value with each path in it, of a file or a folder that is there, shortened to its name."""
+    if isinstance(value, dict):
+        return {key: names_only(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [names_only(one) for one in value]
+    is_path = isinstance(value, str) and os.sep in value and len(value) < 1024 and os.path.exists(value)
+    return Path(value).name if is_path else value
 
 
 def tasks_of(names: list[str], folder: Path | None):
@@ -108,6 +118,8 @@ def tasks_of(names: list[str], folder: Path | None):
     Raises:
         `UsageError`: there is no such task or folder, or its data cannot be had.
     """
+    if not names:
+        raise UsageError("--tasks names no task: give one, such as gsm8k.")
     if folder is not None and not folder.is_dir():
         raise MissingFile(f"there is no folder {folder}: name the one with your tasks with --include_path.")
     from lm_eval.tasks import TaskManager
@@ -118,10 +130,10 @@ def tasks_of(names: list[str], folder: Path | None):
     with of_usage(YAMLError):
         manager = TaskManager(include_path=[str(TASKS), *([str(folder)] if folder else [])])
     unknown = [name for name in names if name not in manager.all_tasks and not Path(name).is_file()]
-    if unknown or not names:
+    if unknown:
         near = [near for name in unknown for near in difflib.get_close_matches(name, manager.all_tasks, 3)]
         hint = f" (near: {', '.join(near)})" if near else ""
-        raise UsageError(f"there is no task {', '.join(unknown) or 'named'}{hint}: `lm_eval ls tasks` lists them.")
+        raise UsageError(f"there is no task {', '.join(unknown)}{hint}: `lm_eval ls tasks` lists them.")
     try:
         with of_usage(OSError, ValueError, YAMLError):
             loaded = manager.load(names)

@@ -29,7 +29,8 @@ MINIATURE = CHECKPOINTS / "miniature"  # trained by benchmarks/miniature
 MODEL = f"a local folder or a Hub id, of a model or an adapter (default: {DEMO_MODEL})"  # how MODEL is described
 ADAPTER_CONFIG = "adapter_config.json"
 ENDS = ("_config.json", ".json", ".model")  # of `tokenizer`, in names of files
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab.*", "merges.txt", "*.model")
+TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "tekken.json", "*.tiktoken")  # one of which there must be
+TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*")
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -69,7 +70,7 @@ class Found:
         from transformers import AutoTokenizer
 
         place = Path(self.tokenizer_place)
-        if place.is_dir() and not any(file for pattern in TOKENIZER_FILES for file in place.glob(pattern)):
+        if place.is_dir() and not any(file for pattern in TOKENIZER for file in place.glob(pattern)):
             raise MissingFile(f"{place} holds no tokenizer: save one there with its `save_pretrained`.")
         with reading(self.tokenizer_place):
             return AutoTokenizer.from_pretrained(self.tokenizer_place)
@@ -197,11 +198,18 @@ def _adapter_config(place: str) -> dict[str, Any] | None:
     if Path(place).is_dir():
         file = Path(place) / ADAPTER_CONFIG
         return read_json(file) if file.exists() else None
-    from transformers.utils import find_adapter_config_file
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with reading(place):
-        file = find_adapter_config_file(place)
-    return None if file is None else read_json(Path(file))
+        try:
+            return read_json(Path(hf_hub_download(place, ADAPTER_CONFIG)))
+        except LocalEntryNotFoundError:  # no way to the Hub, which was tried for long enough
+            if isinstance(try_to_load_from_cache(place, "config.json"), str):
+                return None
+            raise
+        except EntryNotFoundError:
+            return None
 
 
 @contextmanager
@@ -222,9 +230,10 @@ def reading(name: str):
     except ImportError as error:
         raise MissingPackage(f"{name}: {_line(error)}") from error
     except (SafetensorError, UnpicklingError, EOFError) as error:
+        reason = _line(error) if isinstance(error, SafetensorError) else type(error).__name__
         raise UsageError(
-            f"the weights of {name} cannot be read ({_line(error)}): they are damaged or not there as a whole, or "
-            "they are more than weights. Get them again, as .safetensors."
+            f"the weights of {name} cannot be read ({reason}): they are damaged, copied in part, or pickled with more "
+            "than weights; get them again, as .safetensors."
         ) from error
     except OSError as error:
         here = "" if Path(name).is_dir() else "there is no such folder here, and on the Hub: "

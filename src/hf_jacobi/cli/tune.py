@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import textwrap
 from pathlib import Path
 
@@ -144,7 +145,7 @@ def print_report(report: dict) -> None:
         checked = report["checked"].get(str(row["settings"]))
         measured = f"{checked['tokens_per_second']:.1f}" if checked else ""
         figures = f"{row['tokens_per_forward']:>6.2f}{row['positions_per_forward']:>11.1f}{row['predicted']:>11.1f}"
-        lines = textwrap.wrap(named(row["settings"]), 40)
+        lines = textwrap.wrap(named(row["settings"]), max(24, shutil.get_terminal_size().columns - 40))
         print(f"{figures}{measured:>10}  " + f"\n{'':40}".join(lines))
     print(f"{1:>6.2f}{1:>11.1f}{'':>11}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
     if report["decoding"] == "ar":
