@@ -43,7 +43,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--base", action="store_true", help=f"{DEMO_MODEL} as it comes, not trained to decode so")
     parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: 128; miniature 300)")
     add_dtype(parser)
-    parser.add_argument("--adapter", help="an adapter that was trained for the model")
+    parser.add_argument("--adapter", help="an adapter that was trained for the model, a folder or a Hub id")
     parser.add_argument(
         "--trained", action="store_true", help=f"{DEMO_MODEL} with the adapter that was trained to draft for it"
     )

@@ -25,7 +25,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--limit", type=positive, help="only so many questions of each task")
     parser.add_argument("--batch_size", type=positive, default=1, help="questions answered together (default: 1)")
     parser.add_argument("--apply_chat_template", action="store_true", help="put questions as a user's message")
-    parser.add_argument("--adapter", help="an adapter for it")
+    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id")
     parser.add_argument(
         "--confirm_run_unsafe_code", action="store_true", help="run the code that a model writes, as HumanEval does"
     )

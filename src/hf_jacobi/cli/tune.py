@@ -31,7 +31,7 @@ def add_parser(commands) -> None:
     about = "Find the settings of Jacobi decoding that are fastest on this machine, and write them into the checkpoint"
     parser = commands.add_parser("tune", help=about, description=about)
     parser.add_argument("model", nargs="?", help=MODEL)
-    parser.add_argument("--adapter", help="an adapter for it, whose settings are tuned")
+    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id; its settings are tuned")
     add_prompts(parser, count=6)
     parser.add_argument("--max-new-tokens", type=positive, default=48, help="length of the texts (default: 48)")
     add_dtype(parser)
