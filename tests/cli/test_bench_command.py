@@ -116,6 +116,7 @@ def test_what_cannot_be_written_or_read_is_told_before_the_model_is_loaded(check
     for options, said in (
         (["--output", str(tmp_path)], "is a folder"),
         (["--evaluation", str(tmp_path)], "is a folder"),
+        (["--output", str(tmp_path / "x"), "--evaluation", f"{tmp_path}/./x"], "is named for two files"),
         (["--plot", str(tmp_path / "file" / "x.png")], "cannot be written"),
         (["--output", str(tmp_path / "file" / "deep" / "x.json")], "cannot be written"),
         (["--prompts", "none.jsonl"], "there is no file or folder none.jsonl"),

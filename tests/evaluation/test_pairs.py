@@ -8,9 +8,10 @@ from transformers import AutoModelForCausalLM
 
 import hf_jacobi
 from hf_jacobi.evaluation import bench as bench_module
+from hf_jacobi.evaluation import measuring
 from hf_jacobi.evaluation import tune as tune_module
 from hf_jacobi.evaluation.bench import bench
-from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Method
+from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Method, race
 from hf_jacobi.evaluation.pairs import fastest_pair
 from hf_jacobi.evaluation.tune import tune
 
@@ -144,3 +145,16 @@ def test_bench_and_tune_in_python_run_ar_without_pefts_layers(monkeypatch, setti
     seen = contestants_of(monkeypatch, tune_module)
     tune(model, tiny_tokenizer(), PROMPTS[:1], grid=({"block_size": 4},), max_new_tokens=8)
     assert not has_layers(seen["AR"][0])
+
+
+def test_a_race_runs_ar_without_pefts_layers(monkeypatch):
+    model = hf_jacobi.enable(adapted(**DRAFT_ONLY))
+    raced, measure = [], measuring.measure
+
+    def watched(model, inputs, method, *arguments):
+        raced.append((method.name, has_layers(model)))
+        return measure(model, inputs, method, *arguments)
+
+    monkeypatch.setattr(measuring, "measure", watched)
+    list(race({"AR": (model, AR), "Jacobi": (model, JACOBI)}, [padded_prompts(1)], 8, warm_up=0))
+    assert raced == [("AR", False), ("Jacobi", True)]

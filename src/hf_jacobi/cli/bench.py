@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
     )
     parser = commands.add_parser("bench", help=about, description=about)
     parser.add_argument("model", nargs="?", help=MODEL)
-    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id; if it only drafts, AR runs without it")
+    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id; AR runs without PEFT")
     add_prompts(parser, count=16)
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows together (default: 1)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the texts (default: 128)")

@@ -29,7 +29,9 @@ FILES = (  # of the repository, which has the weights in other formats, too
 def cache_folder() -> Path:
     """Where weights of one's own are kept: `$HF_JACOBI_CACHE`, else `hf_jacobi` in the user's cache folder."""
     own = os.environ.get("HF_JACOBI_CACHE")
-    return Path(own).expanduser() if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
 
 
 def unpacked() -> Path:

@@ -101,11 +101,14 @@ def check_places(output: Path | None, picture: Path | None = None, *others: Path
         picture: a file for a picture.
 
     Raises:
-        `UsageError`: one cannot be written, or a picture would be of a kind that is not known.
+        `UsageError`: one cannot be written, two are the same, or a picture would be of a kind that is not known.
         `ImportError`: matplotlib is not installed.
     """
-    for file in filter(None, (output, picture, *others)):
+    files = [*filter(None, (output, picture, *others))]
+    for file in files:
         check_place(file)
+    if len({file.resolve() for file in files}) < len(files):
+        raise UsageError(f"{files[0]} is named for two files: one would replace the other.")
     if picture is None:
         return
     try:
