@@ -122,3 +122,24 @@ def test_the_real_one_is_converted(monkeypatch, tmp_path, capsys):
     assert cli.main(["demo", "--base", "--prompt", "What is the capital of France?", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["identical"] and "Paris" in report["ar"]["texts"][0]
+
+
+@pytest.mark.parametrize("fault", [TypeError("a fault of ours"), KeyError("x")])
+def test_a_fault_of_the_program_is_not_taken_for_a_lost_network(cache, monkeypatch, fault):
+    def broken(*arguments, **settings):
+        raise fault
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    with pytest.raises(type(fault)):
+        demo_checkpoint()
+
+
+def test_an_error_of_the_http_library_is_a_lost_network(cache, monkeypatch, capsys):
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def unreachable(*arguments, **settings):
+        raise HfHubHTTPError.__mro__[1]("Name or service not known")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert cli.main(["demo", "--base"]) == 2
+    assert "could not be downloaded (Name or service not known)" in capsys.readouterr().err

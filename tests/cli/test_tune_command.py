@@ -1,8 +1,11 @@
 """`hf-jacobi tune` on a tiny checkpoint."""
 
 import json
+import os
+import runpy
 
-from models import tiny_model, tiny_tokenizer
+import pytest
+from models import tiny_model, tiny_tokenizer, trained_model
 from transformers import GenerationConfig
 
 from hf_jacobi import JacobiConfig, cli
@@ -66,3 +69,95 @@ def test_without_a_checkpoint_of_ones_own_the_settings_need_a_place(monkeypatch,
 def test_there_must_be_a_folder_to_write_into(capsys):
     assert cli.main(["tune", "someone/model"]) == 2
     assert "--save-to" in capsys.readouterr().err
+
+
+COMMAND = ["--count", "2", "--max-new-tokens", "8"]
+
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch):
+    """A model whose drafts come true, tuned over two settings."""
+    monkeypatch.setattr(tune.tune, "__kwdefaults__", tune.tune.__kwdefaults__ | {"grid": ({}, {"block_size": 4})})
+    trained_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
+def test_settings_take_the_place_of_a_link_and_leave_what_it_points_to(checkpoint, tmp_path, link):
+    file, blob = checkpoint / "generation_config.json", tmp_path / "blob"
+    file.rename(blob)
+    before = blob.read_bytes()
+    link(blob, file)
+    assert cli.main(["tune", str(checkpoint), *COMMAND]) == 0
+    assert blob.read_bytes() == before
+    assert not file.is_symlink() and json.loads(file.read_text())["jacobi"]
+    assert not [one for one in checkpoint.iterdir() if one.name.startswith(".")]
+
+
+def test_a_write_that_fails_leaves_the_settings_that_were_there(checkpoint, tmp_path, monkeypatch, capsys):
+    file = checkpoint / "generation_config.json"
+    before = file.read_bytes()
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("hf_jacobi.decoding.files.os.replace", full)
+    assert cli.main(["tune", str(checkpoint), *COMMAND]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert not [one for one in checkpoint.iterdir() if one.name.startswith(".")], "no half file is left"
+
+
+@pytest.mark.parametrize("fails", ["write_json", "write_into"])
+def test_the_report_and_the_checkpoint_are_not_lost_with_each_other(checkpoint, tmp_path, monkeypatch, capsys, fails):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    before = (checkpoint / "generation_config.json").read_bytes()
+    monkeypatch.setattr(f"hf_jacobi.cli.tune.{fails}", full)
+    output = tmp_path / "tune.json"
+    assert cli.main(["tune", str(checkpoint), *COMMAND, "--output", str(output)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert output.exists() == (fails == "write_into")
+    assert ((checkpoint / "generation_config.json").read_bytes() == before) == (fails == "write_into")
+
+
+def test_what_cannot_be_written_is_told_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "generation_config.json").write_text("{")
+    (tmp_path / "blocked" / "generation_config.json").mkdir(parents=True)
+    model = str(checkpoint)
+    for command, said in (
+        ([model, "--output", str(tmp_path)], "is a folder"),
+        ([model, "--output", f"{model}/config.json/x.json"], "cannot be written"),
+        ([model, "--save-to", str(tmp_path / "none")], "is no folder"),
+        ([model, "--save-to", str(tmp_path / "broken")], "generation_config.json is not a JSON file"),
+        ([model, "--save-to", str(tmp_path / "blocked")], "is a folder"),
+        ([model, "--prompts", "none.jsonl"], "there is no file or folder none.jsonl"),
+        (["someone/model"], "--save-to"),
+    ):
+        assert cli.main(["tune", *command]) == 2
+        assert said in capsys.readouterr().err
+
+    def read_only(*arguments, **settings):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("hf_jacobi.cli.options.tempfile.TemporaryFile", read_only)
+    assert cli.main(["tune", model]) == 2
+    assert "generation_config.json cannot be written (Read-only file system)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_carries_its_decoder_decodes_by_the_new_settings_there_too(checkpoint, capsys):
+    carried = checkpoint / "custom_generate"
+    carried.mkdir()
+    (carried / "settings.py").write_text("ADAPTER = True\nDECODING = 'ar'\nJACOBI = {'block_size': 36}\n")
+    (checkpoint / "evaluation.json").write_text("{}")
+    assert cli.main(["tune", str(checkpoint), *COMMAND]) == 0
+    written = json.loads((checkpoint / "generation_config.json").read_text())
+    settings = runpy.run_path(str(carried / "settings.py"))
+    assert settings["ADAPTER"] is True
+    assert (settings["DECODING"], settings["JACOBI"]) == (written["decoding"], written["jacobi"])
+    said = capsys.readouterr().out
+    assert "settings.py" in said and "evaluation.json" in said

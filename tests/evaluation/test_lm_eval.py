@@ -9,7 +9,8 @@ from models import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from hf_jacobi import cli
+from hf_jacobi import JacobiConfig, cli
+from hf_jacobi.hub.card import checked
 
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hf_jacobi[harness]'")
@@ -77,3 +78,99 @@ def test_settings_of_a_call_are_laid_over_those_of_the_checkpoint(place):
     model._model_generate(context, 8, [], attention_mask=torch.ones_like(context), block_size=6)
     config = asked["jacobi_config"]
     assert (config.block_size, config.pool_size, config.draft_init) == (6, 0, "prompt")
+
+
+def command_of(place: Path, *options: str, model: str = "model") -> list[str]:
+    (place / "continue_words.jsonl").write_text(json.dumps({"question": QUESTIONS[0], "answer": "?"}) + "\n")
+    return ["eval", str(place / model), "--tasks", "continue_words", "--include_path", str(place), *options]
+
+
+def test_the_evaluation_is_what_publish_takes_and_nothing_holds_a_way_to_a_folder(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
+    files = [tmp_path / "evaluation.json", tmp_path / "found.json"]
+    options = ["--evaluation", str(files[0]), "--output", str(files[1])]
+    assert cli.main(command_of(place, *options, "--gen-kwargs", "block_size=6")) == 0
+    evaluation = json.loads(files[0].read_text())
+    assert checked(evaluation) == evaluation and evaluation["model"] == "model"
+    assert evaluation["settings"] == {"decoding": "jacobi", "jacobi": JacobiConfig(block_size=6).to_dict()}
+    (row,) = evaluation["results"]
+    assert (row["dataset"], row["decoding"]) == ("continue_words", "Jacobi")
+    assert set(row["metrics"]) == {"exact_match", "tokens_per_forward"}
+    assert not [file for file in files if str(place) in file.read_text()]
+
+
+def test_an_adapters_folder_is_scored_as_that_adapter_on_its_base(place, monkeypatch):
+    from peft import LoraConfig, get_peft_model
+
+    from hf_jacobi.cli import eval as command
+    from hf_jacobi.evaluation import lm_eval
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
+    adapter = get_peft_model(tiny_model("olmo"), config)
+    adapter.peft_config["default"].base_model_name_or_path = str(place / "model")
+    adapter.save_pretrained(place / "adapter")
+    settings = {"decoding": "jacobi", "jacobi": {"block_size": 5}}
+    (place / "adapter" / "generation_config.json").write_text(json.dumps(settings))
+    made = []
+
+    class Kept(lm_eval.JacobiLM):
+        def __init__(self, *arguments, **others):
+            super().__init__(*arguments, **others)
+            made.append(self)
+
+    monkeypatch.setattr(lm_eval, "JacobiLM", Kept)
+    written = []
+    monkeypatch.setattr(command, "write_json", lambda file, content: written.append(content))
+    evaluation = ["--evaluation", str(place / "e.json")]
+    assert cli.main(command_of(place, *evaluation, model="adapter")) == 0
+    assert cli.main(command_of(place, *evaluation, "--adapter", str(place / "adapter"))) == 0
+    assert written[0] == written[1] and written[0]["model"] == "adapter"
+    assert written[0]["settings"]["jacobi"] == JacobiConfig(block_size=5).to_dict()
+    assert [type(one.model).__name__.startswith("Peft") for one in made] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", "continue_word"], "there is no task continue_word (near: continue_words"),
+        (["--tasks", "continue_words, typo"], "there is no task typo"),
+        (["--tasks", " , "], "names no task"),
+        (["--include_path", "none"], "there is no folder none"),
+        (["--gen_kwargs", "decoding=beam"], "decoding must be one of"),
+        (["--gen_kwargs", "blocksize=4"], "blocksize: neither a setting"),
+        (["--gen_kwargs", "block_size=many"], "`block_size` must be an integer"),
+        (["--gen_kwargs", "decoding=ar,block_size=4"], "go with decoding=jacobi"),
+        (["--output", "/"], "is a folder"),
+        (["--evaluation", "/"], "is a folder"),
+    ],
+)
+def test_mistakes_are_told_before_the_model_is_loaded(place, monkeypatch, capsys, options, said):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    assert cli.main(command_of(place, *options)) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_data_that_cannot_be_had_is_told_before_the_model_is_loaded(place, monkeypatch, capsys):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
+    command = command_of(place)
+    (place / "continue_words.jsonl").unlink()
+    assert cli.main(command) == 2
+    assert "continue_words.jsonl" in capsys.readouterr().err
+
+
+def test_an_error_has_a_line_of_its_own(place, monkeypatch, capsys):
+    from hf_jacobi.decoding.errors import UsageError
+    from hf_jacobi.evaluation.lm_eval import JacobiLM
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
+
+    def refuse(*arguments, **settings):
+        raise UsageError("this cannot be decoded.")
+
+    monkeypatch.setattr(JacobiLM, "_model_generate", refuse)
+    assert cli.main(command_of(place)) == 2
+    lines = capsys.readouterr().err.replace("\r", "\n").splitlines()
+    assert "hf-jacobi eval: this cannot be decoded." in lines

@@ -31,6 +31,29 @@ def test_a_packed_row_shows_every_entry():
     assert len(axes.patches) == 7 * 12
 
 
+def test_of_a_long_row_a_part_is_drawn_and_named():
+    long = {column: list(values) * 108 for column, values in PACKED.items()}
+    for arguments, part in (({}, "0 to 63"), ({"first": 1290}, "1290 to 1295")):
+        axes = plots.packed_row(long, **arguments)
+        assert axes.get_title(loc="left") == f"tokens {part} of 0 to 1295"
+        assert axes.figure.get_size_inches()[0] * 100 < 4000, "pixels that a viewer shows"
+        first = arguments.get("first", 0)
+        shown = axes.texts[: -len(plots.SHOWN) : len(plots.SHOWN)]
+        assert [text.get_text() for text in shown] == list(map(str, long["input_ids"][first : first + 64]))
+    assert plots.packed_row(PACKED).get_title(loc="left") == "", "all of it"
+    with pytest.raises(ValueError, match="tokens 0 to 11"):
+        plots.packed_row(PACKED, first=12)
+
+
+def test_no_legend_hides_a_bar():
+    """Whatever the number of batch sizes, and wherever the bars end."""
+    row = {"tokens_per_forward": 2.0, "slowest": 0.9, "speedup": 1.0, "fastest": 1.1}
+    results = [row | {"batch_size": size, "decoding": name} for size in (1, 4, 16, 64) for name in map(str, range(8))]
+    axes = plots.bench_bars({"results": results})
+    axes.figure.canvas.draw()
+    assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+
+
 @pytest.fixture(scope="module")
 def output():
     model = hf_jacobi.enable(tiny_model())
@@ -70,3 +93,15 @@ def test_the_mask_of_a_row():
     assert seen.shape == (len(PACKED["input_ids"]),) * 2 and seen.diagonal().all()
     clean = [block < 0 for block in PACKED["block_ids"]]
     assert not seen[: sum(clean), sum(clean) :].any(), "text sees no noise"
+
+
+def test_a_trajectory_is_drawn_of_what_generate_returns(output):
+    first, second = (plots.trajectory(record, forwards=100) for record in output.trajectory)
+    whole = plots.trajectory(output.trajectory, forwards=100)
+    assert [patch.get_xy() for patch in whole.patches] == [patch.get_xy() for patch in first.patches]
+    assert (whole.get_title(), first.get_title()) == ("text 0 of 0 to 1", "")
+    other = plots.trajectory(output.trajectory, forwards=100, row=1)
+    assert [patch.get_xy() for patch in other.patches] == [patch.get_xy() for patch in second.patches]
+    for recorded, row, said in ((None, 0, "nothing was recorded"), (output.trajectory, 2, "there are 2 texts")):
+        with pytest.raises(ValueError, match=said):
+            plots.trajectory(recorded, row=row)

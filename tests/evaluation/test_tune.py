@@ -162,3 +162,32 @@ def test_a_setting_that_drafts_nothing_is_no_winner(clock):
     model = clock.timed(drafting(), lambda tokens: 0.002)
     nothing = ({"block_size": 1, "pool_size": 0},)
     assert tune(model, tiny_tokenizer(), PROMPTS, grid=nothing, max_new_tokens=6)["decoding"] == "ar"
+
+
+def test_the_present_settings_compete_and_stay_unless_others_are_faster(clock):
+    """Every forward takes as long as any other, so that fewest forwards are fastest."""
+    present = {"block_size": 6, "pool_size": 0, "draft_init": "prompt"}
+    model = clock.timed(drafting(), lambda tokens: 0.01)
+    model.generation_config.jacobi = hf_jacobi.JacobiConfig(**present, seed=3).to_dict()
+    run = functools.partial(tune, model, tiny_tokenizer(), PROMPTS, max_new_tokens=24)
+    slower = {"block_size": 2, "pool_size": 0}
+    report = run(grid=(slower,))
+    assert [row["settings"] for row in report["grid"]] == [{**present, "seed": 3}, {**slower, "seed": 3}]
+    assert report["jacobi"] == {**present, "seed": 3} and report["speedup"] > 1.5
+    same = {**present, "ngram_size": 5}
+    assert run(grid=(same,))["jacobi"] == {**present, "seed": 3}, "as fast as what is there"
+    faster = {**present, "block_size": 16}
+    assert len(widths_of(PROMPTS, faster)) < len(widths_of(PROMPTS, present))
+    assert run(grid=(slower, faster))["jacobi"] == {**faster, "seed": 3}
+
+
+def test_the_present_settings_are_checked_however_little_they_promise(clock):
+    model = clock.timed(drafting(), lambda tokens: 0.01)
+    present = {"block_size": 1, "pool_size": 0}
+    report = tune(model, tiny_tokenizer(), PROMPTS, grid=GRID, present=present, max_new_tokens=12)
+    assert str(present) in report["checked"] and report["jacobi"] != present
+
+
+def test_first_guesses_out_of_the_prompt_are_tried():
+    prompt = [settings for settings in tune_module.GRID if settings.get("draft_init") == "prompt"]
+    assert {"block_size": 32, "pool_size": 0, "draft_init": "prompt"} in prompt and len(prompt) > 2

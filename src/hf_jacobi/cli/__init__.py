@@ -14,6 +14,7 @@ import sys
 from .. import __version__
 from ..decoding.errors import UsageError
 from . import bench, collect, demo, eval, pack, push, train, tune
+from .options import Parser
 
 
 COMMANDS = (demo, collect, pack, train, bench, tune, eval, push)
@@ -23,7 +24,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `hf-jacobi COMMAND ...`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="hf-jacobi", description="Decode many tokens per forward.")
     parser.add_argument("--version", action="version", version=f"hf-jacobi {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for module in COMMANDS:
         module.add_parser(commands)
     arguments, arguments.rest = parser.parse_known_args(argv)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from .demo_model import DEMO_MODEL
-from .models import load, with_adapter
-from .options import add_dtype, add_prompts, check_places, named, positive, prompts_of, settings, wrapped
+from ..decoding.errors import UsageError
+from .models import MODEL, find
+from .options import (
+    Prompts,
+    add_dtype,
+    add_prompts,
+    check_places,
+    named,
+    path,
+    positive,
+    settings,
+    wrapped,
+    write_json,
+    write_picture,
+)
 
 
 def add_parser(commands) -> None:
@@ -16,10 +27,8 @@ def add_parser(commands) -> None:
         "Measure AR, prompt lookup and Jacobi decoding in one run: tokens per forward, time, memory, same text or not"
     )
     parser = commands.add_parser("bench", help=about, description=about)
-    parser.add_argument("model", nargs="?", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
-    parser.add_argument(
-        "--adapter", type=Path, help="the folder of an adapter for it; AR runs without it if it only drafts"
-    )
+    parser.add_argument("model", nargs="?", help=MODEL)
+    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id; AR runs without PEFT")
     add_prompts(parser, count=16)
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows together (default: 1)")
     parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the texts (default: 128)")
@@ -30,56 +39,93 @@ def add_parser(commands) -> None:
     add_dtype(parser)
     parser.add_argument("--attention", help="attention implementation, such as sdpa or eager")
     parser.add_argument("--compile", action="store_true", help="compile the model's forward with torch.compile")
-    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
-    parser.add_argument("--plot", type=Path, help="draw them into this PNG file (needs matplotlib)")
+    parser.add_argument("--output", type=path, help="write the figures to this JSON file")
+    parser.add_argument(
+        "--evaluation",
+        type=path,
+        help="write what `hf-jacobi push` puts into the model card to this JSON file, such as MODEL/evaluation.json",
+    )
+    parser.add_argument("--plot", type=path, help="draw them into this PNG file (needs matplotlib)")
     parser.set_defaults(run=run)
 
 
 def run(arguments) -> int:
     """Runs the command."""
-    import torch
+    if arguments.evaluation and arguments.config:
+        raise UsageError("--evaluation is of the checkpoint's own settings: drop --config, or write them with `tune`.")
+    check_places(arguments.output, arguments.plot, arguments.evaluation)
+    prompts = Prompts(arguments)
+    found = find(arguments.model, arguments.adapter)
+    tokenizer = found.tokenizer()
+    ids = prompts.encode(tokenizer)
+
     from tqdm import tqdm
 
-    check_places(arguments.output, arguments.plot)
     from ..decoding import enable
-    from ..decoding.mixin import unwrap
-    from ..evaluation.bench import bench, methods_of, table
-    from ..evaluation.measuring import Method
+    from ..evaluation.bench import bench, check_prompts, table
 
-    base, tokenizer = load(arguments.model, arguments.dtype, attention=arguments.attention)
-    model, base, own = with_adapter(base, arguments.adapter) if arguments.adapter else (base, base, None)
-    prompts = prompts_of(arguments, tokenizer)
-    for one in {id(base): base, id(model): model}.values():
+    check_prompts(ids, arguments.batch_sizes)
+    loaded = found.load(arguments.dtype, attention=arguments.attention)
+    for one in {id(loaded.writer): loaded.writer, id(loaded.model): loaded.model}.values():
         enable(one)
         if arguments.compile:
-            inner = unwrap(one)  # PEFT's `generate` calls this one
-            inner.forward = torch.compile(inner.forward, dynamic=True)
-    methods = list(methods_of(model))
-    if own is not None:
-        first = next(index for index, method in enumerate(methods) if method.decoding == "jacobi")
-        methods.insert(first, Method("Jacobi, the adapter's", "jacobi", own.to_dict()))
-    if arguments.config:
-        asked = (Method(f"Jacobi, {named(config)}", "jacobi", config) for config in arguments.config)
-        methods = [*(method for method in methods if method.decoding != "jacobi"), *asked]
+            _compile(one)
+    methods, own = _methods(arguments, found, loaded)
     report = bench(
-        model,
+        loaded.model,
         tokenizer,
-        prompts,
+        ids,
         methods,
         batch_sizes=arguments.batch_sizes,
         max_new_tokens=arguments.max_new_tokens,
         repeats=arguments.repeats,
-        base=base,
+        base=loaded.writer,
         progress=lambda runs, total: tqdm(runs, total=total, unit=" batches", leave=False),
     )
-    report["setup"] |= {"model": arguments.model or DEMO_MODEL, "compile": arguments.compile}
-    report["setup"] |= {"adapter": arguments.adapter and arguments.adapter.name}
+    report["setup"] |= {"model": found.name, "compile": arguments.compile, "adapter": found.adapter_name}
     print(wrapped(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value)), end="")
     print(f"\n{table(report)}")
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.output, report)
+    if arguments.evaluation:
+        _write_evaluation(arguments.evaluation, report, found, loaded, prompts.name, own)
     if arguments.plot:
         from ..evaluation.plots import bench_bars
 
-        bench_bars(report).figure.savefig(arguments.plot, dpi=120, bbox_inches="tight")
+        write_picture(arguments.plot, bench_bars(report))
     return 0
+
+
+def _compile(model) -> None:
+    import torch
+
+    from ..decoding.mixin import unwrap
+
+    inner = unwrap(model)  # PEFT's `generate` calls this one
+    inner.forward = torch.compile(inner.forward, dynamic=True)
+
+
+def _methods(arguments, found, loaded):
+    """The ways of decoding that are compared, and the name of the one with the checkpoint's own settings."""
+    from ..evaluation.bench import DEFAULT, OWN, methods_of
+    from ..evaluation.measuring import Method
+
+    methods = list(methods_of(loaded.model))
+    own = OWN if loaded.tuned else DEFAULT.name
+    if found.adapter is not None:  # whose settings are its own, not those of the model it is for
+        own = "Jacobi, the adapter's"
+        methods = [method for method in methods if method.name != OWN]
+        first = next(index for index, method in enumerate(methods) if method.decoding == "jacobi")
+        methods.insert(first, Method(own, "jacobi", loaded.config.to_dict()))
+    if arguments.config:
+        asked = (Method(f"Jacobi, {named(config)}", "jacobi", config) for config in arguments.config)
+        methods = [*(method for method in methods if method.decoding != "jacobi"), *asked]
+    return methods, own
+
+
+def _write_evaluation(file: Path, report: dict, found, loaded, dataset: str, own: str) -> None:
+    from ..evaluation.bench import evaluation_of
+    from ..hub.card import checked
+
+    evaluation = evaluation_of(report, found.adapter_name or found.name, dataset, loaded.settings, own)
+    write_json(file, checked(evaluation))

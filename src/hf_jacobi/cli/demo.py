@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..decoding.errors import UsageError
-from .demo_model import DEMO_MODEL, demo_checkpoint, first_time_note
-from .models import DEMO_ADAPTER, MINIATURE, encode, load, with_adapter
+from ..decoding.files import read_json
+from .demo_model import DEMO_MODEL, first_time_note
+from .models import DEMO_ADAPTER, MINIATURE, Found, encode, find
 from .options import add_dtype, positive, wrapped
 
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 
 PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
-LENGTHS = {MINIATURE: 300}  # of its answers; of others 128
+LENGTH, MINIATURE_LENGTH = 128, 300  # tokens of an answer
 TITLES = {"ar": "autoregressive", "jacobi": "Jacobi"}
 LITTLE_GAIN = 1.5  # tokens per forward
 SHORT = 32  # tokens
@@ -33,14 +34,16 @@ SHORT = 32  # tokens
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
     about = "Watch a model write one token at a time (autoregressively) and by Jacobi decoding, and compare"
-    default = "3.5 million parameters that know two tasks and were trained to decode in parallel"
+    default = "the miniature, 3.5 million parameters that know two tasks and were trained to decode in parallel"
     parser = commands.add_parser("demo", help=about, description=about)
     parser.add_argument("--prompt", action="append", help="what to ask; may be given several times")
-    parser.add_argument("--model", help=f"a local folder or a Hub id (default: the miniature, {default})")
+    parser.add_argument(
+        "--model", help=f"a local folder or a Hub id, of a model or an adapter (default: the miniature, {default})"
+    )
     parser.add_argument("--base", action="store_true", help=f"{DEMO_MODEL} as it comes, not trained to decode so")
     parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: 128; miniature 300)")
     add_dtype(parser)
-    parser.add_argument("--adapter", type=Path, help="the folder of an adapter that was trained for the model")
+    parser.add_argument("--adapter", help="an adapter that was trained for the model, a folder or a Hub id")
     parser.add_argument(
         "--trained", action="store_true", help=f"{DEMO_MODEL} with the adapter that was trained to draft for it"
     )
@@ -134,60 +137,61 @@ def write(model, tokenizer, prompts: list[dict], decoding: str, config: JacobiCo
 
 
 def choose(arguments) -> None:
-    """Settles which model is meant, what it is asked, and how far it answers."""
+    """Settles which model is meant."""
     if sum([arguments.model is not None, arguments.base, arguments.trained]) > 1:
         raise UsageError("--model, --base and --trained each say which model is meant: give one of them.")
-    if arguments.trained and arguments.adapter:
+    if arguments.trained and arguments.adapter is not None:
         raise UsageError("--trained is with the adapter that comes with it: drop --adapter, or give --base.")
     if arguments.trained:
         arguments.adapter = DEMO_ADAPTER
-    elif arguments.model is not None:
-        arguments.model = MINIATURE if Path(arguments.model).expanduser().resolve() == MINIATURE else arguments.model
-    elif not (arguments.base or arguments.adapter):
+    elif arguments.model is None and not arguments.base and arguments.adapter is None:
         arguments.model = MINIATURE
-    if arguments.prompt is None:
-        own = MINIATURE / "prompts.json"
-        arguments.prompt = json.loads(own.read_text()) if arguments.model == MINIATURE else [PROMPT]
-    arguments.max_new_tokens = arguments.max_new_tokens or LENGTHS.get(arguments.model, 128)
+
+
+def is_miniature(found: Found) -> bool:
+    """Whether the model that was found is the one that comes with the package, with an adapter or without."""
+    return Path(found.base).resolve() == MINIATURE
 
 
 def run(arguments) -> int:
     """Runs the demo; returns 0 when all texts are identical, 1 when they are not."""
     choose(arguments)
     if not arguments.json:  # before what takes seconds
-        print(f"Loading {name_of(arguments)} ...{first_time_note(arguments.model)}", flush=True)
-    if arguments.model is None:
-        demo_checkpoint()  # where there is no way to it, that is said before torch is imported
+        name = "the miniature" if arguments.model == MINIATURE else arguments.model or DEMO_MODEL
+        print(f"Loading {name} ...{first_time_note(arguments.model)}", flush=True)
+    found = find(arguments.model, arguments.adapter)
+    if arguments.prompt is None:
+        own = json.loads((MINIATURE / "prompts.json").read_text(encoding="utf-8"))
+        arguments.prompt = own if is_miniature(found) else [PROMPT]
+    arguments.max_new_tokens = arguments.max_new_tokens or (MINIATURE_LENGTH if is_miniature(found) else LENGTH)
+
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     threads = torch.get_num_threads()
-    if arguments.model == MINIATURE:
+    if is_miniature(found):
         torch.set_num_threads(1)  # more gain a model so small little, and wait for each other on a busy machine
     try:
-        return _race(arguments)
+        return _race(arguments, found)
     finally:
         torch.set_num_threads(threads)
 
 
-def _race(arguments) -> int:
+def _race(arguments, found: Found) -> int:
     from ..decoding import JacobiConfig, enable
 
     given = {name: getattr(arguments, name) for name in ("block_size", "max_blocks", "pool_size")}
     given = {name: value for name, value in given.items() if value is not None}
-    config = JacobiConfig(**given)
-    model, tokenizer = load(arguments.model and str(arguments.model), arguments.dtype)
-    models = dict.fromkeys(TITLES, enable(model))
-    own = getattr(model.generation_config, "jacobi", None)
-    if own:
-        config = dataclasses.replace(JacobiConfig.coerce(own), **given)
-    if arguments.adapter:
-        adapted = with_adapter(model, arguments.adapter)
-        config = dataclasses.replace(adapted.config, **given)
-        models = {"ar": enable(adapted.writer), "jacobi": enable(adapted.model)}
-    prompts = [encode(tokenizer, prompt, model.device) for prompt in arguments.prompt]
+    JacobiConfig(**given)
+    tokenizer = found.tokenizer()
+    prompts = [encode(tokenizer, prompt, "cpu") for prompt in arguments.prompt]
+    loaded = found.load(arguments.dtype)
+    config = dataclasses.replace(loaded.config, **given)
+    models = {"ar": enable(loaded.writer), "jacobi": enable(loaded.model)}
+    model = loaded.writer
+    prompts = [{name: rows.to(model.device) for name, rows in inputs.items()} for inputs in prompts]
     if not arguments.json:
         print("".join(wrapped(f"\nPrompt: {prompt.strip()}") for prompt in arguments.prompt), end="")
     for decoding in TITLES:  # warm-up, so that neither pays for first-time costs
@@ -198,7 +202,7 @@ def _race(arguments) -> int:
             writings[decoding] = write(
                 models[decoding], tokenizer, prompts, decoding, config, arguments.max_new_tokens, show(decoding)
             )
-    report = compare(model, arguments, config, writings)
+    report = compare(model, arguments, found, config, writings)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -206,9 +210,9 @@ def _race(arguments) -> int:
     return 0 if report["identical"] else 1
 
 
-def name_of(arguments) -> str:
+def name_of(found: Found) -> str:
     """What the model is called."""
-    return "the miniature" if arguments.model == MINIATURE else arguments.model or DEMO_MODEL
+    return "the miniature" if is_miniature(found) else found.name
 
 
 def is_trained(model: str | Path | None) -> bool:
@@ -221,20 +225,20 @@ def is_trained(model: str | Path | None) -> bool:
         file = cached_file(os.path.expanduser(model), NOTE) if model else None
     except OSError:  # there is none
         return False
-    return bool(file and json.loads(Path(file).read_text(encoding="utf-8"))["settings"])
+    return bool(file and read_json(Path(file)).get("settings"))
 
 
-def compare(model, arguments, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
+def compare(model, arguments, found: Found, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
     """Both answers' figures, what they ran on, and whether the texts are the same."""
     import torch
     import transformers
 
     ar, jacobi = writings["ar"], writings["jacobi"]
     return {
-        "model": name_of(arguments),
-        "adapter": arguments.adapter.name if arguments.adapter else None,
+        "model": name_of(found),
+        "adapter": found.adapter_name,
         "prompts": arguments.prompt,
-        "trained": bool(arguments.adapter) or is_trained(arguments.model),
+        "trained": found.adapter is not None or is_trained(None if found.is_demo else found.base),
         "longest": max(map(len, jacobi.tokens)),
         "max_new_tokens": arguments.max_new_tokens,
         "dtype": str(model.dtype).removeprefix("torch."),

@@ -29,7 +29,9 @@ FILES = (  # of the repository, which has the weights in other formats, too
 def cache_folder() -> Path:
     """Where weights of one's own are kept: `$HF_JACOBI_CACHE`, else `hf_jacobi` in the user's cache folder."""
     own = os.environ.get("HF_JACOBI_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
+    if own:
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hf_jacobi"
 
 
 def unpacked() -> Path:
@@ -75,11 +77,13 @@ def demo_checkpoint() -> Path:
 
 def _from_hub() -> Path:
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
 
+    of_network = HfHubHTTPError.__mro__[1]  # of the HTTP library, whichever it is; its own errors are no OSError
     try:
         folder = Path(snapshot_download(HUB_ID, allow_patterns=FILES))
         reason = "" if (folder / "model.safetensors").exists() else "the Hub's cache holds a part of it"
-    except Exception as error:  # a way to the Hub can fail in any library below
+    except (OSError, of_network) as error:
         reason = str(error).partition("\n")[0].removeprefix("Got: ").rstrip(".") or type(error).__name__
     if reason:
         raise MissingFile(

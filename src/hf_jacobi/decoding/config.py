@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UsageError
+from .files import read_json, write_whole
 
 
 WINDOWS = ("block", "sliding")
@@ -171,7 +172,8 @@ class JacobiConfig:
 
 def write_settings(folder: Path, decoding: str | None = None, jacobi: dict[str, Any] | None = None) -> dict[str, Any]:
     """
-    Puts how a checkpoint decodes into its `generation_config.json`, and leaves the rest of that as it is.
+    Puts how a checkpoint decodes into its `generation_config.json`, and leaves the rest of that as it is. A link there
+    becomes a file of the folder's own.
 
     Args:
         folder: of the checkpoint.
@@ -184,11 +186,11 @@ def write_settings(folder: Path, decoding: str | None = None, jacobi: dict[str, 
     from .compat import DERIVED  # here alone, as it imports transformers
 
     file = folder / "generation_config.json"
-    content = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    content = read_json(file) if file.exists() else {}
     content.pop(DERIVED, None)
     settings = {
         "decoding": decoding or content.get("decoding") or "jacobi",
         "jacobi": JacobiConfig.coerce(jacobi if jacobi is not None else content.get("jacobi")).to_dict(),
     }
-    file.write_text(json.dumps(content | settings, indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(content | settings, indent=2) + "\n")
     return settings

@@ -16,16 +16,19 @@ from ..decoding.compat import attention_of, compiles_assisted_decoding
 from ..decoding.errors import UsageError
 from ..decoding.mixin import setting_of, unwrap
 from .measuring import AR, COMPILED_LOOKUP, PROMPT_LOOKUP, Method, compare, race
+from .pairs import fastest_pair
 
 
 WIDTH = 80  # columns of a table
 LEGEND = """\
 range: the speed-up on the slowest and on the fastest batch; first: the time
 until the first token; same: the share of texts that are those of the first line"""
+DEFAULT = Method("Jacobi, default", "jacobi", {})
+OWN = "Jacobi, the checkpoint's"
 DEFAULT_METHODS = (
     AR,
     PROMPT_LOOKUP,
-    Method("Jacobi, default", "jacobi", {}),
+    DEFAULT,
     Method("Jacobi, n=16, K=2, r=0.85, pool 4", "jacobi", {"block_size": 16, "max_blocks": 2}),
     Method("Jacobi, n=32, sliding, pool 4", "jacobi", {"block_size": 32}),
     Method("Jacobi, n=16, blocks, no pool", "jacobi", {"block_size": 16, "window": "block", "pool_size": 0}),
@@ -39,7 +42,7 @@ def methods_of(model) -> tuple[Method, ...]:
     """
     compiled = [COMPILED_LOOKUP] if compiles_assisted_decoding(unwrap(model)) else []
     settings = setting_of("jacobi", None, unwrap(model))
-    own = [] if settings is None else [Method("Jacobi, the checkpoint's", "jacobi", settings)]
+    own = [] if settings is None else [Method(OWN, "jacobi", settings)]
     return (*DEFAULT_METHODS[:2], *compiled, *own, *DEFAULT_METHODS[2:])
 
 
@@ -59,7 +62,7 @@ def bench(
     Decodes the same prompts in several ways, each batch by all of them in turn.
 
     Args:
-        model: an enabled model.
+        model: an enabled model. One with an adapter takes part in its fastest form (`fastest_pair`).
         tokenizer: its tokenizer, which pads.
         prompts: token ids of each prompt.
         methods: the ways of decoding; the first is what the others are compared with. `methods_of(model)` if left out.
@@ -67,7 +70,7 @@ def bench(
         batch_sizes: rows decoded together; prompts that do not fill a batch are left out.
         max_new_tokens: how far.
         repeats: how often each batch is decoded.
-        base: what decodes by AR and by prompt lookup, if that is not `model`; for a draft-only adapter its base model.
+        base: what decodes by AR and by prompt lookup; left out, what `fastest_pair` makes of the model.
         progress: wraps the iterator over batches, given how many there are.
 
     Returns:
@@ -75,22 +78,19 @@ def bench(
         `decoding`, and `runs`, tokens per second of each batch.
 
     Raises:
-        `ValueError`: there are fewer prompts than a batch has rows.
+        `ValueError`: there are fewer prompts than a batch has rows, or AR has no form that is fast (`fastest_pair`).
     """
     methods = methods_of(model) if methods is None else methods
-    too_large = [size for size in batch_sizes if size > len(prompts)]
-    if not all(prompts):
-        raise UsageError("a prompt is empty: leave it out.")
+    check_prompts(prompts, batch_sizes)
     if len({method.name for method in methods}) < len(methods):
         raise UsageError("two ways of decoding have the same name.")
-    if too_large or not prompts:
-        raise UsageError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
+    model, base = fastest_pair(model, base)
     results = []
     for size in batch_sizes:
         batches = [pad(prompts[start : start + size], tokenizer) for start in range(0, len(prompts) - size + 1, size)]
         batches = [{name: rows.to(unwrap(model).device) for name, rows in batch.items()} for batch in batches]
         contestants = {
-            method.name: (base if base is not None and method.decoding != "jacobi" else model, method)
+            method.name: (base if method.decoding != "jacobi" else model, method)
             for method in methods
             if size == 1 or method.decoding != "prompt_lookup"
         }
@@ -100,6 +100,65 @@ def bench(
             pace = [run[name].count / run[name].seconds for run in runs]
             results.append({"batch_size": size, "decoding": name, **figures, "runs": pace})
     return {"setup": setup_of(model) | {"max_new_tokens": max_new_tokens, "prompts": len(prompts)}, "results": results}
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], batch_sizes: Sequence[int] = (1,)) -> None:
+    """Raises `UsageError` where a prompt is empty, or there are too few of them for a batch."""
+    if not all(prompts):
+        raise UsageError("a prompt is empty: leave it out.")
+    if not prompts or max(batch_sizes) > len(prompts):
+        raise UsageError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
+
+
+def evaluation_of(
+    report: Mapping[str, Any], model: str, dataset: str, settings: Mapping[str, Any], own: str
+) -> dict[str, Any]:
+    """
+    What `publish(evaluation=...)` takes: how a checkpoint decodes by its own settings, beside AR and prompt lookup.
+
+    Args:
+        report: what `bench` returned.
+        model: the checkpoint's name.
+        dataset: the name of the prompts.
+        settings: how the checkpoint decodes, `decoding` and `jacobi` as in its generation config.
+        own: the name of the way of decoding with these settings.
+    """
+    setup = report["setup"]
+    length = f"{setup['prompts']} prompts, at most {setup['max_new_tokens']} new tokens"
+    kept = {
+        AR.name: "AR",
+        PROMPT_LOOKUP.name: "prompt lookup",
+        COMPILED_LOOKUP.name: COMPILED_LOOKUP.name,
+        own: "Jacobi",
+    }
+    results = [
+        {
+            "dataset": dataset if row["batch_size"] == 1 else f"{dataset}, batches of {row['batch_size']}",
+            "decoding": kept[row["decoding"]],
+            "metrics": {
+                "tokens_per_forward": row["tokens_per_forward"],
+                "tokens_per_second": row["tokens_per_second"],
+                "speedup": row["speedup"],
+                "identical_texts": row["identical"],
+            },
+        }
+        for row in report["results"]
+        if row["decoding"] in kept
+    ]
+    return {
+        "measured_on": f"{described(setup)}; {length}",
+        "model": model,
+        "settings": dict(settings),
+        "results": results,
+    }
+
+
+def described(setup: Mapping[str, Any]) -> str:
+    """What `setup_of` found, as one writes it."""
+    threads = f"{setup['threads']} thread{'s' if setup['threads'] > 1 else ''}"
+    parts = (threads, setup["dtype"], f"{setup['attention']} attention")
+    versions = (f"{package} {setup[package]}" for package in ("torch", "transformers"))
+    return ", ".join((setup["device"], *parts, *versions))
 
 
 def pad(prompts: Sequence[Sequence[int]], tokenizer) -> dict[str, torch.Tensor]:

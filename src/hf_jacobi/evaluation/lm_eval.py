@@ -3,20 +3,85 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from transformers import GenerationConfig
 
 from ..decoding import JacobiConfig, JacobiStats, enable
-from ..decoding.mixin import setting_of, unwrap
+from ..decoding.errors import UsageError
+from ..decoding.mixin import DECODINGS, setting_of, unwrap
 from .measuring import up_to_end
+from .pairs import fastest_pair
 
 
 TASKS = Path(__file__).parent / "tasks"  # the paper's, asked and decoded as its authors do
 SETTINGS = tuple(field.name for field in dataclasses.fields(JacobiConfig) if field.name != "seed")
+
+
+def check_gen_kwargs(given: Mapping[str, Any]) -> None:
+    """
+    Raises `UsageError` where a name or a value in `gen_kwargs` is none that texts can be made with.
+
+    What lm-eval takes beside the settings of a generation config are `until` and other names for the length.
+    """
+    decoding = given.get("decoding", "jacobi")
+    if decoding not in DECODINGS:
+        raise UsageError(f"decoding must be one of {DECODINGS}, got {decoding!r}.")
+    settings = {name: value for name, value in given.items() if name in SETTINGS}
+    if settings and decoding == "ar":
+        raise UsageError(f"{', '.join(settings)}: settings of Jacobi decoding go with decoding=jacobi, not with ar.")
+    JacobiConfig(**settings)
+    known = {*vars(GenerationConfig()), *SETTINGS, "decoding", "until"}
+    unknown = [name for name in given if name not in known and not name.startswith("max_")]
+    if unknown:
+        raise UsageError(
+            f"{', '.join(unknown)}: neither a setting of JacobiConfig nor of transformers' GenerationConfig."
+        )
+
+
+def evaluation_of(
+    results: Mapping[str, Any], stats: JacobiStats, model: str, settings: Mapping[str, Any], setup: str
+) -> dict[str, Any]:
+    """
+    What `publish(evaluation=...)` takes: the scores of each task, and the tokens per forward of all.
+
+    Args:
+        results: what lm-eval's `simple_evaluate` returned.
+        stats: those of the model that wrote the texts.
+        model: the checkpoint's name.
+        settings: how the texts were decoded, `decoding` and `jacobi` as in a generation config.
+        setup: what it ran on.
+    """
+    decoding = {"ar": "AR", "jacobi": "Jacobi"}[settings["decoding"]]
+    rows = [
+        {"dataset": task, "decoding": decoding, "metrics": scores}
+        for task, figures in results["results"].items()
+        if (scores := _scores(figures))
+    ]
+    if stats.forwards:
+        yielded = {"tokens_per_forward": stats.tokens_per_forward}
+        if len(rows) == 1:
+            rows[0]["metrics"] |= yielded
+        else:
+            rows.append({"dataset": "all tasks", "decoding": decoding, "metrics": yielded})
+    return {"measured_on": setup, "model": model, "settings": dict(settings), "results": rows}
+
+
+def _scores(figures: Mapping[str, Any]) -> dict[str, float]:
+    """The scores among the figures of a task, without their errors; a filter is named where there is one."""
+    scores = {}
+    for name, value in figures.items():
+        metric, _, kind = name.partition(",")
+        counts = kind and not metric.endswith("stderr") and isinstance(value, (int, float))
+        if counts and not isinstance(value, bool) and math.isfinite(value):
+            scores[metric if kind == "none" else f"{metric} ({kind})"] = float(value)
+    return scores
 
 
 @register_model("hf-jacobi")
@@ -27,7 +92,7 @@ class JacobiLM(HFLM):
     are left out are those of the model's generation config.
 
     Args:
-        pretrained, others: as for lm-eval's `hf` model.
+        pretrained, others: as for lm-eval's `hf` model. An adapter is merged, unless it only drafts.
 
     Attributes:
         stats: what decoding took since the model was made: tokens and forwards of all rows.
@@ -36,6 +101,7 @@ class JacobiLM(HFLM):
     def __init__(self, pretrained, **others):
         others.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         super().__init__(pretrained=pretrained, **others)
+        self._model = fastest_pair(self._model)[0]
         enable(self.model)
         self.stats = JacobiStats()
 

@@ -14,6 +14,7 @@ import torch
 
 from ..decoding.compat import compile_here
 from ..decoding.mixin import unwrap
+from .pairs import fastest_pair
 
 
 LOOKUP_TOKENS = 10  # what transformers' documentation of prompt lookup uses
@@ -214,7 +215,8 @@ def race(
     Decodes each prompt by every contestant in turn, so that a machine that slows down does so for all.
 
     Args:
-        contestants: name to `(model, method)`.
+        contestants: name to `(model, method)`. A model with an adapter runs AR and prompt lookup in its fastest form
+            (`fastest_pair`).
         prompts: `input_ids` and `attention_mask` each, `[batch, length]`.
         max_new_tokens: how far.
         warm_up: how many of the prompts are decoded beforehand, unmeasured.
@@ -222,6 +224,10 @@ def race(
     Yields:
         For each prompt what each contestant took.
     """
+    contestants = {
+        name: (model if method.decoding == "jacobi" else fastest_pair(model)[1], method)
+        for name, (model, method) in contestants.items()
+    }
     room = max_new_tokens + max(prompt["input_ids"].shape[1] for prompt in prompts)
     for number, prompt in enumerate([*prompts[:warm_up], *prompts]):
         runs = {

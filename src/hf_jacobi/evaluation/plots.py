@@ -18,6 +18,7 @@ from ..trajectories.statistics import BINS, PackingStatistics
 
 PROMPT, COMPLETION, RIGHT, WRONG, PADDING = "#d9d9d9", "#9ecae1", "#a1d99b", "#fdae6b", "#ffffff"
 ACCEPTED, RECYCLED = "#31a354", "#3182bd"
+ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "frameon": False}  # where a legend hides nothing
 CURVES = ("consistency_loss", "ar_loss", "noisy_accuracy", "eval_tokens_per_forward", "eval_agreement")
 SHOWN = ("input_ids", "position_ids", "block_ids", "window_start", "labels", "seq_ids", "twin_ids")
 
@@ -41,28 +42,38 @@ def noise_levels(statistics: PackingStatistics, axes: Axes | None = None) -> Axe
     return axes
 
 
-def packed_row(row: dict[str, Sequence[int]], axes: Axes | None = None) -> Axes:
+def packed_row(row: dict[str, Sequence[int]], axes: Axes | None = None, first: int = 0, tokens: int = 64) -> Axes:
     """
     A packed row, token by token: what each column holds, and which tokens are prompt, text, right or wrong noise.
 
     Args:
-        row: a row of what `pack_trajectories` returns; a short one, as every token is written out.
+        row: a row of what `pack_trajectories` returns.
         axes: where to draw; new axes if left out.
+        first: the first token that is drawn.
+        tokens: how many are; the title names the part of a row that is longer.
+
+    Raises:
+        `ValueError`: the row has no such token.
     """
     length = len(row["input_ids"])
-    axes = axes or pyplot.figure(figsize=(1.2 + 0.48 * length, 0.42 * (len(SHOWN) + 2))).subplots()
-    for index in range(length):
+    if not 0 <= first < length or tokens < 1:
+        raise UsageError(f"the row has tokens 0 to {length - 1}: {tokens} from {first} on are none of them.")
+    shown = range(first, min(first + tokens, length))
+    axes = axes or pyplot.figure(figsize=(1.2 + 0.48 * len(shown), 0.42 * (len(SHOWN) + 2))).subplots()
+    for index in shown:
         for line, column in enumerate(SHOWN):
             color = _kind(row, index) if line == 0 else "white"
             axes.add_patch(Rectangle((index, -line), 1, 1, facecolor=color, edgecolor="#888888", linewidth=0.5))
             value = row[column][index]
             axes.text(index + 0.5, 0.5 - line, "·" if value == -100 else value, ha="center", va="center", fontsize=8)
     for line, column in enumerate(SHOWN):
-        axes.text(-0.2, 0.5 - line, column, ha="right", va="center", fontsize=8, family="monospace")
+        axes.text(first - 0.2, 0.5 - line, column, ha="right", va="center", fontsize=8, family="monospace")
     kinds = {"prompt": PROMPT, "completion": COMPLETION, "noisy, right so far": RIGHT, "noisy, has a twin": WRONG}
     handles = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in kinds.items()]
-    axes.legend(handles=handles, ncols=4, loc="lower left", bbox_to_anchor=(0, 1.0), frameon=False, fontsize=8)
-    axes.set(xlim=(-3.2, length + 0.05), ylim=(0.95 - len(SHOWN), 1.05))
+    axes.legend(handles=handles, ncols=4, fontsize=8, **ABOVE)
+    if len(shown) < length:
+        axes.set_title(f"tokens {first} to {shown[-1]} of 0 to {length - 1}", loc="left", fontsize=9, pad=24)
+    axes.set(xlim=(first - 3.2, shown[-1] + 1.05), ylim=(0.95 - len(SHOWN), 1.05))
     axes.axis("off")
     return axes
 
@@ -83,8 +94,8 @@ def bench_bars(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
         report: what `bench` returned.
         axes: where to draw; new axes if left out.
     """
-    axes = axes or pyplot.figure(figsize=(8, 4)).subplots()
     rows = report["results"]
+    axes = axes or pyplot.figure(figsize=(8, max(4, 0.2 * len(rows)))).subplots()
     names = list(dict.fromkeys(row["decoding"] for row in rows))
     sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
     width = 0.8 / len(sizes)
@@ -101,13 +112,18 @@ def bench_bars(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     axes.invert_yaxis()
     axes.axvline(1.0, color="gray", linewidth=0.8)
     axes.set_xlabel(f"tokens per second against {names[0]}")
-    if len(sizes) > 1:
-        axes.legend()
+    if len(sizes) > 1:  # beside the axes, where no bar is
+        axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return axes
 
 
 def trajectory(
-    record: Trajectory, tokenizer=None, first: int = 0, forwards: int = 24, axes: Axes | None = None
+    record: Trajectory | Sequence[Trajectory],
+    tokenizer=None,
+    first: int = 0,
+    forwards: int = 24,
+    axes: Axes | None = None,
+    row: int = 0,
 ) -> Axes:
     """
     How a text came about: one line per forward, one column per position.
@@ -116,12 +132,22 @@ def trajectory(
     green right, but behind something wrong; orange wrong. Grey is text that was there before.
 
     Args:
-        record: one of `output.trajectory`.
+        record: `output.trajectory`, or one of it.
         tokenizer: writes the tokens into the cells; left out, they stay empty.
         first: the first forward shown; 0 is the prefill, which drafts nothing.
         forwards: how many are shown.
         axes: where to draw; new axes if left out.
+        row: which text of `output.trajectory` is drawn; the title names it where there are several.
+
+    Raises:
+        `ValueError`: nothing was recorded, or there is no such text.
     """
+    several = not hasattr(record, "steps")
+    if several and not record:
+        raise UsageError("nothing was recorded: decode with return_dict_in_generate=True, output_trajectory=True.")
+    if several and not -len(record) <= row < len(record):
+        raise UsageError(f"there are {len(record)} texts, 0 to {len(record) - 1}: {row} is none of them.")
+    rows, record = (len(record), record[row]) if several else (1, record)
     steps = [step for step in record.steps[first : first + forwards] if step.draft]
     text = record.tokens
     begin = min((step.start for step in steps), default=record.prompt_length)
@@ -140,6 +166,8 @@ def trajectory(
                 word = tokenizer.decode([token]).replace("$", r"\$")[:6]
                 axes.text(position + 0.5, line + 0.5, word, ha="center", va="center", fontsize=5)
     axes.set(xlim=(begin, end), ylim=(len(steps), 0), xlabel="position", ylabel="forward")
+    if rows > 1:
+        axes.set_title(f"text {row % rows} of 0 to {rows - 1}", fontsize=9)
     axes.set_xticks([tick for tick in range(begin, end) if (tick - record.prompt_length) % 8 == 0])
     axes.set_xticklabels([str(int(tick) - record.prompt_length) for tick in axes.get_xticks()])
     shown = {
@@ -178,7 +206,7 @@ def accepted_tokens(stats: JacobiStats, axes: Axes | None = None) -> Axes:
     mean = stats.tokens_per_forward
     axes.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"{mean:.2f} tokens per forward")
     axes.set(xlabel="forward", ylabel="tokens committed")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, **ABOVE)
     return axes
 
 
@@ -276,7 +304,7 @@ def tuned_settings(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     label = str(report["jacobi"] or "default") + (", but AR was faster" if report["decoding"] == "ar" else "")
     axes.scatter(*point, color=WRONG, marker="*", s=120, label=label)
     axes.set(xlabel="positions per forward", ylabel="tokens per forward")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, **ABOVE)
     return axes
 
 
@@ -299,5 +327,5 @@ def predicted_against_measured(report: Mapping[str, Any], axes: Axes | None = No
     axes.plot((0, top), (0, top), color="gray", linewidth=0.8)
     axes.axhline(report["checked"]["AR"]["tokens_per_second"], color="gray", linestyle="--", label="AR")
     axes.set(xlabel="predicted tokens per second", ylabel="measured", xlim=(0, top), ylim=(0, top))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, **ABOVE)
     return axes
