@@ -91,7 +91,6 @@ NAMES = [
     ("GradientCheckpointingLayer", lambda: import_module("transformers.modeling_layers"), "compile_layers"),
     ("CONFIG_MAPPING", lambda: import_module("transformers.models.auto.configuration_auto"), "publishing"),
     ("MODEL_FOR_CAUSAL_LM_MAPPING", lambda: import_module("transformers.models.auto.modeling_auto"), "publishing"),
-    ("get_relative_import_files", lambda: import_module("transformers.dynamic_module_utils"), "publishing own code"),
 ]
 # Those that stand in the source of a function alone.
 IN_SOURCE = [

@@ -6,11 +6,14 @@ import re
 import subprocess
 import sys
 from math import nan
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
@@ -49,6 +52,19 @@ assert sampled.shape[1] > {length}
 def publish(model, folder, **settings):
     tokenizer = settings.pop("tokenizer", tiny_tokenizer())
     return hf_jacobi.publish(model, "someone/fast", tokenizer, folder, dry_run=True, **settings)
+
+
+def change(file, **values):
+    """Puts values into a JSON file, which is made if it is not there."""
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | values))
+
+
+def checkpoint(folder, **settings):
+    """A folder of a model and its tokenizer, as `save_pretrained` writes them."""
+    tiny_model().save_pretrained(folder, **settings)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 def run_without_us(tmp_path, folder, adapter: bool):
@@ -109,6 +125,7 @@ def test_a_published_draft_adapter_leaves_the_text_of_its_base(tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
     folder = publish(get_peft_model(model, config), tmp_path / "pushed", tokenizer=None)
     assert json.loads((tmp_path / "pushed" / NOTE).read_text())["kind"] == "draft-only adapter"
+    change(tmp_path / "pushed" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))  # left out
     text, plain, _ = run_without_us(tmp_path, folder, adapter=True)
     assert text == plain == expected
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
@@ -222,14 +239,34 @@ def test_a_generation_config_is_kept_even_where_it_is_odd(tmp_path):
     assert kept["temperature"] == 0.5 and kept["decoding"] == "ar"
 
 
+def files_of(folder) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if not file.is_dir()}
+
+
+def answer(status: int, kind=HfHubHTTPError):
+    """The Hub's answer as huggingface_hub raises it."""
+    return kind(
+        f"{status} for url https://huggingface.co",
+        response=SimpleNamespace(status_code=status, headers={}, request=None),
+    )
+
+
 class FakeHub:
     """What `publish` asks of the Hub."""
 
-    def __init__(self, files=()):
-        self.files, self.deleted = list(files), None
+    def __init__(self, files=(), models=("someone/base",)):
+        self.files, self.deleted, self.models = list(files), None, models
+        self.pushed = None
 
     def __call__(self, token=None):
         return self
+
+    def whoami(self):
+        return {"name": "someone"}
+
+    def model_info(self, repo_id):
+        if repo_id not in self.models:
+            raise answer(404, RepositoryNotFoundError)
 
     def create_repo(self, repo_id, **settings):
         pass
@@ -239,6 +276,7 @@ class FakeHub:
 
     def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
         self.deleted = set(delete_patterns)
+        self.pushed = files_of(folder_path)
         return "commit"
 
 
@@ -246,13 +284,17 @@ def test_a_push_replaces_what_it_wrote_before_and_nothing_else(monkeypatch):
     ours = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "custom_generate/old.py", "vocab.json"]
     others = [
         "LICENSE",
+        "custom_generate/notes.txt",
+        "tokenizer_notes.txt",
+        "old.safetensors",
+        "additional_chat_templates/notes.md",
         "handler.py",
         "v1/model.safetensors",
         "onnx/model.onnx",
         "original/tokenizer.model",
         "README.md",
     ]
-    hub = FakeHub([*ours, *others, "model.safetensors", "custom_generate/generate.py"])
+    hub = FakeHub([NOTE, *ours, *others, "model.safetensors", "custom_generate/generate.py"])
     monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", hub)
     assert hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer()) == "commit"
     assert hub.deleted == set(ours)
@@ -315,6 +357,7 @@ def test_an_adapter_decodes_with_its_own_settings_not_with_those_of_its_base(tmp
     adapter.save_pretrained(tmp_path / "out")
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"jacobi": {"block_size": 8}}))
     folder = publish(tmp_path / "out", tmp_path / "pushed")
+    change(tmp_path / "pushed" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
     text, plain, line = run_without_us(tmp_path, folder, adapter=True)
     assert text == plain and "JacobiOutput" in line
 

@@ -205,13 +205,6 @@ def causal_lm_of(model_type: str) -> type | None:
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None) if model_type in CONFIG_MAPPING else None
 
 
-def imported_beside(file: Path) -> list[Path]:
-    """The files that a model's own code imports beside itself, directly or not."""
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    return [Path(found) for found in get_relative_import_files(file)]
-
-
 def compiles_assisted_decoding(model) -> bool:
     """
     Whether transformers by itself compiles assisted decoding of a model with a static cache: since 5.24, not on a CPU,
