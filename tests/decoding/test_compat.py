@@ -74,6 +74,7 @@ NAMES = [
     ("_from_model_config", GenerationConfig, "saved checkpoints that decode by Jacobi decoding"),
     ("_attn_implementation", LlamaConfig, "masks, and refusing an attention that takes none"),
     ("_name_or_path", LlamaConfig, "the base model in model cards"),
+    ("_instances", member("tqdm.tqdm"), "errors after a progress bar"),
     ("_VALID_DICT_FIELDS", lambda: TrainingArguments, "jacobi_config and model_init_kwargs on the command line"),
     ("_compile_all_devices", member("transformers.CompileConfig"), "compiled prompt lookup on a CPU"),
     ("_prepare_inputs", lambda: Trainer, "evaluation during training"),

@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     Runs `hf-jacobi COMMAND ...`; returns the exit status.
 
-    What the user can mend is said in a sentence, with status 2. Everything else is a fault of the program, and is raised.
+    What the user can mend is said in a sentence, with status 2. Everything else is a fault of the program, and
+    is raised.
     """
     _print_any_text()
     arguments, debug = _parse(argv)
@@ -41,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        _end_progress_bars()
+        if {"tqdm", "torch"} <= sys.modules.keys():
+            from ..decoding.compat import end_progress_bars
+
+            end_progress_bars()
         said = _for_the_user(error)
         if said is None:
             raise
@@ -55,6 +59,7 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
     """What was typed, and whether with `--debug`; ends the program where that is nothing that can run."""
     parser = argparse.ArgumentParser(prog="hf-jacobi", description="Decode many tokens per forward.")
     parser.add_argument("--version", action="version", version=f"hf-jacobi {__version__}")
+    parser.set_defaults(run=lambda _: parser.print_help() or 2)
     about = "show the traceback of an error, too"
     parser.add_argument(DEBUG, action="store_true", help=about)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -64,17 +69,12 @@ def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
         if name != "train":  # which has a parser of its own, and an option of transformers with this name
             command.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help=about)
     arguments, arguments.rest = parser.parse_known_args(argv)
-    if arguments.command is None:
-        if arguments.rest:
-            parser.error(f"unrecognized arguments: {' '.join(arguments.rest)}")
-        parser.print_help()
-        parser.exit(2)
     debug = vars(arguments).pop("debug")
     if arguments.command == "train":
         arguments.rest, asked = _without_debug(arguments.rest)
         return arguments, debug or asked
     if arguments.rest:
-        commands.choices[arguments.command].error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+        commands.choices.get(arguments.command, parser).error(f"unrecognized arguments: {' '.join(arguments.rest)}")
     return arguments, debug
 
 
@@ -107,10 +107,3 @@ def _for_the_user(error: Exception) -> str | None:
         if is_of_network(error):
             return sentence_of(error)
     return None
-
-
-def _end_progress_bars() -> None:
-    """An error begins on a line of its own."""
-    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()

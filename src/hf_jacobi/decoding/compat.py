@@ -13,7 +13,6 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,6 +189,9 @@ def name_of(model) -> str:
     return model.config._name_or_path
 
 
+LOADED_FROM = "_name_or_path"  # the same in a saved config
+
+
 def decoder_layers(model) -> list[torch.nn.Module]:
     """The layers of a decoder, those that gradient checkpointing takes one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -219,6 +221,13 @@ def compile_here() -> CompileConfig:
     config = CompileConfig()
     config._compile_all_devices = True
     return config
+
+
+def end_progress_bars() -> None:
+    """Ends the line of every progress bar that is open, so that an error begins on one of its own."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 # The trainer

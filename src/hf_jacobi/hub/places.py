@@ -8,6 +8,8 @@ from typing import Any
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..decoding.compat import LOADED_FROM
+
 
 # Two parts at least, so that "/think", a token, is none; nothing before it, so that an address is none.
 LOCAL_PATH = re.compile(
@@ -17,7 +19,7 @@ LOCAL_PATH = re.compile(
     r"|(?<!\w)[A-Za-z]:[\\/]{1,2}[\w.@+~-]+(?:[\\/]{1,2}[\w.@+~-]+)*"
     r"|(?<!\\)\\\\\w[\w.-]*(?:\\[\w.@$+~-]+)+"
 )
-NAMES = {"_name_or_path", "name_or_path", "base_model_name_or_path", "tokenizer_name_or_path"}
+NAMES = {LOADED_FROM, "name_or_path", "base_model_name_or_path", "tokenizer_name_or_path"}
 FILES = {"tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"}
 AS_THEY_ARE = {
     "added_tokens_decoder",
@@ -57,7 +59,7 @@ def without_local_paths(value: Any, *folders: Path) -> Any:
     if not isinstance(value, dict):
         return value
     return {
-        key: one if key in AS_THEY_ARE or key.endswith("_token") else without_local_paths(one, *folders)
+        key: one if key in AS_THEY_ARE or key.endswith("token") else without_local_paths(one, *folders)
         for key, one in value.items()
         if not (key in NAMES and not is_on_hub(one, *folders)) and not (key in FILES and re.search(r"[\\/]", str(one)))
     }
