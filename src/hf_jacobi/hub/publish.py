@@ -84,8 +84,6 @@ def publish(
     _check_repo(repo_id)
     target = _target(output_dir, dry_run)
     evaluation = _read_evaluation(evaluation)
-    if isinstance(tokenizer, (str, Path)):
-        tokenizer = _load_tokenizer(tokenizer)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
         in_memory = not isinstance(model_or_dir, (str, Path))
@@ -93,6 +91,8 @@ def publish(
         chosen = choose(source, with_tokenizer=tokenizer is None)
         base = _base_of(chosen, name_of(unwrap(model_or_dir)) if in_memory else None)
         _check_decodable(chosen)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = _load_tokenizer(tokenizer)
         doubts = _doubts_of_base(chosen, base, source) if dry_run else _check_base(api, chosen, base, source)
         folder = Path(place) / "pushed"
         doubts += _write_folder(chosen, folder, repo_id, base, source, tokenizer, evaluation)
