@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from models import tiny_model, tiny_tokenizer
+from checkpoints import change, checkpoint
+from models import tiny_model, tiny_tokenizer, trained_model
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -72,17 +73,6 @@ PLANTED = (
 )
 
 
-def checkpoint(folder, **settings):
-    """A folder of a model and its tokenizer, as `save_pretrained` writes them."""
-    tiny_model().save_pretrained(folder, **settings)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def change(file, **values):
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-
-
 def publish(source, target, **settings):
     return hf_jacobi.publish(source, "someone/fast", None, target, dry_run=True, **settings)
 
@@ -103,6 +93,7 @@ def plant(folder, names) -> None:
 
 def test_none_of_what_is_planted_beside_a_checkpoint_is_published_and_the_rest_decodes(tmp_path):
     source = checkpoint(tmp_path / "out")
+    trained_model().save_pretrained(source)
     plant(source, PLANTED)
     links = {
         "tokenizer_link.json": "/etc/passwd",

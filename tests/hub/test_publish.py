@@ -6,14 +6,12 @@ import re
 import subprocess
 import sys
 from math import nan
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
 import yaml
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from checkpoints import FakeHub, change
 from models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
@@ -52,19 +50,6 @@ assert sampled.shape[1] > {length}
 def publish(model, folder, **settings):
     tokenizer = settings.pop("tokenizer", tiny_tokenizer())
     return hf_jacobi.publish(model, "someone/fast", tokenizer, folder, dry_run=True, **settings)
-
-
-def change(file, **values):
-    """Puts values into a JSON file, which is made if it is not there."""
-    content = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps(content | values))
-
-
-def checkpoint(folder, **settings):
-    """A folder of a model and its tokenizer, as `save_pretrained` writes them."""
-    tiny_model().save_pretrained(folder, **settings)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
 
 
 def run_without_us(tmp_path, folder, adapter: bool):
@@ -237,47 +222,6 @@ def test_a_generation_config_is_kept_even_where_it_is_odd(tmp_path):
     publish(source, tmp_path / "pushed")
     kept = json.loads((tmp_path / "pushed" / "generation_config.json").read_text())
     assert kept["temperature"] == 0.5 and kept["decoding"] == "ar"
-
-
-def files_of(folder) -> set[str]:
-    return {file.relative_to(folder).as_posix() for file in Path(folder).rglob("*") if not file.is_dir()}
-
-
-def answer(status: int, kind=HfHubHTTPError):
-    """The Hub's answer as huggingface_hub raises it."""
-    return kind(
-        f"{status} for url https://huggingface.co",
-        response=SimpleNamespace(status_code=status, headers={}, request=None),
-    )
-
-
-class FakeHub:
-    """What `publish` asks of the Hub."""
-
-    def __init__(self, files=(), models=("someone/base",)):
-        self.files, self.deleted, self.models = list(files), None, models
-        self.pushed = None
-
-    def __call__(self, token=None):
-        return self
-
-    def whoami(self):
-        return {"name": "someone"}
-
-    def model_info(self, repo_id):
-        if repo_id not in self.models:
-            raise answer(404, RepositoryNotFoundError)
-
-    def create_repo(self, repo_id, **settings):
-        pass
-
-    def list_repo_files(self, repo_id):
-        return self.files
-
-    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
-        self.deleted = set(delete_patterns)
-        self.pushed = files_of(folder_path)
-        return "commit"
 
 
 def test_a_push_replaces_what_it_wrote_before_and_nothing_else(monkeypatch):
