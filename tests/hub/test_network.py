@@ -19,7 +19,7 @@ NO_WAY = [
     ConnectionResetError(104, "Connection reset by peer"),
     TimeoutError("timed out"),
 ]
-ANSWERS = {401: "log in", 403: "may write", 429: "too many requests", 500: "try again later", 503: "try again later"}
+ANSWERS = {401: "log in", 403: "may do this", 429: "too many requests", 500: "try again later", 503: "try again later"}
 
 
 @pytest.mark.parametrize("error", NO_WAY, ids=lambda error: type(error).__name__)
@@ -32,6 +32,16 @@ def test_no_way_to_the_hub_is_said(error):
 def test_the_hubs_answer_is_said_with_the_way_out(status):
     with pytest.raises(hf_jacobi.UsageError, match=f"answered {status}: .*{ANSWERS[status]}"), talking_to_the_hub():
         raise answer(status)
+
+
+def test_what_others_made_of_the_hubs_answer_keeps_its_way_out():
+    with (
+        pytest.raises(hf_jacobi.UsageError, match=r"answered 404: check the name.*x is no model"),
+        talking_to_the_hub(),
+    ):
+        raise OSError("x is no model\nhelp") from answer(404)
+    with pytest.raises(hf_jacobi.UsageError, match="no connection: unset HF_HUB_OFFLINE"), talking_to_the_hub():
+        raise OSError("no connection") from OfflineModeIsEnabled("offline")
 
 
 @pytest.mark.parametrize("error", [OfflineModeIsEnabled("HF_HUB_OFFLINE is set"), LocalTokenNotFoundError("log in")])

@@ -11,13 +11,15 @@ import numpy
 import pytest
 import torch
 import yaml
-from checkpoints import FakeHub, change
+from checkpoints import FakeHub, change, checkpoint
 from models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import hf_jacobi
+from hf_jacobi.decoding.config import write_settings
 from hf_jacobi.hub.card import NOTE
+from hf_jacobi.hub.carried import rewrite_settings
 
 
 PROMPT = [[5, 6, 7, 5, 6, 7, 5]]
@@ -368,3 +370,94 @@ def test_an_adapter_of_another_name_is_refused(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="draft")
     with pytest.raises(ValueError, match="'default'"):
         publish(model, tmp_path / "pushed")
+
+
+@pytest.mark.parametrize("lying_there", [True, False])
+def test_figures_of_other_settings_are_refused(tmp_path, lying_there):
+    source = checkpoint(tmp_path / "out")
+    change(source / "generation_config.json", decoding="jacobi", jacobi={"block_size": 8})
+    measured = {"decoding": "jacobi", "jacobi": {"block_size": 8}}  # the others are the default ones
+    evaluation = EVALUATION | {"settings": measured}
+
+    def dry_run(target):
+        if lying_there:
+            change(source / "evaluation.json", **evaluation)
+        else:
+            change(tmp_path / "measured.json", **evaluation)
+        file = None if lying_there else tmp_path / "measured.json"
+        return publish(source, tmp_path / target, tokenizer=None, evaluation=file)
+
+    dry_run("pushed")
+    kept = json.loads((tmp_path / "pushed" / "evaluation.json").read_text())
+    assert kept["settings"]["jacobi"]["block_size"] == 8
+    for tuned in ({"jacobi": {"block_size": 4}}, {"decoding": "ar"}):
+        change(source / "generation_config.json", decoding="jacobi", jacobi={"block_size": 8})
+        change(source / "generation_config.json", **tuned)
+        with pytest.raises(
+            hf_jacobi.UsageError, match=r"other settings.*hf-jacobi bench MODEL --evaluation.*or delete"
+        ):
+            dry_run("again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_evaluation_that_does_not_name_its_settings_is_taken_with_a_word_of_doubt(tmp_path, caplog):
+    publish(tiny_model(), tmp_path / "pushed", evaluation=EVALUATION)
+    assert "does not say with which settings" in caplog.text
+    caplog.clear()
+    settings = {"decoding": "jacobi", "jacobi": {}}
+    publish(tiny_model(), tmp_path / "again", evaluation=EVALUATION | {"settings": settings})
+    assert "settings" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        [],
+        {},
+        {"decoding": "beams"},
+        {"decoding": "jacobi", "jacobi": {"size": 1}},
+        {"decoding": "ar", "speed": 1},
+    ],
+)
+def test_settings_of_an_evaluation_that_are_none_are_refused(tmp_path, settings):
+    with pytest.raises(hf_jacobi.UsageError, match=r"settings"):
+        publish(tiny_model(), tmp_path / "pushed", evaluation=EVALUATION | {"settings": settings})
+
+
+def test_a_report_of_bench_is_told_from_an_evaluation(tmp_path):
+    change(tmp_path / "bench.json", setup={}, results=[])
+    with pytest.raises(hf_jacobi.UsageError, match=r"bench\.json: .*bench --output.*bench MODEL --evaluation FILE"):
+        publish(tiny_model(), tmp_path / "pushed", evaluation=tmp_path / "bench.json")
+
+
+def test_a_published_adapter_that_is_tuned_afterwards_decodes_with_the_new_settings(tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
+    folder = tmp_path / "pushed"
+    publish(get_peft_model(model, lora), folder)
+    inputs = torch.tensor(PROMPT)
+    call = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    call |= {"return_dict_in_generate": True, "custom_generate": str(folder), "trust_remote_code": True}
+    positions = []
+    for block_size in (16, 2):
+        settings = write_settings(folder, "jacobi", {"block_size": block_size, "pool_size": 0})
+        assert rewrite_settings(folder, settings)
+        positions.append(model.generate(inputs, **call).jacobi_stats.positions)
+    assert positions[1] < positions[0] / 4
+    assert not rewrite_settings(tmp_path / "base", settings), "it carries no decoder"
+
+
+def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path):
+    folder = tmp_path / "pushed"
+    publish(tiny_model(), folder)
+    file, blob = folder / "custom_generate" / "settings.py", tmp_path / "blob"
+    before = file.read_text()
+    file.rename(blob)
+    file.symlink_to(blob)
+    rewrite_settings(folder, write_settings(folder, "jacobi", {"block_size": 3}))
+    assert blob.read_text() == before and not file.is_symlink() and "'block_size': 3" in file.read_text()
+    file.write_text("SOMEONE = 'else'\n")
+    assert not rewrite_settings(folder, write_settings(folder)) and file.read_text() == "SOMEONE = 'else'\n"
