@@ -214,7 +214,9 @@ def junk(file):
         ("evaluation.json", lambda file: file.write_text("{"), "evaluation.json is no JSON"),
         ("evaluation.json", lambda file: file.write_text("{}"), "evaluation.json: an evaluation has"),
         ("jacobi_forcing.json", lambda file: file.write_text("{"), "jacobi_forcing.json is no JSON"),
-        ("jacobi_forcing.json", lambda file: file.write_text('{"settings": 1}'), "`settings` should be an object"),
+        ("jacobi_forcing.json", lambda file: file.write_text('{"settings": 1}'), "`settings` is 1"),
+        ("jacobi_forcing.json", lambda file: file.write_text('{"figures": {"a": "x"}}'), "should hold numbers"),
+        ("jacobi_forcing.json", lambda file: file.write_text('{"remark": []}'), "`remark` is"),
         ("tokenizer.json", lambda file: file.write_text("{}"), "the tokenizer does not load"),
     ],
 )

@@ -246,6 +246,22 @@ def test_a_push_replaces_what_it_wrote_before_and_nothing_else(monkeypatch):
     assert hub.deleted == set(ours)
 
 
+def test_what_no_push_of_ours_wrote_stays_unless_it_would_be_loaded_before_the_new(monkeypatch):
+    stays = ["config.json", "custom_generate/own.py", "evaluation.json", "preprocessor_config.json", "notes[1].jinja"]
+    model = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+    tokenizer = ["vocab.json", "additional_chat_templates/a[1].jinja"]
+    hub = FakeHub([*stays, *model, *adapter, *tokenizer])
+    monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", hub)
+    hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer())
+    tokenizer = ["vocab.json", "additional_chat_templates/a[[]1].jinja"]  # as patterns
+    assert hub.deleted == {*model, *adapter, *tokenizer}
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = "someone/base"
+    hf_jacobi.publish(adapted, "someone/fast", tiny_tokenizer())
+    assert hub.deleted == {"adapter_model.bin", *tokenizer}, "a whole model beside an adapter is not loaded"
+
+
 @pytest.mark.parametrize("base", [None, "runs/base/final", "C:\\models\\base"])
 def test_an_adapter_on_what_is_not_on_the_hub_is_not_pushed(monkeypatch, tmp_path, base):
     monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", FakeHub())

@@ -80,6 +80,8 @@ PROCESSOR = (  # of models that see or hear, too
 )
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
 NAMING_CODE = ("config.json", "tokenizer_config.json", *PROCESSOR[:3])
+NAMING_PLACES = (*CONFIGS, "tokenizer_config.json", *PROCESSOR[:3])  # where a machine's paths may stand
+BESIDE = {*CONFIGS, *PROCESSOR, NOTE, EVALUATION}
 LICENSES = tuple(name + end for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING") for end in ("", ".txt", ".md")) + (
     "USE_POLICY.md",
 )
@@ -118,7 +120,7 @@ def choose(source: Path, with_tokenizer: bool = True) -> Chosen:
     source = source.resolve()
     here = {path.name for path in source.iterdir()}
     weights = _weights(source, here)
-    names = [*CONFIGS, NOTE, EVALUATION, *PROCESSOR, *LICENSES, *(TOKENIZER if with_tokenizer else ())]
+    names = [*BESIDE, *LICENSES, *(TOKENIZER if with_tokenizer else ())]
     files = {name: _plain_file(source, name) for name in names if name in here} | weights
     if with_tokenizer and TEMPLATES in here:
         files |= _templates(source)
@@ -135,11 +137,6 @@ def choose(source: Path, with_tokenizer: bool = True) -> Chosen:
 def is_weights(name: str) -> bool:
     """Whether a name in a repository is one that weights have."""
     return name in MODEL_WEIGHTS + ADAPTER_WEIGHTS or SHARD.fullmatch(name) is not None
-
-
-def is_config(name: str) -> bool:
-    """Whether a name in a repository is one of a config, which a machine's paths may stand in."""
-    return name in (*CONFIGS, *PROCESSOR[:3], "tokenizer_config.json")
 
 
 def is_template(name: str) -> bool:

@@ -26,7 +26,17 @@ from ..decoding.errors import MissingFile, UsageError, of_usage
 from ..decoding.mixin import unwrap
 from .card import DECODINGS, EVALUATION, NOTE, checked, render_card
 from .carried import CARRIED, is_carried, write_decoder
-from .files import TOKENIZER, Chosen, choose, is_config, is_template, is_weights, read_object
+from .files import (
+    ADAPTER_WEIGHTS,
+    BESIDE,
+    NAMING_PLACES,
+    TOKENIZER,
+    Chosen,
+    choose,
+    is_template,
+    is_weights,
+    read_object,
+)
 from .network import talking_to_the_hub
 from .places import is_on_hub, without_local_paths
 
@@ -213,7 +223,8 @@ def _check_base(api: HfApi, chosen: Chosen, base: str | None, source: Path) -> l
             if error.response.status_code != 404:  # another Hub may not tell
                 raise
         try:
-            adapter and api.model_info(base)
+            if adapter:
+                api.model_info(base)
         except GatedRepoError:
             pass  # it is there, and whoever may use it knows
         except RepositoryNotFoundError:
@@ -236,22 +247,22 @@ def _push(api: HfApi, repo_id: str, folder: Path, private: bool | None) -> str:
 
 def _left_behind(files: list[str], folder: Path) -> list[str]:
     """
-    What an earlier upload left in the repository, of what such a folder holds: old weights in another layout would be
-    loaded before the new ones. What else there is stays.
+    What is in the repository of the parts that are replaced: old weights in another layout, an old adapter or an old
+    chat template would be loaded before the new ones. Of a repository that no earlier push wrote the rest stays.
     """
-    ours = NOTE in files  # so is the decoder, then
+    ours = NOTE in files
+    adapter = (folder / "adapter_config.json").exists()
+
+    def replaced(name: str) -> bool:
+        if is_weights(name):
+            return ours or not adapter or name in ADAPTER_WEIGHTS
+        if name in TOKENIZER or is_template(name) or name == "adapter_config.json":
+            return True
+        return ours and (name in BESIDE or is_carried(name))
+
     return [
-        glob.escape(name)  # these are patterns
-        for name in files
-        if not (folder / name).exists()
-        and (
-            is_weights(name)
-            or is_template(name)
-            or is_config(name)
-            or name in TOKENIZER
-            or (ours and is_carried(name))
-        )
-    ]
+        glob.escape(name) for name in files if replaced(name) and not (folder / name).exists()
+    ]  # these are patterns
 
 
 def _write_folder(
@@ -268,7 +279,7 @@ def _write_folder(
     for name, file in chosen.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
-    _write_tokenizer(folder, tokenizer, [source, base])
+    _write_tokenizer(folder, tokenizer, base)
     settings = write_settings(folder)
     if settings["decoding"] not in DECODINGS:
         raise UsageError(
@@ -276,9 +287,11 @@ def _write_folder(
         )
     adapter = _adapter_config(chosen)
     write_decoder(folder / CARRIED, settings, adapter=adapter is not None)
-    for file in filter(lambda file: is_config(file.name), folder.iterdir()):
-        _write_json(file, without_local_paths(read_object(file), source))
-    note = without_local_paths(_note(folder, adapter, base if is_on_hub(base, source) else None, settings), source)
+    for file in filter(Path.exists, (folder / name for name in NAMING_PLACES)):
+        content = read_object(file)
+        if (cleaned := without_local_paths(content, source)) != content:
+            _write_json(file, cleaned)
+    note = without_local_paths(_note(folder, adapter, base, settings, source), source)
     _write_json(folder / NOTE, note)
     doubts = []
     if evaluation is None and (folder / EVALUATION).exists():
@@ -308,7 +321,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
+def _write_tokenizer(folder: Path, tokenizer, base: str | None) -> None:
     """The tokenizer that was given, or that of the folder, if need be of the base model."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -316,12 +329,12 @@ def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
         _check_tokenizer(folder)
         return
     said = ""
-    for place in filter(None, places):
+    for place in filter(None, [folder, base]):
         try:
             _load_tokenizer(place).save_pretrained(folder)
             return
         except UsageError as error:  # there is none
-            said = f" ({error})"
+            said = f" ({error})" if place is base else ""
     raise UsageError(f"there is no tokenizer beside the model: pass `tokenizer`{said}.")
 
 
@@ -361,7 +374,7 @@ def _size(count: int) -> str:
     return f"{count:,.4g} GB"
 
 
-def _note(folder: Path, adapter: dict | None, base: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+def _note(folder: Path, adapter: dict | None, base: str | None, settings: dict[str, Any], source: Path) -> dict:
     """What the trainer noted, or what can be told of a checkpoint without that; what it is, its files say."""
     draft = adapter is not None and is_draft_only(SimpleNamespace(**adapter))
     note: dict[str, Any] = {
@@ -372,13 +385,14 @@ def _note(folder: Path, adapter: dict | None, base: str | None, settings: dict[s
     }
     if (folder / NOTE).exists():
         note |= read_object(folder / NOTE)
-    for key in ("settings", "figures", "software"):
-        if not isinstance(note[key], dict):
-            raise UsageError(
-                f"{NOTE}: `{key}` should be an object, got {note[key]!r}: train again, or delete the file."
-            )
+    for key, kind in {"settings": dict, "figures": dict, "software": dict, "remark": str}.items():
+        if not isinstance(note.get(key, kind()), kind):
+            raise UsageError(f"{NOTE}: `{key}` is {note[key]!r}, which no training wrote: delete the file.")
+    if not all(isinstance(figure, (int, float)) for figure in note["figures"].values()):
+        raise UsageError(f"{NOTE}: `figures` should hold numbers, got {note['figures']!r}: delete the file.")
     return note | {
-        "base_model": base,
+        "base_model": base if is_on_hub(base, source) else None,
+        "dataset": note["dataset"] if is_on_hub(note["dataset"], source) else None,
         "kind": "model" if adapter is None else "draft-only adapter" if draft else "adapter",
         **settings,
     }
