@@ -37,6 +37,7 @@ TOKENIZER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     # the vocabularies of transformers' tokenizers
     "vocab.json",
     "vocab.txt",
@@ -76,11 +77,10 @@ PROCESSOR = (  # of models that see or hear, too
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "chat_template.json",
 )
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
-NAMING_CODE = ("config.json", "tokenizer_config.json", *PROCESSOR[:3])
-NAMING_PLACES = (*CONFIGS, "tokenizer_config.json", *PROCESSOR[:3])  # where a machine's paths may stand
+NAMING_CODE = ("config.json", "tokenizer_config.json", *PROCESSOR)
+NAMING_PLACES = (*CONFIGS, "tokenizer_config.json", *PROCESSOR)  # where a machine's paths may stand
 BESIDE = {*CONFIGS, *PROCESSOR, NOTE, EVALUATION}
 LICENSES = tuple(name + end for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING") for end in ("", ".txt", ".md")) + (
     "USE_POLICY.md",

@@ -344,7 +344,7 @@ def _load_tokenizer(place: str | Path):
     try:
         return AutoTokenizer.from_pretrained(path if path.is_dir() else place, trust_remote_code=False)
     except Exception as error:  # tokenizers raises `Exception` itself; nothing but the place can be at fault
-        raise UsageError(f"{place} gives no tokenizer: {str(error).strip().splitlines()[0]}") from error
+        raise UsageError(f"{place} gives no tokenizer: {' '.join(str(error).split())}") from error
 
 
 def _check_tokenizer(folder: Path) -> None:
@@ -355,7 +355,8 @@ def _check_tokenizer(folder: Path) -> None:
         _load_tokenizer(folder)
     except UsageError as error:
         if not isinstance(error.__cause__, ImportError):
-            raise UsageError(f"the tokenizer does not load from the files that would go: {error.__cause__}") from error
+            said = str(error).partition(": ")[2]
+            raise UsageError(f"the tokenizer does not load from the files that would go: {said}") from error
 
 
 def _listing(folder: Path, repo_id: str, source: Path, left: tuple[str, ...]) -> list[str]:
