@@ -1,14 +1,19 @@
 """`hf-jacobi` answers what is typed before it imports what takes seconds."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 
 import hf_jacobi
 from hf_jacobi import cli
-from hf_jacobi.cli import COMMANDS
+from hf_jacobi.cli import COMMANDS, demo, train
+from hf_jacobi.decoding.errors import MissingFile, UsageError
 
 
 SLOW = {"torch", "transformers", "numpy", "datasets", "trl", "peft", "huggingface_hub", "rich", "matplotlib", "tqdm"}
@@ -133,3 +138,135 @@ sys.exit(cli.main(["demo"]))
         text=True,
     )
     assert (done.returncode, done.stdout, done.stderr) == (141, "0\n", "")
+
+
+def ends_with(monkeypatch, error):
+    """A command that ends with an error."""
+
+    def run(arguments):
+        raise error
+
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(train, "run", run)
+
+
+FAULTS = [KeyError("a"), AttributeError("b"), ValueError("c"), RuntimeError("d"), TypeError("e"), ImportError("f")]
+FAULTS += [
+    OSError("no file is named"),
+    AssertionError(),
+    ZeroDivisionError(),
+    UnicodeDecodeError("utf-8", b"", 0, 1, "g"),
+]
+MISTAKES = {
+    UsageError("a sentence"): "a sentence",
+    MissingFile("there is no file x"): "there is no file x",
+    FileNotFoundError(errno.ENOENT, "No such file or directory", "in/x.json"): "in/x.json: No such file or directory",
+    PermissionError(errno.EACCES, "Permission denied", "x.json"): "x.json: Permission denied",
+    IsADirectoryError(errno.EISDIR, "Is a directory", "x"): "x: Is a directory",
+    OSError(errno.ENOSPC, "No space left on device"): "No space left on device",
+    HfHubHTTPError("503 Server Error", response=SimpleNamespace(status_code=503, headers={}, request=None)): "the Hub",
+    ConnectionError("[Errno -2] Name or service not known"): "no way to the Hub",
+}
+
+
+@pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
+def test_a_fault_of_the_program_keeps_its_traceback(error, monkeypatch, capsys):
+    ends_with(monkeypatch, error)
+    with pytest.raises(type(error)):
+        cli.main(["demo"])
+    assert "hf-jacobi demo:" not in capsys.readouterr().err
+
+
+def test_a_fault_ends_the_program_with_status_1_and_a_traceback():
+    program = """
+import sys
+from hf_jacobi import cli
+from hf_jacobi.cli import demo
+def run(arguments):
+    {}["a bug"]
+demo.run = run
+sys.exit(cli.main(["demo"]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback (most recent call last)" in done.stderr and "KeyError: 'a bug'" in done.stderr
+
+
+@pytest.mark.parametrize(("error", "said"), MISTAKES.items(), ids=lambda value: type(value).__name__)
+def test_what_the_user_can_mend_is_a_sentence(error, said, monkeypatch, capsys):
+    ends_with(monkeypatch, error)
+    assert cli.main(["demo"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("hf-jacobi demo: ") and said in err and "Traceback" not in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [["--debug", "demo"], ["demo", "--debug"], ["--debug", "train", "--x", "y"], ["train", "--debug", "--x", "y"]],
+)
+def test_debug_shows_the_traceback_of_a_mistake(typed, monkeypatch, capsys):
+    ends_with(monkeypatch, UsageError("a sentence"))
+    assert cli.main(typed) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith(f"hf-jacobi {'train' if 'train' in typed else 'demo'}: a sentence\n")
+
+
+def test_the_debug_option_that_transformers_has_is_left_to_it(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda arguments: seen.append(arguments.rest) or 0)
+    for typed, left in (
+        (["--debug", "underflow_overflow"], ["--debug", "underflow_overflow"]),
+        (["--debug=underflow_overflow"], ["--debug=underflow_overflow"]),
+        (["--config", "x.yaml", "--debug"], ["--config", "x.yaml"]),
+    ):
+        assert cli.main(["train", *typed]) == 0
+        assert seen.pop() == left
+
+
+def test_a_command_gets_no_setting_of_the_program(monkeypatch):
+    seen = []
+    monkeypatch.setattr(demo, "run", lambda arguments: seen.append(vars(arguments)) or 0)
+    assert cli.main(["--debug", "demo"]) == cli.main(["demo"]) == 0
+    assert seen[0] == seen[1] and "debug" not in seen[0]
+
+
+def test_being_interrupted_is_no_error(monkeypatch, capsys):
+    ends_with(monkeypatch, KeyboardInterrupt())
+    assert cli.main(["demo"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
+def test_a_terminal_takes_any_text(encoding):
+    program = """
+import sys
+from hf_jacobi import cli
+from hf_jacobi.cli import demo
+from hf_jacobi.decoding.errors import UsageError
+def run(arguments):
+    print("caf\\u00e9 \\u4e2d \\U0001f600 \\udc80")
+    raise UsageError("\\u4e2d")
+demo.run = run
+sys.exit(cli.main(["demo"]))
+"""
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=environment)
+    assert done.returncode == 2 and b"Traceback" not in done.stderr
+    assert done.stdout.startswith("caf\u00e9 \u4e2d \U0001f600 ".encode(encoding, "backslashreplace"))
+    assert done.stdout.endswith(b"\\udc80\n")
+
+
+def test_an_error_after_a_progress_bar_begins_on_a_line_of_its_own(monkeypatch, capsys):
+    from tqdm import tqdm
+
+    bars = []
+
+    def run(arguments):
+        bars.append(tqdm(range(9), file=sys.stderr))
+        bars[0].update()
+        raise UsageError("a sentence")
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo"]) == 2
+    err = capsys.readouterr().err
+    assert "1/9" in err and "\nhf-jacobi demo: a sentence\n" in err

@@ -2,14 +2,17 @@
 
 import json
 
+import pytest
 from models import tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 
 from hf_jacobi import cli
 
 
-def test_push_writes_what_would_be_pushed(tmp_path, capsys):
+def test_push_writes_what_would_be_pushed_and_lists_it(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "model" / "optimizer.pt").write_bytes(b"large")
     evaluation = {"measured_on": "paper", "results": []}
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     command = ["push", str(tmp_path / "model"), "someone/fast", "--dry-run"]
@@ -18,7 +21,54 @@ def test_push_writes_what_would_be_pushed(tmp_path, capsys):
     command += ["--output-dir", str(tmp_path / "pushed")]
     assert cli.main(command) == 2, "no tokenizer"
     command += ["--tokenizer", str(tmp_path / "tokenizer"), "--evaluation", str(tmp_path / "evaluation.json")]
+    capsys.readouterr()
     assert cli.main(command) == 0
-    assert str(tmp_path / "pushed") in capsys.readouterr().out
+    said = capsys.readouterr().out
+    files = {file.relative_to(tmp_path / "pushed").as_posix() for file in (tmp_path / "pushed").rglob("*.*")}
+    assert files == {line[9:].strip() for line in said.splitlines() if line[9:11] == "  "}
+    assert "what stays in" in said and "optimizer.pt" in said and "does not say with which settings" in said
+    assert said.splitlines()[-1] == f"written to {tmp_path / 'pushed'}"
     assert (tmp_path / "pushed" / "custom_generate" / "generate.py").exists()
     assert "# someone/fast" in (tmp_path / "pushed" / "README.md").read_text()
+
+
+def test_a_dry_run_of_an_adapter_on_a_folder_says_that_a_push_would_be_refused(tmp_path, capsys):
+    model = tiny_model()
+    model.config._name_or_path = str(tmp_path / "base")
+    adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapter.save_pretrained(tmp_path / "out")
+    tiny_tokenizer().save_pretrained(tmp_path / "out")
+    command = ["push", str(tmp_path / "out"), "someone/fast"]
+    assert cli.main([*command, "--dry-run", "--output-dir", str(tmp_path / "pushed")]) == 0
+    assert "A push would be refused: others cannot load" in capsys.readouterr().out
+    assert str(tmp_path) not in (tmp_path / "pushed" / "adapter_config.json").read_text()
+    assert cli.main(command) == 2
+    assert "publish that first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (["", "someone/fast"], "is empty"),
+        (["MODEL", ""], "Repo id"),
+        (["MODEL", "someone/fast", "--tokenizer", ""], "is empty"),
+        (["MODEL", "someone/fast", "--evaluation", " "], "is empty"),
+        (["MODEL", "someone/fast", "--output-dir", ""], "is empty"),
+        (["MODEL", "fast"], "user/name"),
+        (["nowhere", "someone/fast"], "there is no folder nowhere"),
+        (["MODEL", "someone/fast", "--evaluation", "nowhere.json"], "there is no file nowhere.json"),
+        (["MODEL", "someone/fast", "--evaluation", "MODEL/broken.json"], "broken.json is no JSON"),
+        (["MODEL", "someone/fast", "--tokenizer", "MODEL/broken"], "gives no tokenizer"),
+    ],
+)
+def test_mistakes_end_in_a_sentence_before_the_network_is_asked(tmp_path, capsys, typed, said):
+    model = tmp_path / "model"
+    tiny_model().save_pretrained(model)
+    tiny_tokenizer().save_pretrained(model)
+    (model / "broken").mkdir()
+    (model / "broken.json").write_text("{")
+    (model / "broken" / "tokenizer.json").write_text("{}")
+    capsys.readouterr()
+    assert cli.main(["push", *(one.replace("MODEL", str(model)) for one in typed)]) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.startswith("hf-jacobi push: ")

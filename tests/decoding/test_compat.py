@@ -74,6 +74,7 @@ NAMES = [
     ("_from_model_config", GenerationConfig, "saved checkpoints that decode by Jacobi decoding"),
     ("_attn_implementation", LlamaConfig, "masks, and refusing an attention that takes none"),
     ("_name_or_path", LlamaConfig, "the base model in model cards"),
+    ("_instances", member("tqdm.tqdm"), "errors after a progress bar"),
     ("_VALID_DICT_FIELDS", lambda: TrainingArguments, "jacobi_config and model_init_kwargs on the command line"),
     ("_compile_all_devices", member("transformers.CompileConfig"), "compiled prompt lookup on a CPU"),
     ("_prepare_inputs", lambda: Trainer, "evaluation during training"),
@@ -91,7 +92,6 @@ NAMES = [
     ("GradientCheckpointingLayer", lambda: import_module("transformers.modeling_layers"), "compile_layers"),
     ("CONFIG_MAPPING", lambda: import_module("transformers.models.auto.configuration_auto"), "publishing"),
     ("MODEL_FOR_CAUSAL_LM_MAPPING", lambda: import_module("transformers.models.auto.modeling_auto"), "publishing"),
-    ("get_relative_import_files", lambda: import_module("transformers.dynamic_module_utils"), "publishing own code"),
 ]
 # Those that stand in the source of a function alone.
 IN_SOURCE = [

@@ -11,12 +11,15 @@ import numpy
 import pytest
 import torch
 import yaml
+from checkpoints import FakeHub, change, checkpoint
 from models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig, MambaForCausalLM
 
 import hf_jacobi
+from hf_jacobi.decoding.config import write_settings
 from hf_jacobi.hub.card import NOTE
+from hf_jacobi.hub.carried import rewrite_settings
 
 
 PROMPT = [[5, 6, 7, 5, 6, 7, 5]]
@@ -109,6 +112,7 @@ def test_a_published_draft_adapter_leaves_the_text_of_its_base(tmp_path):
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
     folder = publish(get_peft_model(model, config), tmp_path / "pushed", tokenizer=None)
     assert json.loads((tmp_path / "pushed" / NOTE).read_text())["kind"] == "draft-only adapter"
+    change(tmp_path / "pushed" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))  # left out
     text, plain, _ = run_without_us(tmp_path, folder, adapter=True)
     assert text == plain == expected
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()
@@ -222,40 +226,40 @@ def test_a_generation_config_is_kept_even_where_it_is_odd(tmp_path):
     assert kept["temperature"] == 0.5 and kept["decoding"] == "ar"
 
 
-class FakeHub:
-    """What `publish` asks of the Hub."""
-
-    def __init__(self, files=()):
-        self.files, self.deleted = list(files), None
-
-    def __call__(self, token=None):
-        return self
-
-    def create_repo(self, repo_id, **settings):
-        pass
-
-    def list_repo_files(self, repo_id):
-        return self.files
-
-    def upload_folder(self, repo_id, folder_path, commit_message, delete_patterns):
-        self.deleted = set(delete_patterns)
-        return "commit"
-
-
 def test_a_push_replaces_what_it_wrote_before_and_nothing_else(monkeypatch):
     ours = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "custom_generate/old.py", "vocab.json"]
     others = [
         "LICENSE",
+        "custom_generate/notes.txt",
+        "tokenizer_notes.txt",
+        "old.safetensors",
+        "additional_chat_templates/notes.md",
         "handler.py",
         "v1/model.safetensors",
         "onnx/model.onnx",
         "original/tokenizer.model",
         "README.md",
     ]
-    hub = FakeHub([*ours, *others, "model.safetensors", "custom_generate/generate.py"])
+    hub = FakeHub([NOTE, *ours, *others, "model.safetensors", "custom_generate/generate.py"])
     monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", hub)
     assert hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer()) == "commit"
     assert hub.deleted == set(ours)
+
+
+def test_what_no_push_of_ours_wrote_stays_unless_it_would_be_loaded_before_the_new(monkeypatch):
+    stays = ["config.json", "custom_generate/own.py", "evaluation.json", "preprocessor_config.json", "notes[1].jinja"]
+    model = ["model.safetensors.index.json", "model-00001-of-00002.safetensors", "pytorch_model.bin"]
+    adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
+    tokenizer = ["vocab.json", "additional_chat_templates/a[1].jinja"]
+    hub = FakeHub([*stays, *model, *adapter, *tokenizer])
+    monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", hub)
+    hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer())
+    tokenizer = ["vocab.json", "additional_chat_templates/a[[]1].jinja"]  # as patterns
+    assert hub.deleted == {*model, *adapter, *tokenizer}
+    adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.peft_config["default"].base_model_name_or_path = "someone/base"
+    hf_jacobi.publish(adapted, "someone/fast", tiny_tokenizer())
+    assert hub.deleted == {"adapter_model.bin", *tokenizer}, "a whole model beside an adapter is not loaded"
 
 
 @pytest.mark.parametrize("base", [None, "runs/base/final", "C:\\models\\base"])
@@ -315,6 +319,7 @@ def test_an_adapter_decodes_with_its_own_settings_not_with_those_of_its_base(tmp
     adapter.save_pretrained(tmp_path / "out")
     (tmp_path / "out" / "generation_config.json").write_text(json.dumps({"jacobi": {"block_size": 8}}))
     folder = publish(tmp_path / "out", tmp_path / "pushed")
+    change(tmp_path / "pushed" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
     text, plain, line = run_without_us(tmp_path, folder, adapter=True)
     assert text == plain and "JacobiOutput" in line
 
@@ -381,3 +386,94 @@ def test_an_adapter_of_another_name_is_refused(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"]), adapter_name="draft")
     with pytest.raises(ValueError, match="'default'"):
         publish(model, tmp_path / "pushed")
+
+
+@pytest.mark.parametrize("lying_there", [True, False])
+def test_figures_of_other_settings_are_refused(tmp_path, lying_there):
+    source = checkpoint(tmp_path / "out")
+    change(source / "generation_config.json", decoding="jacobi", jacobi={"block_size": 8})
+    measured = {"decoding": "jacobi", "jacobi": {"block_size": 8}}  # the others are the default ones
+    evaluation = EVALUATION | {"settings": measured}
+
+    def dry_run(target):
+        if lying_there:
+            change(source / "evaluation.json", **evaluation)
+        else:
+            change(tmp_path / "measured.json", **evaluation)
+        file = None if lying_there else tmp_path / "measured.json"
+        return publish(source, tmp_path / target, tokenizer=None, evaluation=file)
+
+    dry_run("pushed")
+    kept = json.loads((tmp_path / "pushed" / "evaluation.json").read_text())
+    assert kept["settings"]["jacobi"]["block_size"] == 8
+    for tuned in ({"jacobi": {"block_size": 4}}, {"decoding": "ar"}):
+        change(source / "generation_config.json", decoding="jacobi", jacobi={"block_size": 8})
+        change(source / "generation_config.json", **tuned)
+        with pytest.raises(
+            hf_jacobi.UsageError, match=r"other settings.*hf-jacobi bench MODEL --evaluation.*or delete"
+        ):
+            dry_run("again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_evaluation_that_does_not_name_its_settings_is_taken_with_a_word_of_doubt(tmp_path, caplog):
+    publish(tiny_model(), tmp_path / "pushed", evaluation=EVALUATION)
+    assert "does not say with which settings" in caplog.text
+    caplog.clear()
+    settings = {"decoding": "jacobi", "jacobi": {}}
+    publish(tiny_model(), tmp_path / "again", evaluation=EVALUATION | {"settings": settings})
+    assert "settings" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        [],
+        {},
+        {"decoding": "beams"},
+        {"decoding": "jacobi", "jacobi": {"size": 1}},
+        {"decoding": "ar", "speed": 1},
+    ],
+)
+def test_settings_of_an_evaluation_that_are_none_are_refused(tmp_path, settings):
+    with pytest.raises(hf_jacobi.UsageError, match=r"settings"):
+        publish(tiny_model(), tmp_path / "pushed", evaluation=EVALUATION | {"settings": settings})
+
+
+def test_a_report_of_bench_is_told_from_an_evaluation(tmp_path):
+    change(tmp_path / "bench.json", setup={}, results=[])
+    with pytest.raises(hf_jacobi.UsageError, match=r"bench\.json: .*bench --output.*bench MODEL --evaluation FILE"):
+        publish(tiny_model(), tmp_path / "pushed", evaluation=tmp_path / "bench.json")
+
+
+def test_a_published_adapter_that_is_tuned_afterwards_decodes_with_the_new_settings(tmp_path):
+    base = tiny_model()
+    base.save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[-1])
+    folder = tmp_path / "pushed"
+    publish(get_peft_model(model, lora), folder)
+    inputs = torch.tensor(PROMPT)
+    call = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    call |= {"return_dict_in_generate": True, "custom_generate": str(folder), "trust_remote_code": True}
+    positions = []
+    for block_size in (16, 2):
+        settings = write_settings(folder, "jacobi", {"block_size": block_size, "pool_size": 0})
+        assert rewrite_settings(folder, settings)
+        positions.append(model.generate(inputs, **call).jacobi_stats.positions)
+    assert positions[1] < positions[0] / 4
+    assert not rewrite_settings(tmp_path / "base", settings), "it carries no decoder"
+
+
+def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path):
+    folder = tmp_path / "pushed"
+    publish(tiny_model(), folder)
+    file, blob = folder / "custom_generate" / "settings.py", tmp_path / "blob"
+    before = file.read_text()
+    file.rename(blob)
+    file.symlink_to(blob)
+    rewrite_settings(folder, write_settings(folder, "jacobi", {"block_size": 3}))
+    assert blob.read_text() == before and not file.is_symlink() and "'block_size': 3" in file.read_text()
+    file.write_text("SOMEONE = 'else'\n")
+    assert not rewrite_settings(folder, write_settings(folder)) and file.read_text() == "SOMEONE = 'else'\n"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..decoding.errors import MissingFile, MissingPackage, UsageError
-from ..decoding.files import read_json
+from ..decoding.files import read_json, refuse_pointer
 from .demo_model import DEMO_MODEL, demo_checkpoint
 
 
@@ -31,7 +31,6 @@ ADAPTER_CONFIG = "adapter_config.json"
 ENDS = ("_config.json", ".json", ".model")  # of `tokenizer`, in names of files
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "tekken.json", "*.tiktoken")  # one of which there must be
 TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,9 @@ def reading(name: str):
 
     from safetensors import SafetensorError
 
-    _refuse_pointers(Path(name))
+    for file in Path(name).glob("*"):
+        if file.is_file():
+            refuse_pointer(file)
     try:
         yield
     except UsageError:
@@ -252,13 +253,6 @@ def _line(error: Exception) -> str:
     """What an error says, in one line that is no page."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300].rpartition(" ")[0] + " ..."
-
-
-def _refuse_pointers(folder: Path) -> None:
-    """Refuses a clone without what `git lfs` keeps elsewhere."""
-    for file in sorted(folder.glob("*")) if folder.is_dir() else ():
-        if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
-            raise UsageError(f"{file} is not the file but a git-lfs pointer to it: run `git lfs pull` in {folder}.")
 
 
 def load(name: str | None, dtype: str = "auto", device: torch.device | None = None, attention: str | None = None):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
@@ -10,7 +12,10 @@ def add_parser(commands) -> None:
     parser.add_argument("model", help="the folder of a model or an adapter")
     parser.add_argument("repo_id", help="user/name on the Hub")
     parser.add_argument("--tokenizer", help="a folder or a Hub id (default: beside the model, else of its base)")
-    parser.add_argument("--evaluation", help="a JSON file of what was measured, for the card")
+    parser.add_argument(
+        "--evaluation",
+        help="a JSON file of what was measured, for the card; `hf-jacobi bench --evaluation` writes one",
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--output-dir", help="keep what is pushed in this folder, empty or new")
     parser.add_argument("--dry-run", action="store_true", help="only write --output-dir, push nothing")
@@ -19,19 +24,17 @@ def add_parser(commands) -> None:
 
 def run(arguments) -> int:
     """Runs the command."""
-    from transformers import AutoTokenizer
-
     from ..hub import publish
 
-    tokenizer = arguments.tokenizer and AutoTokenizer.from_pretrained(arguments.tokenizer)
     place = publish(
         arguments.model,
         arguments.repo_id,
-        tokenizer,
+        arguments.tokenizer,
         arguments.output_dir,
         arguments.dry_run,
         evaluation=arguments.evaluation,
         private=arguments.private,
+        tell=functools.partial(print, flush=True),
     )
     print(f"{'written to' if arguments.dry_run else 'pushed:'} {place}")
     return 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import textwrap
 from pathlib import Path
 
 from ..decoding.errors import UsageError
-from ..decoding.files import read_json, write_whole
+from ..decoding.files import read_json
 from .demo_model import HUB_ID, demo_checkpoint, packaged, unpacked
 from .models import MODEL, find, place_of
 from .options import (
@@ -92,17 +91,12 @@ def _write_report(arguments, report: dict) -> None:
 def write_into(folder: Path, decoding: str, jacobi: dict) -> str:
     """Writes settings into a checkpoint, also where it carries its decoder along; returns what was done, in lines."""
     from ..decoding.config import write_settings
+    from ..hub.carried import rewrite_settings
 
     settings = write_settings(folder, decoding, jacobi)
     done = [f"written to {folder / 'generation_config.json'}"]
-    carried = folder / "custom_generate" / "settings.py"
-    if carried.exists():
-        text = carried.read_text(encoding="utf-8")
-        for name in ("decoding", "jacobi"):
-            line = f"{name.upper()} = {settings[name]!r}"
-            text = re.sub(rf"^{name.upper()} = .*$", lambda found, line=line: line, text, flags=re.MULTILINE)
-        write_whole(carried, text)
-        done.append(f"and to {carried}")
+    if rewrite_settings(folder, settings):
+        done.append("and to the decoder that it carries")
     if (folder / "evaluation.json").exists():
         done.append(
             "evaluation.json beside it may be of other settings now: `hf-jacobi bench --evaluation` measures again."

@@ -13,7 +13,6 @@ import re
 import sys
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -190,6 +189,9 @@ def name_of(model) -> str:
     return model.config._name_or_path
 
 
+LOADED_FROM = "_name_or_path"  # the same in a saved config
+
+
 def decoder_layers(model) -> list[torch.nn.Module]:
     """The layers of a decoder, those that gradient checkpointing takes one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -203,13 +205,6 @@ def causal_lm_of(model_type: str) -> type | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     return MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None) if model_type in CONFIG_MAPPING else None
-
-
-def imported_beside(file: Path) -> list[Path]:
-    """The files that a model's own code imports beside itself, directly or not."""
-    from transformers.dynamic_module_utils import get_relative_import_files
-
-    return [Path(found) for found in get_relative_import_files(file)]
 
 
 def compiles_assisted_decoding(model) -> bool:
@@ -226,6 +221,13 @@ def compile_here() -> CompileConfig:
     config = CompileConfig()
     config._compile_all_devices = True
     return config
+
+
+def end_progress_bars() -> None:
+    """Ends the line of every progress bar that is open, so that an error begins on one of its own."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 # The trainer

@@ -11,6 +11,9 @@ from typing import Any
 from .errors import UsageError
 
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """
     The object in a JSON file.
@@ -26,6 +29,20 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UsageError(f"{file} must hold a JSON object, not a {type(content).__name__}.")
     return content
+
+
+def refuse_pointer(file: Path) -> None:
+    """
+    Refuses what a clone holds in the place of a file that `git lfs` keeps elsewhere.
+
+    Raises:
+        `UsageError`: the file is such a pointer.
+    """
+    with open(file, "rb") as opened:
+        if opened.read(len(POINTER)) == POINTER:
+            raise UsageError(
+                f"{file} is not the file but a git-lfs pointer to it: run `git lfs pull` in {file.parent}."
+            )
 
 
 def write_whole(file: Path, content: str | bytes) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import EvalResult, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import UsageError
+from .places import is_on_hub
 
 
 TAGS = ("jacobi-forcing", "hf_jacobi")
@@ -38,6 +38,8 @@ SETTINGS = (
     "within_block",
     "adapter_scope",
 )
+DECODINGS = ("jacobi", "ar")
+KEYS = {"decoding", "jacobi"}  # of settings, in a generation config and in an evaluation
 FIGURES = {
     "eval_consistency_loss": "consistency loss",
     "eval_ar_loss": "autoregressive loss",
@@ -105,18 +107,14 @@ def _settings(args: Any) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
-def is_on_hub(name: str | None) -> bool:
-    """Whether a name can be one on the Hub, rather than a folder here."""
-    try:
-        validate_repo_id(name or "")
-    except HFValidationError:
-        return False
-    return not Path(name).exists()
-
-
-def checked(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
+def checked(evaluation: dict[str, Any] | None, file: Path | None = None) -> dict[str, Any] | None:
     """
     An evaluation as `render_card` takes it, its numbers those of Python.
+
+    Args:
+        evaluation: `measured_on`, `results`, and, where it is known how it was decoded, `settings`: `decoding` and
+            `jacobi`.
+        file: where it was read, for errors.
 
     Raises:
         `ValueError`: it is none.
@@ -124,18 +122,43 @@ def checked(evaluation: dict[str, Any] | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     try:
+        return _checked(evaluation)
+    except UsageError as error:
+        raise (UsageError(f"{file}: {error}") if file else error) from None
+
+
+def _checked(evaluation: Any) -> dict[str, Any]:
+    if isinstance(evaluation, dict) and "setup" in evaluation and "measured_on" not in evaluation:
+        raise UsageError(
+            "this is what `hf-jacobi bench --output` wrote, not an evaluation: "
+            "`hf-jacobi bench MODEL --evaluation FILE` writes one."
+        )
+    try:
         results = [
             row
             | {"dataset": _text(row["dataset"]), "decoding": _text(row["decoding"])}
             | {"metrics": {_text(name): _number(value) for name, value in row["metrics"].items()}}
             for row in evaluation["results"]
         ]
-        return evaluation | {"measured_on": _text(evaluation["measured_on"]), "results": results}
+        found = evaluation | {"measured_on": _text(evaluation["measured_on"]), "results": results}
     except (KeyError, TypeError, AttributeError, OverflowError):
         raise UsageError(
             "an evaluation has `measured_on`, a text, and `results`, a list of `dataset`, `decoding` and `metrics` "
             "(name to number)."
         ) from None
+    if "settings" in found:
+        found["settings"] = _settings_of(found["settings"])
+    return found
+
+
+def _settings_of(measured: Any) -> dict[str, Any]:
+    """The settings that were measured, every one of them."""
+    if not isinstance(measured, dict) or measured.get("decoding") not in DECODINGS or set(measured) - KEYS:
+        raise UsageError(
+            'the `settings` of an evaluation are `decoding` ("jacobi" or "ar") and `jacobi` (settings of '
+            f"JacobiConfig), got {measured!r}."
+        )
+    return {"decoding": measured["decoding"], "jacobi": JacobiConfig.coerce(measured.get("jacobi")).to_dict()}
 
 
 def _text(value: Any) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import json
-import re
+import logging
 import shutil
 import tempfile
-from fnmatch import fnmatch
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,44 +15,34 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import HfApi
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoTokenizer
 
-from ..decoding.compat import causal_lm_of, imported_beside, is_stateful, name_of, requirement
+from ..decoding.compat import causal_lm_of, is_stateful, name_of
 from ..decoding.config import write_settings
 from ..decoding.draft_adapter import is_draft_only
-from ..decoding.errors import UsageError
+from ..decoding.errors import MissingFile, UsageError, of_usage
 from ..decoding.mixin import unwrap
-from .card import EVALUATION, NOTE, checked, is_on_hub, render_card
+from .card import DECODINGS, EVALUATION, NOTE, checked, render_card
+from .carried import CARRIED, is_carried, write_decoder
+from .files import (
+    ADAPTER_WEIGHTS,
+    BESIDE,
+    NAMING_PLACES,
+    TOKENIZER,
+    Chosen,
+    choose,
+    is_template,
+    is_weights,
+    read_object,
+)
+from .network import talking_to_the_hub
+from .places import is_on_hub, without_local_paths
 
 
-ENTRY = "generate"
-CARRIED = "custom_generate"
-RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "adapter_model.bin")
-TEMPLATES = "additional_chat_templates"
-TOKENIZER = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "tekken.json",
-    "*.tiktoken",
-    "chat_template*",
-    TEMPLATES,
-)
-PUBLISHED = (
-    *WEIGHTS,
-    *TOKENIZER,
-    "config.json",
-    "adapter_config.json",
-    "generation_config.json",
-    NOTE,
-    EVALUATION,
-)
-LICENSE = "LICENSE*"
+logger = logging.getLogger(__name__)
+CARD = "README.md"
 
 
 def publish(
@@ -65,6 +55,7 @@ def publish(
     evaluation: str | Path | dict[str, Any] | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
+    tell: Callable[[str], Any] | None = None,
 ) -> str:
     """
     Pushes a model or an adapter to the Hub with everything it needs to decode fast.
@@ -79,7 +70,8 @@ def publish(
             A model, or the folder of one that `save_pretrained` or `JacobiForcingTrainer` wrote. A LoRA is published
             as an adapter; `merge_and_unload()` before makes a whole model of it.
         repo_id (`str`): `"user/name"` on the Hub; made if it is not there.
-        tokenizer (*optional*): the tokenizer; that of the folder, or of the base model, if left out.
+        tokenizer (*optional*): the tokenizer, or the name of one (a folder or a Hub id); that of the folder, or of the
+            base model, if left out.
         output_dir (*optional*): where the folder that is pushed is written, empty or new. Needed for a dry run.
         dry_run (`bool`): write `output_dir` and push nothing.
         evaluation (*optional*): what was measured, for the card: a dict or a JSON file, as `render_card` takes it;
@@ -87,43 +79,161 @@ def publish(
         private (`bool`, *optional*): whether a new repository is private; as the organization has it if left out.
         token (*optional*): for the Hub; the one that is logged in if left out.
 
+        tell (*optional*): called with each line of what is to be said before the push: names and sizes of what goes,
+            what stays behind, what is doubtful. Logged if left out, the last as a warning.
+
     Returns:
         The address of the commit, or for a dry run the folder.
 
     Raises:
-        `ValueError`: no checkpoint, no tokenizer, a bad `repo_id` or evaluation, `output_dir` holds files, the model
-            keeps what Jacobi decoding cannot take back, or an adapter goes onto a model that is not on the Hub.
+        `ValueError`: no checkpoint, no tokenizer, a bad `repo_id` or evaluation, `output_dir` holds files, a file is
+            damaged or a link, the model keeps what Jacobi decoding cannot take back, an adapter goes onto a model that
+            is not on the Hub, or there is no way to the Hub.
     """
-    validate_repo_id(repo_id)
-    if "/" not in repo_id:
-        raise UsageError(f"{repo_id!r} names no user or organization: pass 'user/name'.")
-    if dry_run and output_dir is None:
-        raise UsageError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
-    target = None if output_dir is None else Path(output_dir).expanduser()
-    if target is not None and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{output_dir} holds files: name an empty folder or a new one.")
-    if isinstance(evaluation, (str, Path)):
-        evaluation = json.loads(Path(evaluation).expanduser().read_text(encoding="utf-8"))
-    evaluation = checked(evaluation)
-    if target is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
+    _check_names(model_or_dir=model_or_dir, tokenizer=tokenizer, output_dir=output_dir, evaluation=evaluation)
+    _check_repo(repo_id)
+    target = _target(output_dir, dry_run)
+    evaluation = _read_evaluation(evaluation)
+    api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
+        in_memory = not isinstance(model_or_dir, (str, Path))
+        source = _save(model_or_dir, Path(place) / "saved") if in_memory else Path(model_or_dir).expanduser()
+        chosen = choose(source, with_tokenizer=tokenizer is None)
+        base = _base_of(chosen, name_of(unwrap(model_or_dir)) if in_memory else None)
+        _check_decodable(chosen)
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = _load_tokenizer(tokenizer)
+        doubts = _doubts_of_base(chosen, base, source) if dry_run else _check_base(api, chosen, base, source)
         folder = Path(place) / "pushed"
-        folder.mkdir()
-        write_folder(model_or_dir, repo_id, folder, tokenizer, evaluation)
-        adapter = _adapter_config(folder)
-        if not dry_run and adapter is not None and not is_on_hub(base := adapter.get("base_model_name_or_path")):
-            raise UsageError(
-                f"others cannot load {base or 'a model without a name'}, which the adapter goes onto: publish that "
-                "first, and name its repository in adapter_config.json (`base_model_name_or_path`)."
-            )
+        doubts += _write_folder(chosen, folder, repo_id, base, source, tokenizer, evaluation)
+        for doubt in doubts:
+            (tell or logger.warning)(doubt)
+        for line in _listing(folder, repo_id, source, () if in_memory else chosen.left):
+            (tell or logger.info)(line)
         if target is not None:  # at once: what failed leaves nothing
             if target.exists():
                 target.rmdir()
             folder = folder.rename(target)
+        return str(folder) if dry_run else _push(api, repo_id, folder, private)
+
+
+def _check_names(**given) -> None:
+    """Refuses an empty text, which names the current folder: most likely a variable that is not set."""
+    for name, value in given.items():
+        if isinstance(value, str) and not value.strip():
+            raise UsageError(f"`{name}` is empty: give it a name (is a variable not set?).")
+
+
+def _check_repo(repo_id: str) -> None:
+    with of_usage(HFValidationError):
+        validate_repo_id(repo_id)
+    if "/" not in repo_id:
+        raise UsageError(f"{repo_id!r} names no user or organization: pass 'user/name'.")
+
+
+def _target(output_dir: str | Path | None, dry_run: bool) -> Path | None:
+    """Where the folder is kept; what lies above it is made."""
+    if output_dir is None:
         if dry_run:
-            return str(folder)
-        api = HfApi(token=token)
+            raise UsageError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
+        return None
+    target = Path(output_dir).expanduser()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UsageError(f"{output_dir} holds files: name an empty folder or a new one.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def _read_evaluation(evaluation: str | Path | dict[str, Any] | None) -> dict[str, Any] | None:
+    if not isinstance(evaluation, (str, Path)):
+        return checked(evaluation)
+    file = Path(evaluation).expanduser()
+    if not file.is_file():
+        raise MissingFile(f"there is no file {file}: `hf-jacobi bench MODEL --evaluation FILE` writes one.")
+    return checked(read_object(file), file)
+
+
+def _save(model, folder: Path) -> Path:
+    """A model from memory as a folder."""
+    model.save_pretrained(folder)
+    settings = unwrap(model).generation_config.to_json_string(use_diff=True)
+    (folder / "generation_config.json").write_text(settings, encoding="utf-8")
+    if not any(is_weights(file.name) for file in folder.iterdir()):
+        raise UsageError("an adapter is published if its name is 'default': make it with that name.")
+    return folder
+
+
+def _check_decodable(chosen: Chosen) -> None:
+    """Refuses what would decode in parallel for nobody."""
+    adapter = _adapter_config(chosen)
+    if adapter is not None:
+        if adapter.get("num_virtual_tokens"):
+            kind = adapter.get("peft_type")
+            raise UsageError(f"Jacobi decoding does not support virtual tokens ({kind}): publish a LoRA.")
+        return
+    config = read_object(chosen.files["config.json"])
+    name = config.get("model_type")
+    model = None if "auto_map" in config or not isinstance(name, str) else causal_lm_of(name)
+    if is_stateful(model) or config.get("is_encoder_decoder"):
+        raise UsageError(
+            f"Jacobi decoding needs a decoder whose KV cache can be rolled back, which {name} is not: push it with "
+            "its own `push_to_hub`."
+        )
+
+
+def _adapter_config(chosen: Chosen) -> dict[str, Any] | None:
+    file = chosen.files.get("adapter_config.json")
+    return None if file is None else read_object(file)
+
+
+def _base_of(chosen: Chosen, trained_from: str | None) -> str | None:
+    """What an adapter goes onto, or what a model was trained from."""
+    if (adapter := _adapter_config(chosen)) is not None:
+        base = adapter.get("base_model_name_or_path")
+    else:
+        base = read_object(chosen.files[NOTE]).get("base_model") if NOTE in chosen.files else trained_from
+    return base if isinstance(base, str) and base else None
+
+
+def _unloadable(base: str | None) -> str:
+    return (
+        f"others cannot load {base or 'a model without a name'}, which the adapter goes onto and which is not on the "
+        "Hub: publish that first, and name its repository in adapter_config.json (`base_model_name_or_path`)."
+    )
+
+
+def _doubts_of_base(chosen: Chosen, base: str | None, source: Path) -> list[str]:
+    """What a push would refuse or look up, said by a dry run."""
+    if _adapter_config(chosen) is None:
+        return []
+    if not is_on_hub(base, source):
+        return [f"A push would be refused: {_unloadable(base)}"]
+    return [f"A push would look {base}, which the adapter goes onto, up on the Hub."]
+
+
+def _check_base(api: HfApi, chosen: Chosen, base: str | None, source: Path) -> list[str]:
+    """Refuses, before anything is written, an adapter on what others cannot load, and a push nobody would take."""
+    adapter = _adapter_config(chosen) is not None
+    if adapter and not is_on_hub(base, source):
+        raise UsageError(_unloadable(base))
+    with talking_to_the_hub():
+        try:
+            api.whoami()
+        except HfHubHTTPError as error:
+            if error.response.status_code != 404:  # another Hub may not tell
+                raise
+        try:
+            if adapter:
+                api.model_info(base)
+        except GatedRepoError:
+            pass  # it is there, and whoever may use it knows
+        except RepositoryNotFoundError:
+            raise UsageError(_unloadable(base)) from None
+    return []
+
+
+def _push(api: HfApi, repo_id: str, folder: Path, private: bool | None) -> str:
+    with talking_to_the_hub():
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(
             api.upload_folder(
@@ -137,141 +247,136 @@ def publish(
 
 def _left_behind(files: list[str], folder: Path) -> list[str]:
     """
-    What an earlier upload left in the repository, of what such a folder holds: old weights in another layout would be
-    loaded before the new ones. What else there is stays.
+    What is in the repository of the parts that are replaced: old weights in another layout, an old adapter or an old
+    chat template would be loaded before the new ones. Of a repository that no earlier push wrote the rest stays.
     """
+    ours = NOTE in files
+    adapter = (folder / "adapter_config.json").exists()
+
+    def replaced(name: str) -> bool:
+        if is_weights(name):
+            return ours or not adapter or name in ADAPTER_WEIGHTS
+        if name in TOKENIZER or is_template(name) or name == "adapter_config.json":
+            return True
+        return ours and (name in BESIDE or is_carried(name))
+
     return [
-        name
-        for name in files
-        if not (folder / name).exists()
-        and (
-            name.startswith((f"{CARRIED}/", f"{TEMPLATES}/"))
-            or ("/" not in name and any(fnmatch(name, pattern) for pattern in PUBLISHED))
-        )
-    ]
+        glob.escape(name) for name in files if replaced(name) and not (folder / name).exists()
+    ]  # these are patterns
 
 
-def write_folder(model_or_dir, repo_id: str, folder: Path, tokenizer, evaluation: dict[str, Any] | None) -> None:
-    """Writes everything that is pushed into an empty folder."""
-    if isinstance(model_or_dir, (str, Path)):
-        source = Path(model_or_dir).expanduser()
-        _copy_checkpoint(source, folder, {*PUBLISHED, LICENSE} - set(() if tokenizer is None else TOKENIZER))
-    else:
-        source = None
-        model_or_dir.save_pretrained(folder)
-        settings = unwrap(model_or_dir).generation_config.to_json_string(use_diff=True)
-        (folder / "generation_config.json").write_text(settings, encoding="utf-8")
-        if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-            raise UsageError("an adapter is published if its name is 'default': make it with that name.")
-    _check_decodable(folder)
-    base = _base_of(folder, None if source else name_of(unwrap(model_or_dir)))
-    _write_tokenizer(folder, tokenizer, [source, base])
+def _write_folder(
+    chosen: Chosen,
+    folder: Path,
+    repo_id: str,
+    base: str | None,
+    source: Path,
+    tokenizer,
+    evaluation: dict[str, Any] | None,
+) -> list[str]:
+    """Writes everything that is pushed into a new folder; returns what is doubtful of it."""
+    folder.mkdir()
+    for name, file in chosen.files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, folder / name)
+    _write_tokenizer(folder, tokenizer, base)
     settings = write_settings(folder)
-    _write_decoder(folder / CARRIED, settings, adapter=_adapter_config(folder) is not None)
-    note = _note(folder, base, settings)
+    if settings["decoding"] not in DECODINGS:
+        raise UsageError(
+            f"generation_config.json: `decoding` must be one of {DECODINGS}, got {settings['decoding']!r}."
+        )
+    adapter = _adapter_config(chosen)
+    write_decoder(folder / CARRIED, settings, adapter=adapter is not None)
+    for file in filter(Path.exists, (folder / name for name in NAMING_PLACES)):
+        content = read_object(file)
+        if (cleaned := without_local_paths(content, source)) != content:
+            _write_json(file, cleaned)
+    note = without_local_paths(_note(folder, adapter, base, settings, source), source)
     _write_json(folder / NOTE, note)
+    doubts = []
+    if evaluation is None and (folder / EVALUATION).exists():
+        evaluation = checked(read_object(folder / EVALUATION), source / EVALUATION)
     if evaluation is not None:
+        doubts = _check_measured(evaluation, settings)
+        evaluation = without_local_paths(evaluation, source)
         _write_json(folder / EVALUATION, evaluation)
-    elif (folder / EVALUATION).exists():
-        evaluation = checked(json.loads((folder / EVALUATION).read_text(encoding="utf-8")))
-    (folder / "README.md").write_text(render_card(repo_id, note, evaluation, shared=True), encoding="utf-8")
+    (folder / CARD).write_text(render_card(repo_id, note, evaluation, shared=True), encoding="utf-8")
+    return doubts
+
+
+def _check_measured(evaluation: dict[str, Any], settings: dict[str, Any]) -> list[str]:
+    """Refuses figures of other settings than those that are published; says so where that cannot be told."""
+    again = "measure again with `hf-jacobi bench MODEL --evaluation MODEL/evaluation.json`"
+    measured = evaluation.get("settings")
+    if measured is None:
+        return [f"The evaluation does not say with which settings it was made: if they changed since, {again}."]
+    if measured != settings:
+        raise UsageError(
+            f"the evaluation was measured with other settings than those published: {again}, or delete it."
+        )
+    return []
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _copy_checkpoint(source: Path, folder: Path, patterns) -> None:
-    weights = any(path for pattern in WEIGHTS for path in source.glob(pattern))
-    if not weights or not any((source / name).exists() for name in ("config.json", "adapter_config.json")):
-        raise UsageError(
-            f"{source} holds no weights or no config: name a folder that save_pretrained or the trainer wrote."
-        )
-    for path in {path for pattern in patterns for path in source.glob(pattern)} | _own_code(source):
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        else:
-            shutil.copyfile(path, folder / path.name)
-
-
-def _own_code(source: Path) -> set[Path]:
-    """The files of a model's own code: those that its configs name, and what these import beside them."""
-    files = set()
-    for config in filter(Path.exists, (source / "config.json", source / "tokenizer_config.json")):
-        for named in json.loads(config.read_text(encoding="utf-8")).get("auto_map", {}).values():
-            references = [named] if isinstance(named, str) else filter(None, named)
-            files |= {source / f"{name.partition('.')[0]}.py" for name in references if "--" not in name}
-    files = set(filter(Path.exists, files))
-    return files | {found for file in files for found in imported_beside(file)}
-
-
-def _check_decodable(folder: Path) -> None:
-    """Refuses what would decode in parallel for nobody."""
-    adapter = _adapter_config(folder)
-    if adapter is not None:
-        if adapter.get("num_virtual_tokens"):
-            raise UsageError(f"Jacobi decoding knows no virtual tokens ({adapter['peft_type']}): publish a LoRA.")
-        return
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    name = config.get("model_type")
-    model = None if "auto_map" in config else causal_lm_of(name)
-    if is_stateful(model) or config.get("is_encoder_decoder"):
-        raise UsageError(
-            f"Jacobi decoding needs a decoder whose KV cache can be rolled back, which {name} is not: push it with "
-            "its own `push_to_hub`."
-        )
-
-
-def _adapter_config(folder: Path) -> dict[str, Any] | None:
-    file = folder / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
-
-
-def _base_of(folder: Path, trained_from: str | None) -> str | None:
-    """What an adapter goes onto, or what a model was trained from."""
-    if (adapter := _adapter_config(folder)) is not None:
-        return adapter.get("base_model_name_or_path")
-    if (folder / NOTE).exists():
-        return json.loads((folder / NOTE).read_text(encoding="utf-8")).get("base_model")
-    return trained_from
-
-
-def _write_tokenizer(folder: Path, tokenizer, places: list) -> None:
+def _write_tokenizer(folder: Path, tokenizer, base: str | None) -> None:
+    """The tokenizer that was given, or that of the folder, if need be of the base model."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     if (folder / "tokenizer_config.json").exists():
+        _check_tokenizer(folder)
         return
-    for place in filter(None, places):
+    said = ""
+    for place in filter(None, [folder, base]):
         try:
-            AutoTokenizer.from_pretrained(place).save_pretrained(folder)
+            _load_tokenizer(place).save_pretrained(folder)
             return
-        except (OSError, ValueError):  # there is none
-            continue
-    raise UsageError("there is no tokenizer beside the model: pass `tokenizer`.")
+        except UsageError as error:  # there is none
+            said = f" ({error})" if place is base else ""
+    raise UsageError(f"there is no tokenizer beside the model: pass `tokenizer`{said}.")
 
 
-def _write_decoder(folder: Path, settings: dict[str, Any], adapter: bool) -> None:
-    """The decoder out of this package's own source: the entry, and the modules it needs, directly or not."""
-    package = resources.files("hf_jacobi")
-    sources = {ENTRY: (package / "hub" / "custom_generate.py").read_text(encoding="utf-8")}
-    sources["settings"] = (
-        '"""How this checkpoint decodes, where neither the call nor the generation config says so."""\n\n'
-        f"ADAPTER = {adapter}\nDECODING = {settings['decoding']!r}\nJACOBI = {settings['jacobi']!r}\n"
-    )
-    missing = set(RELATIVE_IMPORT.findall(sources[ENTRY])) - sources.keys()
-    while missing:
-        name = missing.pop()
-        sources[name] = (package / "decoding" / f"{name}.py").read_text(encoding="utf-8")
-        missing |= set(RELATIVE_IMPORT.findall(sources[name])) - sources.keys()
-    folder.mkdir()
-    for name, source in sources.items():
-        (folder / f"{name}.py").write_text(source, encoding="utf-8")
-    (folder / "requirements.txt").write_text(requirement() + "\n", encoding="utf-8")
+def _load_tokenizer(place: str | Path):
+    """The tokenizer of a folder or a Hub id."""
+    path = Path(place).expanduser()
+    try:
+        return AutoTokenizer.from_pretrained(path if path.is_dir() else place, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises `Exception` itself; nothing but the place can be at fault
+        raise UsageError(f"{place} gives no tokenizer: {' '.join(str(error).split())}") from error
 
 
-def _note(folder: Path, base: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+def _check_tokenizer(folder: Path) -> None:
+    """Refuses a tokenizer that does not load from what goes, unless that takes code or packages of its own."""
+    if "auto_map" in read_object(folder / "tokenizer_config.json") or list(folder.glob("*.py")):
+        return
+    try:
+        _load_tokenizer(folder)
+    except UsageError as error:
+        if not isinstance(error.__cause__, ImportError):
+            said = str(error).partition(": ")[2]
+            raise UsageError(f"the tokenizer does not load from the files that would go: {said}") from error
+
+
+def _listing(folder: Path, repo_id: str, source: Path, left: tuple[str, ...]) -> list[str]:
+    """What goes, with its size, and what stays."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    lines = [f"{_size(file.stat().st_size):>9}  {file.relative_to(folder).as_posix()}" for file in files]
+    stays = [name for name in left if name not in (CARD, CARRIED)]
+    return [f"what goes to {repo_id}:", *lines, *([f"what stays in {source}: {', '.join(stays)}"] if stays else [])]
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.4g} {unit}"
+        count /= 1000
+    return f"{count:,.4g} GB"
+
+
+def _note(folder: Path, adapter: dict | None, base: str | None, settings: dict[str, Any], source: Path) -> dict:
     """What the trainer noted, or what can be told of a checkpoint without that; what it is, its files say."""
-    adapter = _adapter_config(folder)
     draft = adapter is not None and is_draft_only(SimpleNamespace(**adapter))
     note: dict[str, Any] = {
         "dataset": None,
@@ -280,9 +385,15 @@ def _note(folder: Path, base: str | None, settings: dict[str, Any]) -> dict[str,
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     if (folder / NOTE).exists():
-        note |= json.loads((folder / NOTE).read_text(encoding="utf-8"))
+        note |= read_object(folder / NOTE)
+    for key, kind in {"settings": dict, "figures": dict, "software": dict, "remark": str}.items():
+        if not isinstance(note.get(key, kind()), kind):
+            raise UsageError(f"{NOTE}: `{key}` is {note[key]!r}, which no training wrote: delete the file.")
+    if not all(isinstance(figure, (int, float)) for figure in note["figures"].values()):
+        raise UsageError(f"{NOTE}: `figures` should hold numbers, got {note['figures']!r}: delete the file.")
     return note | {
-        "base_model": base if is_on_hub(base) else None,
+        "base_model": base if is_on_hub(base, source) else None,
+        "dataset": note["dataset"] if is_on_hub(note["dataset"], source) else None,
         "kind": "model" if adapter is None else "draft-only adapter" if draft else "adapter",
         **settings,
     }

@@ -1,0 +1,293 @@
+"""
+Which files of a checkpoint are published: an allow-list of exact names, and what its index and its configs name.
+
+Nothing is taken from outside the folder, and what could not be loaded again is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from ..decoding.errors import MissingFile, UsageError
+from .card import EVALUATION, NOTE
+
+
+# In the order in which transformers and PEFT look for them; the first that is there is the one that they load.
+MODEL_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+SHARD = re.compile(r"(model|pytorch_model)-\d{5}-of-\d{5}\.(safetensors|bin)")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    # the vocabularies of transformers' tokenizers
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "spm.model",
+    "spm_char.model",
+    "sentencepiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
+    "tiktoken.model",
+    "bpe.codes",
+    "byte_maps.json",
+    "dict.txt",
+    "emoji.json",
+    "entity_vocab.json",
+    "normalizer.json",
+    "prophetnet.tokenizer",
+    "source.spm",
+    "target.spm",
+    "target_vocab.json",
+    "vocab-src.json",
+    "vocab-tgt.json",
+    "word_pronunciation.json",
+    "word_shape.json",
+    # and those of models that bring their own code
+    "tokenizer.model.v3",
+    "ice_text.model",
+    "qwen.tiktoken",
+    "hy.tiktoken",
+    "arcade100k.tiktoken",
+    "cl100k_base.tiktoken",
+)
+TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
+PROCESSOR = (  # of models that see or hear, too
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
+CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
+NAMING_CODE = ("config.json", "tokenizer_config.json", *PROCESSOR)
+NAMING_PLACES = (*CONFIGS, "tokenizer_config.json", *PROCESSOR)  # where a machine's paths may stand
+BESIDE = {*CONFIGS, *PROCESSOR, NOTE, EVALUATION}
+LICENSES = tuple(name + end for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING") for end in ("", ".txt", ".md")) + (
+    "USE_POLICY.md",
+)
+RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import\b|import\s+\.(\S+)\s*$)", re.MULTILINE)
+BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a file in the Hub's cache
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """
+    What of a folder is published.
+
+    Attributes:
+        files: by their names in the repository, where they are.
+        left: the names of what stays behind.
+    """
+
+    files: dict[str, Path]
+    left: tuple[str, ...]
+
+
+def choose(source: Path, with_tokenizer: bool = True) -> Chosen:
+    """
+    What of a checkpoint's folder is published.
+
+    Args:
+        source: the folder that `save_pretrained` or the trainer wrote, or a snapshot in the Hub's cache.
+        with_tokenizer: whether its tokenizer goes, too.
+
+    Raises:
+        `UsageError`: it is no checkpoint, or what would go is damaged, a link, or outside the folder.
+    """
+    if not source.is_dir():
+        raise MissingFile(f"there is no folder {source}: name one that save_pretrained or the trainer wrote.")
+    source = source.resolve()
+    here = {path.name for path in source.iterdir()}
+    weights = _weights(source, here)
+    names = [*BESIDE, *LICENSES, *(TOKENIZER if with_tokenizer else ())]
+    files = {name: _plain_file(source, name) for name in names if name in here} | weights
+    if with_tokenizer and TEMPLATES in here:
+        files |= _templates(source)
+    for file in files.values():
+        _check_content(file)
+    naming = [name for name in NAMING_CODE if name in files]
+    files |= _own_code(source, here, {name: read_object(files[name]) for name in naming})
+    _refuse_same_but_for_case(files)
+    if (source / TEMPLATES).is_dir():
+        here |= {f"{TEMPLATES}/{path.name}" for path in (source / TEMPLATES).iterdir()}
+    return Chosen(files, tuple(sorted(here - files.keys() - {TEMPLATES})))
+
+
+def is_weights(name: str) -> bool:
+    """Whether a name in a repository is one that weights have."""
+    return name in MODEL_WEIGHTS + ADAPTER_WEIGHTS or SHARD.fullmatch(name) is not None
+
+
+def is_template(name: str) -> bool:
+    """Whether a name in a repository is one of an additional chat template."""
+    folder, _, name = name.partition("/")
+    return folder == TEMPLATES and name.endswith(".jinja") and "/" not in name and not name.startswith(".")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; an error names the file."""
+    content = _read_json(file)
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} should hold a JSON object ({{...}}), but holds {type(content).__name__}.")
+    return content
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{file} is no JSON ({error}): save it again.") from error
+
+
+def _plain_file(source: Path, name: str) -> Path:
+    """A file of the folder, or a link that the Hub's cache made of one."""
+    path = source / name
+    mode = path.lstat().st_mode
+    if stat.S_ISREG(mode):
+        return path
+    if not stat.S_ISLNK(mode):
+        raise UsageError(f"{path} should be a file, and is none: move it away.")
+    target = Path(os.path.realpath(path))
+    cached = source.parent.name == "snapshots" and target.parent == source.parents[1] / "blobs"
+    if not cached or not BLOB.fullmatch(target.name) or not target.is_file():
+        raise UsageError(f"{path} is a link, which is not followed: put the file that it stands for in its place.")
+    return target
+
+
+def _weights(source: Path, here: set[str]) -> dict[str, Path]:
+    """The weights that transformers or PEFT would load from the folder."""
+    kinds = ADAPTER_WEIGHTS if "adapter_config.json" in here else MODEL_WEIGHTS
+    found = next((name for name in kinds if name in here), None)
+    if found is None or not here & {"config.json", "adapter_config.json"}:
+        beside = "adapter_config.json" in here and here & {*MODEL_WEIGHTS}
+        raise UsageError(
+            f"{source} holds no weights of the adapter that adapter_config.json tells of: add them, or move that "
+            "file away to publish the whole model."
+            if beside
+            else f"{source} holds no weights or no config: name a folder that save_pretrained or the trainer wrote."
+        )
+    if "config.json" in here and read_object(_plain_file(source, "config.json")).get("transformers_weights"):
+        raise UsageError(
+            f"{source / 'config.json'} names other weights (`transformers_weights`), which is not supported: load "
+            "the model and save it with save_pretrained."
+        )
+    file = _plain_file(source, found)
+    refuse_pointer(file)
+    if not found.endswith(".index.json"):
+        _check_weights(file, found.endswith(".safetensors"))
+        return {found: file}
+    return {found: file} | _shards(source, here, file, ".safetensors" if "safetensors" in found else ".bin")
+
+
+def _shards(source: Path, here: set[str], index: Path, kind: str) -> dict[str, Path]:
+    named = read_object(index).get("weight_map")
+    if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
+        raise UsageError(f"{index} has no `weight_map`, which names the file of each weight: save the model again.")
+    shards = {}
+    for shard in sorted(set(named.values())):
+        if not _is_plain(shard.removesuffix(kind)) or not shard.endswith(kind):
+            raise UsageError(f"{index} names {shard!r}, which is no file of weights (*{kind}) in the same folder.")
+        if shard not in here:
+            raise UsageError(f"{index} names {shard}, which is not there: add it, or save the model again.")
+        shards[shard] = _plain_file(source, shard)
+        refuse_pointer(shards[shard])
+        held = _check_weights(shards[shard], kind == ".safetensors")
+        if lacking := sorted({name for name, place in named.items() if place == shard} - held):
+            raise UsageError(f"{shards[shard]} lacks {lacking[0]}, which {index.name} says it holds: save it again.")
+    return shards
+
+
+def _check_weights(file: Path, safe: bool) -> set[str]:
+    """The names of the weights in a file; an error if it is cut off or holds something else."""
+    try:
+        if safe:
+            with safe_open(file, framework="pt") as opened:
+                names = set(opened.keys())
+        else:
+            names = set(torch.load(file, map_location="meta", weights_only=True).keys())
+    except PermissionError:
+        raise
+    except Exception as error:  # of any kind: nothing but the file can be at fault
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{file} holds no weights that can be read ({reason}): copy or save it again.") from error
+    if not names:
+        raise UsageError(f"{file} holds no weights at all: save the model again.")
+    return names
+
+
+def _check_content(file: Path) -> None:
+    refuse_pointer(file)
+    if file.suffix == ".json":
+        (read_object if file.name in (*CONFIGS, *NAMING_CODE, NOTE, EVALUATION) else _read_json)(file)
+
+
+def _templates(source: Path) -> dict[str, Path]:
+    folder = source / TEMPLATES
+    if folder.is_symlink() or not folder.is_dir():
+        raise UsageError(f"{folder} should be a folder of chat templates, and is none: move it away.")
+    names = [f"{TEMPLATES}/{path.name}" for path in folder.iterdir()]
+    return {name: _plain_file(source, name) for name in sorted(names) if is_template(name)}
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a name without its ending can be that of a file in the folder: no path, no dot file."""
+    return re.fullmatch(r"\w[\w.+-]*", name) is not None
+
+
+def _own_code(source: Path, here: set[str], configs: dict[str, dict[str, Any]]) -> dict[str, Path]:
+    """The files of a model's own code: those that its configs name, and what these import beside them."""
+    wanted = {
+        module: f"{source / name} names"
+        for name, config in configs.items()
+        for module in _modules(source / name, config)
+    }
+    files: dict[str, Path] = {}
+    while wanted:
+        module, who = wanted.popitem()
+        name = f"{module}.py"
+        if not _is_plain(module) or name not in here:
+            raise UsageError(f"{who} {name} for the model's own code, which is no file beside it: put it there.")
+        files[name] = _plain_file(source, name)
+        refuse_pointer(files[name])
+        code = files[name].read_text(encoding="utf-8", errors="replace")
+        found = {first or second for first, second in RELATIVE_IMPORT.findall(code)}
+        wanted |= {one: f"{source / name} imports" for one in found if f"{one}.py" not in files}
+    return files
+
+
+def _modules(file: Path, config: dict[str, Any]) -> Iterator[str]:
+    """The modules in a config's `auto_map`, without those of other repositories (`REPOSITORY--MODULE.CLASS`)."""
+    named = config.get("auto_map") or {}
+    for value in named.values() if isinstance(named, dict) else [named]:
+        for reference in [value] if isinstance(value, str) else value if isinstance(value, list) else [0]:
+            if reference is not None and not isinstance(reference, str):
+                raise UsageError(f'{file}: `auto_map` should hold texts like "MODULE.CLASS", and holds {value!r}.')
+            if reference and "--" not in reference:
+                yield reference.rpartition(".")[0]
+
+
+def _refuse_same_but_for_case(files: dict[str, Path]) -> None:
+    lower: dict[str, str] = {}
+    for name in files:
+        if (other := lower.setdefault(name.lower(), name)) != name:
+            raise UsageError(f"{other} and {name} are one file where case does not count: rename one of them.")
