@@ -57,7 +57,7 @@ def test_a_dry_run_of_an_adapter_on_a_folder_says_that_a_push_would_be_refused(t
         (["MODEL", "fast"], "user/name"),
         (["nowhere", "someone/fast"], "there is no folder nowhere"),
         (["MODEL", "someone/fast", "--evaluation", "nowhere.json"], "there is no file nowhere.json"),
-        (["MODEL", "someone/fast", "--evaluation", "MODEL/broken.json"], "broken.json is no JSON"),
+        (["MODEL", "someone/fast", "--evaluation", "MODEL/broken.json"], "broken.json is not a JSON file"),
         (["MODEL", "someone/fast", "--tokenizer", "MODEL/broken"], "gives no tokenizer"),
     ],
 )

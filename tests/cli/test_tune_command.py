@@ -9,8 +9,9 @@ from models import tiny_model, tiny_tokenizer, trained_model
 from transformers import GenerationConfig
 
 from hf_jacobi import JacobiConfig, cli
-from hf_jacobi.cli.tune import print_report
+from hf_jacobi.cli.tune import print_report, write_into
 from hf_jacobi.evaluation import tune
+from hf_jacobi.hub.carried import ABOUT
 
 
 def test_the_winner_is_written_into_the_checkpoint(tmp_path, monkeypatch, capsys):
@@ -152,9 +153,10 @@ def test_what_cannot_be_written_is_told_before_the_model_is_loaded(checkpoint, t
 def test_a_checkpoint_that_carries_its_decoder_decodes_by_the_new_settings_there_too(checkpoint, capsys):
     carried = checkpoint / "custom_generate"
     carried.mkdir()
-    (carried / "settings.py").write_text("ADAPTER = True\nDECODING = 'ar'\nJACOBI = {'block_size': 36}\n")
+    (carried / "settings.py").write_text(f"{ABOUT}\nADAPTER = True\nDECODING = 'ar'\nJACOBI = {{'block_size': 36}}\n")
+    (checkpoint / "adapter_config.json").write_text("{}")
     (checkpoint / "evaluation.json").write_text("{}")
-    assert cli.main(["tune", str(checkpoint), *COMMAND]) == 0
+    print(write_into(checkpoint, "jacobi", {"block_size": 4}))
     written = json.loads((checkpoint / "generation_config.json").read_text())
     settings = runpy.run_path(str(carried / "settings.py"))
     assert settings["ADAPTER"] is True

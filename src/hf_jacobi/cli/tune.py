@@ -96,7 +96,7 @@ def write_into(folder: Path, decoding: str, jacobi: dict) -> str:
     settings = write_settings(folder, decoding, jacobi)
     done = [f"written to {folder / 'generation_config.json'}"]
     if rewrite_settings(folder, settings):
-        done.append("and to the decoder that it carries")
+        done.append(f"and to {folder / 'custom_generate' / 'settings.py'}")
     if (folder / "evaluation.json").exists():
         done.append(
             "evaluation.json beside it may be of other settings now: `hf-jacobi bench --evaluation` measures again."

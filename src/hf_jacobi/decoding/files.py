@@ -22,13 +22,18 @@ def read_json(file: Path) -> dict[str, Any]:
         `UsageError`: the file holds something else.
         `OSError`: it cannot be read.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise UsageError(f"{file} is not a JSON file: {error}") from error
+    content = parse_json(file)
     if not isinstance(content, dict):
         raise UsageError(f"{file} must hold a JSON object, not a {type(content).__name__}.")
     return content
+
+
+def parse_json(file: Path) -> Any:
+    """What a JSON file holds; the errors are those of `read_json`."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+        raise UsageError(f"{file} is not a JSON file ({error}): save it again.") from error
 
 
 def refuse_pointer(file: Path) -> None:

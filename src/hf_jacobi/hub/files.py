@@ -6,7 +6,6 @@ Nothing is taken from outside the folder, and what could not be loaded again is 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import stat
@@ -19,6 +18,7 @@ import torch
 from safetensors import safe_open
 
 from ..decoding.errors import MissingFile, UsageError
+from ..decoding.files import parse_json, read_json, refuse_pointer
 from .card import EVALUATION, NOTE
 
 
@@ -126,7 +126,7 @@ def choose(source: Path, with_tokenizer: bool = True) -> Chosen:
     for file in files.values():
         _check_content(file)
     naming = [name for name in NAMING_CODE if name in files]
-    files |= _own_code(source, here, {name: read_object(files[name]) for name in naming})
+    files |= _own_code(source, here, {name: read_json(files[name]) for name in naming})
     _refuse_same_but_for_case(files)
     if (source / TEMPLATES).is_dir():
         here |= {f"{TEMPLATES}/{path.name}" for path in (source / TEMPLATES).iterdir()}
@@ -144,19 +144,11 @@ def is_template(name: str) -> bool:
     return folder == TEMPLATES and name.endswith(".jinja") and "/" not in name and not name.startswith(".")
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; an error names the file."""
-    content = _read_json(file)
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} should hold a JSON object ({{...}}), but holds {type(content).__name__}.")
-    return content
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{file} is no JSON ({error}): save it again.") from error
+def _refuse_hollow(file: Path) -> None:
+    """Refuses what stands in for a file, and an empty one where that cannot be meant."""
+    refuse_pointer(file)
+    if not file.stat().st_size and file.suffix != ".py" and file.name not in LICENSES:
+        raise UsageError(f"{file} is empty: copy or save it again.")
 
 
 def _plain_file(source: Path, name: str) -> Path:
@@ -186,13 +178,13 @@ def _weights(source: Path, here: set[str]) -> dict[str, Path]:
             if beside
             else f"{source} holds no weights or no config: name a folder that save_pretrained or the trainer wrote."
         )
-    if "config.json" in here and read_object(_plain_file(source, "config.json")).get("transformers_weights"):
+    if "config.json" in here and read_json(_plain_file(source, "config.json")).get("transformers_weights"):
         raise UsageError(
             f"{source / 'config.json'} names other weights (`transformers_weights`), which is not supported: load "
             "the model and save it with save_pretrained."
         )
     file = _plain_file(source, found)
-    refuse_pointer(file)
+    _refuse_hollow(file)
     if not found.endswith(".index.json"):
         _check_weights(file, found.endswith(".safetensors"))
         return {found: file}
@@ -200,7 +192,7 @@ def _weights(source: Path, here: set[str]) -> dict[str, Path]:
 
 
 def _shards(source: Path, here: set[str], index: Path, kind: str) -> dict[str, Path]:
-    named = read_object(index).get("weight_map")
+    named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
         raise UsageError(f"{index} has no `weight_map`, which names the file of each weight: save the model again.")
     shards = {}
@@ -210,7 +202,7 @@ def _shards(source: Path, here: set[str], index: Path, kind: str) -> dict[str, P
         if shard not in here:
             raise UsageError(f"{index} names {shard}, which is not there: add it, or save the model again.")
         shards[shard] = _plain_file(source, shard)
-        refuse_pointer(shards[shard])
+        _refuse_hollow(shards[shard])
         held = _check_weights(shards[shard], kind == ".safetensors")
         if lacking := sorted({name for name, place in named.items() if place == shard} - held):
             raise UsageError(f"{shards[shard]} lacks {lacking[0]}, which {index.name} says it holds: save it again.")
@@ -236,9 +228,9 @@ def _check_weights(file: Path, safe: bool) -> set[str]:
 
 
 def _check_content(file: Path) -> None:
-    refuse_pointer(file)
+    _refuse_hollow(file)
     if file.suffix == ".json":
-        (read_object if file.name in (*CONFIGS, *NAMING_CODE, NOTE, EVALUATION) else _read_json)(file)
+        (read_json if file.name in (*CONFIGS, *NAMING_CODE, NOTE, EVALUATION) else parse_json)(file)
 
 
 def _templates(source: Path) -> dict[str, Path]:
@@ -268,7 +260,7 @@ def _own_code(source: Path, here: set[str], configs: dict[str, dict[str, Any]]) 
         if not _is_plain(module) or name not in here:
             raise UsageError(f"{who} {name} for the model's own code, which is no file beside it: put it there.")
         files[name] = _plain_file(source, name)
-        refuse_pointer(files[name])
+        _refuse_hollow(files[name])
         code = files[name].read_text(encoding="utf-8", errors="replace")
         found = {first or second for first, second in RELATIVE_IMPORT.findall(code)}
         wanted |= {one: f"{source / name} imports" for one in found if f"{one}.py" not in files}

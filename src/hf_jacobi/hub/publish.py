@@ -23,6 +23,7 @@ from ..decoding.compat import causal_lm_of, is_stateful, name_of
 from ..decoding.config import write_settings
 from ..decoding.draft_adapter import is_draft_only
 from ..decoding.errors import MissingFile, UsageError, of_usage
+from ..decoding.files import read_json
 from ..decoding.mixin import unwrap
 from .card import DECODINGS, EVALUATION, NOTE, checked, render_card
 from .carried import CARRIED, is_carried, write_decoder
@@ -35,7 +36,6 @@ from .files import (
     choose,
     is_template,
     is_weights,
-    read_object,
 )
 from .network import talking_to_the_hub
 from .places import is_on_hub, without_local_paths
@@ -150,7 +150,7 @@ def _read_evaluation(evaluation: str | Path | dict[str, Any] | None) -> dict[str
     file = Path(evaluation).expanduser()
     if not file.is_file():
         raise MissingFile(f"there is no file {file}: `hf-jacobi bench MODEL --evaluation FILE` writes one.")
-    return checked(read_object(file), file)
+    return checked(read_json(file), file)
 
 
 def _save(model, folder: Path) -> Path:
@@ -171,7 +171,7 @@ def _check_decodable(chosen: Chosen) -> None:
             kind = adapter.get("peft_type")
             raise UsageError(f"Jacobi decoding does not support virtual tokens ({kind}): publish a LoRA.")
         return
-    config = read_object(chosen.files["config.json"])
+    config = read_json(chosen.files["config.json"])
     name = config.get("model_type")
     model = None if "auto_map" in config or not isinstance(name, str) else causal_lm_of(name)
     if is_stateful(model) or config.get("is_encoder_decoder"):
@@ -183,7 +183,7 @@ def _check_decodable(chosen: Chosen) -> None:
 
 def _adapter_config(chosen: Chosen) -> dict[str, Any] | None:
     file = chosen.files.get("adapter_config.json")
-    return None if file is None else read_object(file)
+    return None if file is None else read_json(file)
 
 
 def _base_of(chosen: Chosen, trained_from: str | None) -> str | None:
@@ -191,7 +191,7 @@ def _base_of(chosen: Chosen, trained_from: str | None) -> str | None:
     if (adapter := _adapter_config(chosen)) is not None:
         base = adapter.get("base_model_name_or_path")
     else:
-        base = read_object(chosen.files[NOTE]).get("base_model") if NOTE in chosen.files else trained_from
+        base = read_json(chosen.files[NOTE]).get("base_model") if NOTE in chosen.files else trained_from
     return base if isinstance(base, str) and base else None
 
 
@@ -288,14 +288,14 @@ def _write_folder(
     adapter = _adapter_config(chosen)
     write_decoder(folder / CARRIED, settings, adapter=adapter is not None)
     for file in filter(Path.exists, (folder / name for name in NAMING_PLACES)):
-        content = read_object(file)
+        content = read_json(file)
         if (cleaned := without_local_paths(content, source)) != content:
             _write_json(file, cleaned)
     note = without_local_paths(_note(folder, adapter, base, settings, source), source)
     _write_json(folder / NOTE, note)
     doubts = []
     if evaluation is None and (folder / EVALUATION).exists():
-        evaluation = checked(read_object(folder / EVALUATION), source / EVALUATION)
+        evaluation = checked(read_json(folder / EVALUATION), source / EVALUATION)
     if evaluation is not None:
         doubts = _check_measured(evaluation, settings)
         evaluation = without_local_paths(evaluation, source)
@@ -349,7 +349,7 @@ def _load_tokenizer(place: str | Path):
 
 def _check_tokenizer(folder: Path) -> None:
     """Refuses a tokenizer that does not load from what goes, unless that takes code or packages of its own."""
-    if "auto_map" in read_object(folder / "tokenizer_config.json") or list(folder.glob("*.py")):
+    if "auto_map" in read_json(folder / "tokenizer_config.json") or list(folder.glob("*.py")):
         return
     try:
         _load_tokenizer(folder)
@@ -385,7 +385,7 @@ def _note(folder: Path, adapter: dict | None, base: str | None, settings: dict[s
         "software": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
     if (folder / NOTE).exists():
-        note |= read_object(folder / NOTE)
+        note |= read_json(folder / NOTE)
     for key, kind in {"settings": dict, "figures": dict, "software": dict, "remark": str}.items():
         if not isinstance(note.get(key, kind()), kind):
             raise UsageError(f"{NOTE}: `{key}` is {note[key]!r}, which no training wrote: delete the file.")
