@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import json
+
 from .demo_model import DEMO_MODEL
 from .models import load
 from .options import add_dtype, positive
@@ -23,6 +26,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--dataset-split", default="train", help="the split (default: train)")
     parser.add_argument("--prompt-column", help="the column of the prompts (default: the first that looks like one)")
     parser.add_argument("--as-chat", action="store_true", help="take each text for a user's message")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=template_settings,
+        metavar="JSON",
+        help="settings of the chat template, such as '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument("--strict", action="store_true", help="end at a prompt that cannot be used (default: skip it)")
     parser.add_argument("--max-prompts", type=positive, help="use the first ones only")
     parser.add_argument("--max-prompt-length", type=positive, help="drop prompts of more tokens")
     parser.add_argument("--block-size", type=positive, default=32, help="tokens of a block (default: 32)")
@@ -43,6 +53,17 @@ def add_parser(commands) -> None:
         "--positions-per-forward", type=positive, default=2048, help="tokens that one forward scores (default: 2048)"
     )
     parser.set_defaults(run=run)
+
+
+def template_settings(text: str) -> dict:
+    """Settings of a chat template as JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"enable_thinking\": false}}'")
+    return found
 
 
 def run(arguments) -> int:
