@@ -8,12 +8,16 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..decoding.blocks import agreement
+from ..decoding.errors import UsageError
 from ..decoding.mixin import enable, unwrap
 from .forward import outside_training
 
 
+logger = logging.get_logger(__name__)
+IN_A_ROW = 10  # steps that may be skipped, less one
 BEFORE = "_texts_before_training.json"  # what begins so is not pushed to the Hub
 
 
@@ -29,7 +33,10 @@ class DecodingCallback(TrainerCallback):
         self.trainer = trainer
         data = trainer.eval_dataset
         data = next(iter(data.values())) if isinstance(data, dict) else data
-        self.prompts = [prompt_of(row) for row in islice(data, trainer.args.eval_prompts)]
+        with_prompt = (prompt for prompt in map(prompt_of, data) if prompt)  # a text may do without
+        self.prompts = list(islice(with_prompt, trainer.args.eval_prompts))
+        if not self.prompts:
+            logger.warning("no row of the evaluation set has a prompt: there is no text to decode during evaluation.")
         self.before: list[list[int]] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -95,4 +102,50 @@ class DecodingCallback(TrainerCallback):
 def prompt_of(row: dict[str, list[int]]) -> list[int]:
     """The prompt of the first sample of a packed row."""
     columns = zip(row["input_ids"], row["labels"], row["seq_ids"], row["block_ids"])
-    return [token for token, label, seq, block in columns if seq == 0 and block < 0 and label == -100]
+    return [int(token) for token, label, seq, block in columns if seq == 0 and block < 0 and label == -100]
+
+
+class SkippingBrokenSteps(TrainerCallback):
+    """
+    Leaves weights and optimizer as they are in a step whose gradients are NaN or infinite, on all processes together.
+
+    A gradient scaler (float16) does so by itself, and DeepSpeed takes steps of its own: neither is touched.
+
+    Args:
+        trainer: the trainer.
+
+    Attributes:
+        skipped: how many steps were left out.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.skipped = self._in_a_row = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Counts anew."""
+        self.skipped = self._in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Takes the gradients away, if they are broken: an optimizer passes over parameters that have none."""
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is not None or self.trainer.is_deepspeed_enabled:
+            return
+        parameters = [one for one in self.trainer.model.parameters() if one.grad is not None]
+        broken = torch.zeros((), device=accelerator.device)
+        for one in parameters:
+            gradient = one.grad.to_local() if hasattr(one.grad, "to_local") else one.grad
+            broken += (~gradient.isfinite().all()).to(broken)
+        if not accelerator.reduce(broken, "sum").item():  # with weights spread over processes one alone may see it
+            self._in_a_row = 0
+            return
+        for one in parameters:
+            one.grad = None
+        self.skipped += 1
+        self._in_a_row += 1
+        logger.warning(f"step {state.global_step + 1} is skipped: its gradients are not finite.")
+        if self._in_a_row == IN_A_ROW:
+            raise UsageError(
+                f"the gradients of {IN_A_ROW} steps in a row are NaN or infinite: lower the learning rate, or train "
+                "in float32; the weights are those before these steps."
+            )

@@ -278,10 +278,13 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
     with open(path, "rb") as file:
         start = file.read(len(BOM) + 64)
     if start.removeprefix(BOM).lstrip().startswith(b"["):
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            while file.read(1) != "[":
-                pass
-            yield from _array(file, path)
+        with open(path, encoding="utf-8-sig") as file:
+            try:
+                while file.read(1) != "[":
+                    pass
+                yield from _array(file, path)
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{path} is not text in UTF-8: {error}.") from error
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
