@@ -295,6 +295,23 @@ def router_loss_of(model):
     return function if taken == ["gate_logits", "num_experts", "top_k", "attention_mask"] else None
 
 
+@contextmanager
+def without_router_logits(model):
+    """
+    While this is open, a mixture of experts computes no router loss, which in transformers fails when it decodes: the
+    mask has more tokens than a forward.
+    """
+    config = model.config.get_text_config(decoder=True)
+    asked = getattr(config, "output_router_logits", None)
+    if asked:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
+
+
 def on_device(trainer, inputs: dict[str, Any]) -> dict[str, Any]:
     """A batch where a trainer's model is."""
     return trainer._prepare_inputs(inputs)

@@ -125,6 +125,12 @@ def _check_made(model) -> None:
         )
 
 
+def changes_base(config) -> bool:
+    """Whether an adapter of a configuration may come with another base model than it is put on."""
+    way = getattr(config, "init_lora_weights", True)
+    return bool(getattr(config, "layer_replication", None)) or (isinstance(way, str) and way.lower() not in HARMLESS)
+
+
 def _of_adapter(name: str) -> bool:
     return any(part.startswith(PREFIX) for part in name.split("."))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..decoding.errors import UsageError
 from ..trajectories.packing import COLUMNS
-from .rows import BlockSizes, Flat, block_sizes, find_fault, flat_batches, flat_rows
+from .rows import BlockSizes, Flat, block_sizes, find_fault, flat_batches, flat_rows, iter_rows
 
 
 LOOKED_AT = 64  # rows of a stream before the training; the others are looked at as they come
@@ -46,7 +46,7 @@ class RowCheck:
         """
         name = f"`{name}`"
         is_stream = not hasattr(dataset, "__len__")
-        head = list(islice(dataset, LOOKED_AT if is_stream else 1))
+        head = list(islice(iter_rows(dataset), LOOKED_AT if is_stream else 1))
         self._check_kind(name, head)
         longest, several = 0, False
         for first, rows in flat_batches(head if is_stream else dataset, name):

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from ..decoding.compat import name_checkpointing, parsed_as_dict
 from ..decoding.config import JacobiConfig
-from ..decoding.errors import UsageError, of_usage
+from ..decoding.errors import UsageError
 from ..trajectories.checks import check_real, check_whole
 from .losses import CONSISTENCY_LOSSES
 
@@ -114,8 +114,10 @@ class JacobiForcingConfig(TrainingArguments):
     def __post_init__(self):
         name_checkpointing(self)
         self._check_numbers()
-        with of_usage(json.JSONDecodeError):
+        try:
             super().__post_init__()
+        except json.JSONDecodeError as error:
+            raise UsageError(f"an argument is no JSON: {error.doc!r:.80} ({error}).") from error
         if not isinstance(self.model_init_kwargs, (dict, type(None))):
             raise UsageError(
                 f"`model_init_kwargs` must be a dictionary, or JSON of one, got {self.model_init_kwargs!r:.80}."
@@ -155,11 +157,7 @@ class JacobiForcingConfig(TrainingArguments):
             check_real(name, getattr(self, name))
         if self.ar_loss_weight_start is not None:
             check_real("ar_loss_weight_start", self.ar_loss_weight_start)
-        for name, least in (
-            ("loss_chunk_size", 1),
-            ("eval_prompts", 0),
-            ("eval_max_new_tokens", 1),
-            ("block_size", 1),
-        ):
-            if name != "block_size" or self.block_size is not None:
-                check_whole(name, getattr(self, name), least)
+        if self.block_size is not None:
+            check_whole("block_size", self.block_size, 1)
+        for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
+            check_whole(name, getattr(self, name), least)

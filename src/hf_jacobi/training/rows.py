@@ -62,10 +62,17 @@ def flat_batches(dataset: Iterable, name: str) -> Iterator[tuple[int, Flat]]:
             yield first, _joined({key: _of_arrow(table.column(key)) for key in COLUMNS}, name, first)
             first += table.num_rows
         return
-    rows = iter(dataset)
+    rows = iter_rows(dataset)
     while some := list(islice(rows, AT_ONCE)):
         yield first, flat_rows(some, name, first)
         first += len(some)
+
+
+def iter_rows(dataset) -> Iterator[dict[str, Any]]:
+    """The rows of any data set; one of torch's need not say how to run through it."""
+    if hasattr(dataset, "__iter__") or not hasattr(dataset, "__len__"):
+        return iter(dataset)
+    return (dataset[number] for number in range(len(dataset)))
 
 
 def flat_rows(rows: list[dict[str, Any]], name: str, first: int = 0) -> Flat:
@@ -150,7 +157,10 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
             (tokens < 0) | (tokens >= vocabulary), f"holds token {{}}, but the model has {vocabulary} tokens", tokens
         )
         or fault(places < 0, "has position {}", places)
-        or (positions and fault(places >= positions, f"has position {{}}, but the model has {positions}", places))
+        or (
+            positions
+            and fault(places >= positions, f"has position {{}}, but the model has {positions} positions", places)
+        )
         or fault((blocks < -1) | (samples < 0), "has block_ids below -1 or seq_ids below 0")
         or fault(first & noisy, "begins with noise")
         or fault(~noisy & behind_noise, "has text behind noise")

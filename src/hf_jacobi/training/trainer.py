@@ -27,8 +27,8 @@ from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from ..hub.card import NOTE, render_card, training_note
 from ..trajectories.checks import check_weights
-from .adapters import NoisyTokens, add_adapter
-from .callbacks import DecodingCallback, SkippingBrokenSteps
+from .adapters import NoisyTokens, add_adapter, changes_base
+from .callbacks import DecodingCallback, SkippingBrokenSteps, prompts_of, texts_of_base
 from .checks import RowCheck, check_best_model, check_precision, check_tokenizer, refuse_split_rows
 from .collator import FILL, PackedCollator
 from .config import JacobiForcingConfig
@@ -117,15 +117,18 @@ class JacobiForcingTrainer(Trainer):
             raise UsageError(
                 "`compute_metrics` would need the logits of whole rows, which are never made: leave it out."
             )
-        several = isinstance(eval_dataset, dict)
+        several = eval_dataset if isinstance(eval_dataset, dict) else {}
         datasets = {"train_dataset": train_dataset}
-        datasets |= {f"eval_dataset[{name!r}]": data for name, data in eval_dataset.items()} if several else {}
-        datasets |= {} if several else {"eval_dataset": eval_dataset}
+        datasets |= {f"eval_dataset[{name!r}]": data for name, data in several.items()} or {
+            "eval_dataset": eval_dataset
+        }
         self._row_check, self._checked = RowCheck(inner, args.block_size), []
         sizes = [self._check(name, dataset) for name, dataset in datasets.items()]
         self.block_size = next(filter(None, sizes), None)
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
+        prompts = prompts_of(next(iter(several.values()), eval_dataset), args.eval_prompts)
+        before = texts_of_base(inner, prompts, args) if changes_base(peft_config) else None
         model = add_adapter(model, peft_config, args)
         check_best_model(model, args)
         self.noisy_tokens = NoisyTokens(model) if args.adapter_scope == "draft" else None
@@ -162,7 +165,7 @@ class JacobiForcingTrainer(Trainer):
         inner.generation_config.jacobi = self.jacobi_config.to_dict()
         self.broken_steps = SkippingBrokenSteps(self)
         self.add_callback(self.broken_steps)
-        self.decoding = DecodingCallback(self) if eval_dataset is not None and args.eval_prompts else None
+        self.decoding = DecodingCallback(self, prompts, before) if prompts else None
         if self.decoding:
             self.add_callback(self.decoding)
 
@@ -210,8 +213,8 @@ class JacobiForcingTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """
-        Consistency loss + lambda times autoregressive loss (paper, section 3.2), each the mean over its tokens; and the
-        router loss of a mixture of experts, where the model's configuration asks for it.
+        Consistency loss + lambda times autoregressive loss (paper, section 3.2), each the mean over its tokens; and
+        the router loss of a mixture of experts, where the model's configuration asks for it.
 
         Args:
             model: the model, wrapped or not.

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..decoding.call import DecodeCall
+from ..decoding.compat import without_router_logits
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import UsageError
 from ..decoding.loop import run_to_end
@@ -330,7 +331,8 @@ def _evaluating(model, generation_config: GenerationConfig) -> Iterator[None]:
     model.generation_config = generation_config
     model.eval()
     try:
-        yield
+        with without_router_logits(model):
+            yield
     finally:
         model.generation_config = before
         for module in training:
