@@ -9,13 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import IterableDataset
 from models import tiny_model
 from packed_rows import packed
 from test_trainer import rows, trainer_of
 
 import hf_jacobi
-from hf_jacobi.trajectories.packing import PACKED_FEATURES
 
 
 BACKEND = {"ddp_backend": "gloo"} if "LOCAL_RANK" in os.environ else {}
@@ -25,7 +23,7 @@ import json
 sys.path[:0] = {path!r}
 import torch; torch.set_num_threads(1)
 import torch.distributed as dist
-from test_evaluation import {function}
+from {module} import {function}
 found = {function}({folder!r})
 if not dist.is_initialized() or dist.get_rank() == 0:
     open({out!r}, "w").write(json.dumps(found))
@@ -35,14 +33,16 @@ if dist.is_initialized():
 """
 
 
-def on_processes(count: int, function: str, tmp_path: Path):
-    """What a function of this file, given a folder, returns on the first of some processes."""
+def on_processes(count: int, function: str, tmp_path: Path, module: str = "test_evaluation"):
+    """What a function of a test file, given a folder, returns on the first of some processes."""
     here = Path(__file__).parent
     path = [str(here), str(here.parent), str(Path(hf_jacobi.__file__).parents[1])]
     out = tmp_path / f"{function}-{count}.json"
     file = out.with_suffix(".py")
     file.write_text(
-        SCRIPT.format(path=path, function=function, folder=str(tmp_path / f"{function}-{count}"), out=str(out))
+        SCRIPT.format(
+            path=path, module=module, function=function, folder=str(tmp_path / f"{function}-{count}"), out=str(out)
+        )
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "--standalone", str(file)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
@@ -52,7 +52,7 @@ def on_processes(count: int, function: str, tmp_path: Path):
 
 
 def figures(folder) -> dict[str, list]:
-    """The figures of 5, 4, 1 and 7 rows, two a batch, also of a stream, and of a mixture of experts."""
+    """The figures of 5, 4, 1 and 7 rows, two a batch, and of a mixture of experts."""
     found = {}
     for name, settings in (("llama", {}), ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.5})):
         model = tiny_model(name, **settings)
@@ -65,10 +65,7 @@ def figures(folder) -> dict[str, list]:
             for key, value in metrics.items():
                 if not key.endswith(("runtime", "per_second", "preparation_time")):
                     found[f"{name} {count} {key}"] = value
-    stream = IterableDataset.from_generator(lambda: iter(packed(5, seed=1)), features=PACKED_FEATURES)
-    trainer = trainer_of(tiny_model(), folder, eval_dataset=stream, per_device_eval_batch_size=2, **BACKEND)
-    metrics = trainer.evaluate()
-    return found | {f"stream {key}": metrics[key] for key in ("eval_loss", "eval_noisy_accuracy")}
+    return found
 
 
 @pytest.mark.multiprocess
@@ -84,12 +81,15 @@ def weights_after(folder) -> list[list[float]]:
     """Sums over the weights of all processes after a training behind an evaluation."""
     import torch
     from accelerate.utils import gather_object
+    from datasets import IterableDataset
 
     trainer = trainer_of(
         tiny_model(), folder, eval_dataset=rows(4, seed=1), per_device_train_batch_size=2, learning_rate=1e-2,
         max_steps=3, **BACKEND,
     )  # fmt: skip
     trainer.evaluate()
+    with pytest.raises(ValueError, match="is a stream, of which 2 processes would count some rows twice"):
+        trainer.evaluate(IterableDataset.from_generator(lambda: iter(packed(5))))
     trainer.train()
     weights = torch.cat([weight.detach().flatten() for weight in trainer.head.model.parameters()])
     return gather_object([[float(weights.sum()), float(weights.norm())]])

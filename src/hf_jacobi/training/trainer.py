@@ -123,7 +123,7 @@ class JacobiForcingTrainer(Trainer):
             "eval_dataset": eval_dataset
         }
         self._row_check, self._checked = RowCheck(inner, args.block_size), []
-        sizes = [self._check(name, dataset) for name, dataset in datasets.items()]
+        sizes = [self._check(name, dataset, args) for name, dataset in datasets.items()]
         self.block_size = next(filter(None, sizes), None)
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
@@ -169,10 +169,15 @@ class JacobiForcingTrainer(Trainer):
         if self.decoding:
             self.add_callback(self.decoding)
 
-    def _check(self, name: str, dataset) -> int | None:
+    def _check(self, name: str, dataset, args: JacobiForcingConfig) -> int | None:
         """Refuses data that are wrong, once; the length of their blocks."""
         if dataset is None or any(known is dataset for known in self._checked):
             return None
+        if name != "train_dataset" and args.world_size > 1 and not hasattr(dataset, "__len__"):
+            raise UsageError(
+                f"`{name}` is a stream, of which {args.world_size} processes would count some rows twice: pass a data "
+                "set with a length."
+            )
         size = self._row_check.all(name, dataset)
         self._checked.append(dataset)
         return size
@@ -305,12 +310,12 @@ class JacobiForcingTrainer(Trainer):
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As in `Trainer`; other data than the constructor's are looked at first."""
         if not isinstance(eval_dataset, (str, dict)):
-            self._check("eval_dataset", eval_dataset)
+            self._check("eval_dataset", eval_dataset, self.args)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
     def predict(self, test_dataset, *args, **kwargs):
         """As in `Trainer`; the data are looked at first."""
-        self._check("test_dataset", test_dataset)
+        self._check("test_dataset", test_dataset, self.args)
         return super().predict(test_dataset, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
