@@ -55,7 +55,8 @@ def encode_text(tokenizer, text: str) -> list[int]:
     if start is None:  # a tokenizer that does not put its own around what is there
         return special
     before = special[:start]
-    return plain if plain[:start] == before else before + plain
+    there = next(count for count in range(start, -1, -1) if before[start - count :] == plain[:count])
+    return before + plain[there:]
 
 
 def encode_messages(tokenizer, messages: list[dict], tools: list | None = None, settings: Mapping | None = None):

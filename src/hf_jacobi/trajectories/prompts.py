@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
-from datasets.data_files import get_data_patterns, resolve_pattern
+from datasets.data_files import DataFilesList, get_data_patterns
 
 from ..decoding.errors import MissingFile, UsageError
-from .encoding import BadPrompt, encode_messages, encode_text, from_json, token_ids, without_nulls
+from .encoding import BadPrompt, check_settings, encode_messages, encode_text, from_json, token_ids, without_nulls
 from .shards import check_file
 
 
@@ -139,15 +139,10 @@ def _open_folder(path: Path, split: str) -> Dataset:
     # `datasets` would take the name for a pattern: it is handed the files instead, in the splits that it sees in them.
     base = glob.escape(os.path.abspath(path))
     kind = Counter(BUILDERS[file.suffix] for file in files).most_common(1)[0][0]
-    splits = {
-        str(found): [
-            glob.escape(file)
-            for pattern in patterns
-            for file in resolve_pattern(pattern, base)
-            if BUILDERS.get(Path(file).suffix) == kind
-        ]
-        for found, patterns in get_data_patterns(base).items()
-    }
+    splits = {}
+    for found, patterns in get_data_patterns(base).items():
+        there = DataFilesList.from_patterns(patterns, base_path=base)
+        splits[str(found)] = [glob.escape(file) for file in there if BUILDERS.get(Path(file).suffix) == kind]
     return load_dataset(kind, data_files=splits, split=split)
 
 
@@ -291,9 +286,10 @@ def _template_columns(row: dict[str, Any]) -> tuple[list | None, dict[str, Any]]
     tools, settings = (without_nulls(from_json(key, row.get(key))) for key in TEMPLATE_COLUMNS)
     if tools is not None and not isinstance(tools, list):
         raise BadPrompt(f"its tools must be a list, got {tools!r:.60}")
-    if settings is not None and not isinstance(settings, dict):
-        raise BadPrompt(f"its chat_template_kwargs must be a dictionary, got {settings!r:.60}")
-    return tools or None, settings or {}
+    try:
+        return tools or None, check_settings(settings)
+    except UsageError as error:
+        raise BadPrompt(str(error).rstrip(".")) from None
 
 
 def _refuse_half_characters(value: Any) -> None:
