@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+from pathlib import Path
 
 from .demo_model import DEMO_MODEL
 from .models import load
 from .options import add_dtype, positive
+
+
+# Arguments that `collect_trajectories` does not take.
+OTHERS = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run", "rest")
 
 
 def add_parser(commands) -> None:
@@ -71,16 +77,18 @@ def run(arguments) -> int:
     from transformers.utils import logging
 
     from ..trajectories.collect import collect_trajectories, process_state, read_report
+    from ..trajectories.collector import CollectSettings
     from ..trajectories.prompts import open_prompts
 
     logging.set_verbosity_error()
+    settings = {name: value for name, value in vars(arguments).items() if name not in OTHERS}
+    CollectSettings(**{one.name: settings[one.name] for one in dataclasses.fields(CollectSettings)})
+    Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
     processes = process_state()
     rows = open_prompts(arguments.dataset, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))
     model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
-    others = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run", "rest")
-    settings = {name: value for name, value in vars(arguments).items() if name not in others}
     try:
         collect_trajectories(model, tokenizer, rows, **settings)
     except KeyboardInterrupt:
