@@ -112,3 +112,16 @@ def test_all_processes_skip_a_step_that_is_broken_on_one(tmp_path):
     one, other = on_processes(2, "skipping", tmp_path, module="test_broken_steps")
     assert one == other
     assert one[0] == one[1] != one[2]
+
+
+def test_what_a_gradient_scaler_does_is_left_to_it(tmp_path):
+    """It looks for broken gradients itself, and cannot take a step without any."""
+    trainer = trainer_of(tiny_model(), tmp_path)
+    weight = next(trainer.model.parameters())
+    weight.grad = torch.full_like(weight, float("nan"))
+    trainer.accelerator.scaler = object()
+    trainer.broken_steps.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert weight.grad is not None and trainer.broken_steps.skipped == 0
+    trainer.accelerator.scaler = None
+    trainer.broken_steps.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert weight.grad is None and trainer.broken_steps.skipped == 1

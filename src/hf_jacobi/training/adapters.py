@@ -22,7 +22,7 @@ from .mask import RowTensors
 
 PREFIX = "lora_"  # of the modules that PEFT puts a LoRA's weights into
 HARMLESS = ("gaussian", "orthogonal", "eva")  # ways to begin a LoRA that leave the base as it is
-CHUNK = 1 << 22  # entries whose sums are made at a time
+CHUNK = 1 << 20  # numbers of eight bytes that are summed at a time
 
 
 def add_adapter(model, peft_config, args: JacobiForcingConfig):
@@ -152,17 +152,18 @@ def _checksums(model) -> dict[str, tuple]:
 def _sums(tensor: torch.Tensor) -> tuple[int, ...]:
     if tensor.device.type == "meta" or not tensor.numel():
         return ()
-    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     try:
-        flat = tensor.contiguous().view(bits[tensor.element_size()]).flatten()
-    except (KeyError, RuntimeError, NotImplementedError):  # quantised in a class of its own
+        content = tensor.contiguous().flatten().view(torch.uint8)
+    except (RuntimeError, NotImplementedError):  # quantised in a class of its own
         return ()
-    place = torch.arange(min(CHUNK, len(flat)), device=flat.device) % 65521 + 1  # a sum would not see an exchange
-    sums = [torch.zeros(2, dtype=torch.long, device=flat.device)]
+    whole = len(content) // 8 * 8
+    aligned = content if content.storage_offset() % 8 == 0 else content.clone()  # a part of a larger buffer
+    flat = aligned[:whole].view(torch.long)
+    place = torch.arange(1, min(CHUNK, len(flat)) + 1, device=flat.device)  # a sum alone would not see an exchange
+    sums = torch.zeros(2, dtype=torch.long, device=flat.device)
     for piece in flat.split(CHUNK):
-        piece = piece.long()
-        sums.append(torch.stack([piece.sum(), (piece * place[: len(piece)]).sum()]) + 31 * sums[-1])
-    return tuple(sums[-1].tolist())
+        sums = 31 * sums + torch.stack([piece.sum(), (piece * place[: len(piece)]).sum()])
+    return (*sums.tolist(), *content[whole:].tolist())
 
 
 def _check_base(model, before: dict[str, tuple], config) -> None:

@@ -35,9 +35,11 @@ def vocabulary_of(model) -> int:
 def check_weights(model) -> None:
     """Raises `UsageError` for a model with a weight that is NaN or infinite, and names it."""
     for name, weight in model.named_parameters():
-        if weight.device.type == "meta" or not weight.is_floating_point():  # offloaded, or quantised
+        if weight.device.type == "meta" or not weight.numel() or not weight.is_floating_point():
+            continue  # offloaded, spread over processes, or quantised
+        if weight.element_size() == 1:  # of eight bits, which have no arithmetic
             continue
-        if not bool(torch.isfinite(weight).all()):
+        if not all(map(math.isfinite, torch.stack(torch.aminmax(weight.detach())).tolist())):  # NaN among them shows
             raise UsageError(
                 f"the model is broken: {name} holds numbers that are NaN or infinite; load a checkpoint without them."
             )
