@@ -102,6 +102,9 @@ IN_SOURCE = [
     ),
     ("alora_offsets", "peft.tuners.lora.model", "draft-only adapters"),
     ("alora_offsets", "peft.tuners.lora.layer", "draft-only adapters"),
+    ("_is_accelerate_prepared", "accelerate.accelerator", "training behind an evaluation, on several processes"),
+    ("_models", "accelerate.accelerator", "training behind an evaluation, on several processes"),
+    ("load_balancing_loss_func", "transformers.models.mixtral.modeling_mixtral", "the router loss of mixtures"),
 ]
 if not hasattr(Trainer, "loss_is_scaled_for_ga"):
     IN_SOURCE += [
@@ -110,6 +113,7 @@ if not hasattr(Trainer, "loss_is_scaled_for_ga"):
     ]
 # Names that do not look private, but that differ between versions or are hardly documented.
 OTHERS_TERMS = {"past_key_values", "cache_params", "lora_variant", "alora_offsets", "alora_invocation_tokens"}
+OTHERS_TERMS |= {"load_balancing_loss_func"}
 PUBLIC_MODULES = {
     "transformers",
     "transformers.cache_utils",

@@ -69,7 +69,7 @@ def test_targets_are_those_of_a_plain_loop(max_length, within_block):
                 noisy.append((shift + index, shift + twin))
     assert list(zip(targets.clean.tolist(), targets.labels.tolist())) == clean
     assert list(zip(targets.noisy.tolist(), targets.clean[targets.twins].tolist())) == noisy
-    assert targets.counts.tolist() == [len(clean), len(noisy)]
+    assert targets.counts.tolist() == [len(clean), len(noisy), sum(len(row["input_ids"]) for row in rows)]
     assert 0 < len(noisy) < len(clean)
 
 

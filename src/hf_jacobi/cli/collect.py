@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
 from .demo_model import DEMO_MODEL
 from .models import load
 from .options import add_dtype, positive
+
+
+# Arguments that `collect_trajectories` does not take.
+OTHERS = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run", "rest")
 
 
 def add_parser(commands) -> None:
@@ -23,6 +32,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--dataset-split", default="train", help="the split (default: train)")
     parser.add_argument("--prompt-column", help="the column of the prompts (default: the first that looks like one)")
     parser.add_argument("--as-chat", action="store_true", help="take each text for a user's message")
+    parser.add_argument(
+        "--chat-template-kwargs",
+        type=template_settings,
+        metavar="JSON",
+        help="settings of the chat template, such as '{\"enable_thinking\": false}'",
+    )
+    parser.add_argument("--strict", action="store_true", help="end at a prompt that cannot be used (default: skip it)")
     parser.add_argument("--max-prompts", type=positive, help="use the first ones only")
     parser.add_argument("--max-prompt-length", type=positive, help="drop prompts of more tokens")
     parser.add_argument("--block-size", type=positive, default=32, help="tokens of a block (default: 32)")
@@ -45,21 +61,34 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
+def template_settings(text: str) -> dict:
+    """Settings of a chat template as JSON."""
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"enable_thinking\": false}}'")
+    return found
+
+
 def run(arguments) -> int:
     """Runs the command."""
     from transformers.utils import logging
 
     from ..trajectories.collect import collect_trajectories, process_state, read_report
+    from ..trajectories.collector import CollectSettings
     from ..trajectories.prompts import open_prompts
 
     logging.set_verbosity_error()
+    settings = {name: value for name, value in vars(arguments).items() if name not in OTHERS}
+    CollectSettings(**{one.name: settings[one.name] for one in dataclasses.fields(CollectSettings)})
+    Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
     processes = process_state()
     rows = open_prompts(arguments.dataset, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))
     model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
-    others = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run", "rest")
-    settings = {name: value for name, value in vars(arguments).items() if name not in others}
     try:
         collect_trajectories(model, tokenizer, rows, **settings)
     except KeyboardInterrupt:

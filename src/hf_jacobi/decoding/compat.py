@@ -144,14 +144,25 @@ def attention_of(config) -> str:
 
 
 @contextmanager
-def attending_by(config, attention: str):
-    """While this is open, the model of a config runs a registered attention, whether or not the model allows it."""
-    before = config._attn_implementation
-    config._attn_implementation = attention
+def attending_by(model, attention: str):
+    """
+    While this is open, the text layers of a model run a registered attention, whether or not the model allows it: also
+    layers with a copy of the configuration, such as those that PEFT's `layer_replication` makes.
+    """
+    text = model.config.get_text_config(decoder=True)
+    configs = {id(text): text}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if type(config) is type(text) and config._attn_implementation == text._attn_implementation:
+            configs[id(config)] = config
+    before = text._attn_implementation
     try:
+        for config in configs.values():
+            config._attn_implementation = attention
         yield
     finally:
-        config._attn_implementation = before
+        for config in configs.values():
+            config._attn_implementation = before
 
 
 def _checkpointing(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -262,6 +273,45 @@ def leave_loss_as_it_is(trainer) -> None:
     if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
         trainer.model_accepts_loss_kwargs = False
         trainer.compute_loss_func = trainer.compute_loss
+
+
+def forget_preparation(trainer) -> None:
+    """
+    Has a trainer wrap its model when it trains. On several processes transformers (5.16 to 5.24) takes a model that it
+    prepared for evaluation for one that is wrapped: each process would train by itself.
+    """
+    if trainer.model_wrapped is trainer.model:
+        vars(trainer.model).pop("_is_accelerate_prepared", None)
+        trainer.accelerator._models[:] = [model for model in trainer.accelerator._models if model is not trainer.model]
+
+
+def router_loss_of(model):
+    """
+    The function by which a mixture of experts computes its router loss: from the router's logits (a tuple, `[B * L,
+    experts]` for each layer), experts, experts per token and a mask `[B, L]`. `None` where it is not of this kind.
+    """
+    function = getattr(sys.modules.get(type(model).__module__), "load_balancing_loss_func", None)
+    if function is None:
+        return None
+    taken = list(inspect.signature(function).parameters)
+    return function if taken == ["gate_logits", "num_experts", "top_k", "attention_mask"] else None
+
+
+@contextmanager
+def without_router_logits(model):
+    """
+    While this is open, a mixture of experts computes no router loss, which in transformers fails when it decodes: the
+    mask has more tokens than a forward.
+    """
+    config = model.config.get_text_config(decoder=True)
+    asked = getattr(config, "output_router_logits", None)
+    if asked:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if asked:
+            config.output_router_logits = asked
 
 
 def on_device(trainer, inputs: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -10,13 +11,18 @@ from typing import Any
 import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, forget_offsets
+from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, decoder_layers, forget_offsets
 from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
-from ..decoding.errors import UsageError
+from ..decoding.errors import UsageError, of_usage
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
 from .forward import outside_training
 from .mask import RowTensors
+
+
+PREFIX = "lora_"  # of the modules that PEFT puts a LoRA's weights into
+HARMLESS = ("gaussian", "orthogonal", "eva")  # ways to begin a LoRA that leave the base as it is
+CHUNK = 1 << 20  # numbers of eight bytes that are summed at a time
 
 
 def add_adapter(model, peft_config, args: JacobiForcingConfig):
@@ -41,6 +47,8 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
             )
         if args.adapter_scope != "draft" and any(drafting):
             raise UsageError("the model carries a draft-only adapter, which learns with adapter_scope='draft' alone.")
+        if args.adapter_scope == "draft":
+            _check_made(model)
         return model
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
@@ -53,14 +61,12 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
     if args.adapter_scope == "draft":
         if not isinstance(peft_config, LoraConfig):
             raise UsageError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
-        touching = {
-            "modules_to_save": peft_config.modules_to_save,
-            "trainable_token_indices": peft_config.trainable_token_indices,
-            "bias": peft_config.bias if peft_config.bias != "none" else None,
-            "use_dora": peft_config.use_dora or None,
-        }
-        if asked := [name for name, value in touching.items() if value]:
-            raise UsageError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
+        _refuse_touching(peft_config)
+        if getattr(peft_config, "target_parameters", None):
+            raise UsageError(
+                "a draft-only adapter cannot be on `target_parameters`, such as the experts of a mixture, which get "
+                "tokens without their rows: name target_modules, such as those of the attention."
+            )
         peft_config = copy.copy(peft_config)
         # What makes PEFT apply it to the last tokens of a row. The tokens themselves are never looked for.
         setattr(peft_config, INVOCATION, list(DRAFT_ONLY))
@@ -69,10 +75,107 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.activation_checkpointing)
     elif args.activation_checkpointing:
         model.enable_input_require_grads()
-    adapted = get_peft_model(model, peft_config)
+    before = _checksums(unwrap(model)) if args.adapter_scope == "draft" else {}
+    with of_usage(ValueError):  # of what PEFT's own checks say about the configuration
+        adapted = get_peft_model(model, peft_config)
     if args.adapter_scope == "draft":
+        _check_base(adapted, before, peft_config)
         _check_layers(adapted)
     return adapted
+
+
+def _refuse_touching(config) -> None:
+    """Raises `ValueError` for the configuration of an adapter that changes parts of the base model."""
+    touching = {
+        "modules_to_save": getattr(config, "modules_to_save", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+        "bias": None if getattr(config, "bias", "none") == "none" else config.bias,
+        "use_dora": getattr(config, "use_dora", None),
+        "layer_replication": getattr(config, "layer_replication", None),
+    }
+    if asked := [name for name, value in touching.items() if value]:
+        raise UsageError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
+
+
+def _check_made(model) -> None:
+    """
+    Raises `ValueError` for a draft-only adapter that was made elsewhere and is known to have changed its base. What
+    the base was before cannot be seen: only its configuration, its layers, and what is going to be trained.
+    """
+    for config in model.peft_config.values():
+        _refuse_touching(config)
+        way = getattr(config, "init_lora_weights", True)
+        if isinstance(way, str) and way.lower() not in HARMLESS:
+            raise UsageError(
+                f"a draft-only adapter must leave the base model as it is, but init_lora_weights={way!r} changes it: "
+                "make the adapter anew without it, on a base model that is loaded anew."
+            )
+    inner = unwrap(model)
+    trained = [name for name, weight in inner.named_parameters() if weight.requires_grad and not _of_adapter(name)]
+    if trained:
+        raise UsageError(
+            f"a draft-only adapter must leave the base model as it is, but {trained[0]} would be trained: call "
+            "requires_grad_(False) on the weights of the base."
+        )
+    layers, named = len(decoder_layers(inner)), inner.config.get_text_config(decoder=True).num_hidden_layers
+    if layers > named:
+        raise UsageError(
+            f"a draft-only adapter must leave the base model as it is, but the model has {layers} layers where its "
+            f"configuration says {named}: load the base model anew."
+        )
+
+
+def changes_base(config) -> bool:
+    """Whether an adapter of a configuration may come with another base model than it is put on."""
+    way = getattr(config, "init_lora_weights", True)
+    return bool(getattr(config, "layer_replication", None)) or (isinstance(way, str) and way.lower() not in HARMLESS)
+
+
+def _of_adapter(name: str) -> bool:
+    return any(part.startswith(PREFIX) for part in name.split("."))
+
+
+@torch.no_grad()
+def _checksums(model) -> dict[str, tuple]:
+    """
+    For each weight and buffer of a model, but not of its adapter, its shape, its dtype and two sums over its bits.
+    They take hardly any memory, where a copy would take as much as the model.
+    """
+    tensors = itertools.chain(model.named_parameters(), model.named_buffers())
+    return {
+        name.replace(".base_layer.", "."): (tuple(tensor.shape), tensor.dtype, *_sums(tensor.detach()))
+        for name, tensor in tensors
+        if not _of_adapter(name)
+    }
+
+
+def _sums(tensor: torch.Tensor) -> tuple[int, ...]:
+    if tensor.device.type == "meta" or not tensor.numel():
+        return ()
+    try:
+        content = tensor.contiguous().flatten().view(torch.uint8)
+    except (RuntimeError, NotImplementedError):  # quantised in a class of its own
+        return ()
+    whole = len(content) // 8 * 8
+    aligned = content if content.storage_offset() % 8 == 0 else content.clone()  # a part of a larger buffer
+    flat = aligned[:whole].view(torch.long)
+    place = torch.arange(1, min(CHUNK, len(flat)) + 1, device=flat.device)  # a sum alone would not see an exchange
+    sums = torch.zeros(2, dtype=torch.long, device=flat.device)
+    for piece in flat.split(CHUNK):
+        sums = 31 * sums + torch.stack([piece.sum(), (piece * place[: len(piece)]).sum()])
+    return (*sums.tolist(), *content[whole:].tolist())
+
+
+def _check_base(model, before: dict[str, tuple], config) -> None:
+    """Raises `ValueError` where the base model of an adapter is not what it was before the adapter was made."""
+    after = _checksums(unwrap(model))
+    if after == before:
+        return
+    changed = next(name for name in [*after, *before] if after.get(name) != before.get(name))
+    raise UsageError(
+        f"a draft-only adapter must leave the base model as it is, but PEFT changed {changed} with this adapter "
+        f"(init_lora_weights={config.init_lora_weights!r}): load the model anew, and leave out what changes it."
+    )
 
 
 @torch.no_grad()

@@ -8,12 +8,18 @@ from pathlib import Path
 
 import torch
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..decoding.blocks import agreement
+from ..decoding.compat import without_router_logits
+from ..decoding.errors import UsageError
 from ..decoding.mixin import enable, unwrap
 from .forward import outside_training
+from .rows import iter_rows
 
 
+logger = logging.get_logger(__name__)
+IN_A_ROW = 10  # steps that may be skipped, less one
 BEFORE = "_texts_before_training.json"  # what begins so is not pushed to the Hub
 
 
@@ -22,15 +28,15 @@ class DecodingCallback(TrainerCallback):
     Decodes some prompts of the evaluation set with the settings that the checkpoint will have.
 
     Args:
-        trainer: the trainer; its arguments say how many prompts, and how far.
+        trainer: the trainer.
+        prompts: what is decoded.
+        before: their texts by the model as it was, where it is that no more.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer, prompts: list[list[int]], before: list[list[int]] | None = None):
         self.trainer = trainer
-        data = trainer.eval_dataset
-        data = next(iter(data.values())) if isinstance(data, dict) else data
-        self.prompts = [prompt_of(row) for row in islice(data, trainer.args.eval_prompts)]
-        self.before: list[list[int]] | None = None
+        self.prompts = prompts
+        self.before = before
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Remembers the texts of the model as it is, or as it was before the run that this one resumes."""
@@ -67,32 +73,106 @@ class DecodingCallback(TrainerCallback):
             self.before = [self._text(prompt) for prompt in self.prompts]
 
     def _can_decode(self) -> bool:
-        """A model whose weights are spread over processes cannot be decoded by one of them."""
-        return bool(self.prompts) and not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
+        return not (self.trainer.is_fsdp_enabled or self.trainer.is_deepspeed_enabled)
 
     def _text(self, prompt: list[int]) -> list[int]:
         return self._generate(prompt, decoding="ar")[0, len(prompt) :].tolist()
 
     def _generate(self, prompt: list[int], **settings):
         """Greedy text."""
-        model = enable(unwrap(self.trainer.model))
-        inputs = torch.tensor([prompt], device=model.device)
         if settings["decoding"] == "jacobi":
             settings["jacobi_config"] = self.trainer.jacobi_config
-        table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        room = self.trainer.args.eval_max_new_tokens if table is None else table - len(prompt)
-        with outside_training(model), self.trainer.accelerator.autocast():
-            return model.generate(
-                inputs,
-                attention_mask=torch.ones_like(inputs),
-                max_new_tokens=max(1, min(room, self.trainer.args.eval_max_new_tokens)),
-                do_sample=False,
-                use_cache=True,
-                **settings,
-            )
+        with self.trainer.accelerator.autocast():
+            return greedy(unwrap(self.trainer.model), prompt, self.trainer.args, **settings)
+
+
+def greedy(model, prompt: list[int], args, **settings):
+    """What `generate` returns for a prompt, as far as the arguments of the training say, and there are positions."""
+    model = enable(model)
+    inputs = torch.tensor([prompt], device=model.device)
+    table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    room = args.eval_max_new_tokens if table is None else table - len(prompt)
+    with outside_training(model), without_router_logits(model):
+        return model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max(1, min(room, args.eval_max_new_tokens)),
+            do_sample=False,
+            use_cache=True,
+            **settings,
+        )
+
+
+def texts_of_base(model, prompts: list[list[int]], args) -> list[list[int]] | None:
+    """
+    The texts of a model that an adapter is about to change, in the precision of the training. `None` where one process
+    is not going to have the whole model, and so never decodes.
+    """
+    if args.adapter_scope == "draft" or args.fsdp or args.deepspeed:
+        return None
+    if not getattr(model, "hf_device_map", None):
+        model.to(args.device)
+    with torch.autocast(model.device.type, torch.bfloat16 if args.bf16 else torch.float16, args.bf16 or args.fp16):
+        return [greedy(model, prompt, args, decoding="ar")[0, len(prompt) :].tolist() for prompt in prompts]
+
+
+def prompts_of(dataset, count: int) -> list[list[int]]:
+    """The first `count` prompts of packed rows, if there are any; a text may do without a prompt."""
+    if dataset is None or not count:
+        return []
+    found = list(islice(filter(None, map(prompt_of, iter_rows(dataset))), count))
+    if not found:
+        logger.warning("no row of the evaluation set has a prompt: there is no text to decode during evaluation.")
+    return found
 
 
 def prompt_of(row: dict[str, list[int]]) -> list[int]:
     """The prompt of the first sample of a packed row."""
     columns = zip(row["input_ids"], row["labels"], row["seq_ids"], row["block_ids"])
-    return [token for token, label, seq, block in columns if seq == 0 and block < 0 and label == -100]
+    return [int(token) for token, label, seq, block in columns if seq == 0 and block < 0 and label == -100]
+
+
+class SkippingBrokenSteps(TrainerCallback):
+    """
+    Leaves weights and optimizer as they are in a step whose gradients are NaN or infinite, on all processes together.
+
+    A gradient scaler (float16) does so by itself, and DeepSpeed takes steps of its own: neither is touched.
+
+    Args:
+        trainer: the trainer.
+
+    Attributes:
+        skipped: how many steps were left out.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.skipped = self._in_a_row = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Counts anew."""
+        self.skipped = self._in_a_row = 0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        """Takes the gradients away, if they are broken: an optimizer passes over parameters that have none."""
+        accelerator = self.trainer.accelerator
+        if accelerator.scaler is not None or self.trainer.is_deepspeed_enabled:
+            return
+        parameters = [one for one in self.trainer.model.parameters() if one.grad is not None]
+        broken = torch.zeros((), device=accelerator.device)
+        for one in parameters:
+            gradient = one.grad.to_local() if hasattr(one.grad, "to_local") else one.grad
+            broken += (~gradient.isfinite().all()).to(broken)
+        if not accelerator.reduce(broken, "sum").item():  # with weights spread over processes one alone may see it
+            self._in_a_row = 0
+            return
+        for one in parameters:
+            one.grad = None
+        self.skipped += 1
+        self._in_a_row += 1
+        logger.warning(f"step {state.global_step + 1} is skipped: its gradients are not finite.")
+        if self._in_a_row == IN_A_ROW:
+            raise UsageError(
+                f"the gradients of {IN_A_ROW} steps in a row are NaN or infinite: lower the learning rate, or train "
+                "in float32; the weights are those before these steps."
+            )

@@ -2,61 +2,86 @@
 
 from __future__ import annotations
 
-from itertools import groupby, islice
+import os
+from itertools import islice
 from typing import Any
 
 from ..decoding.errors import UsageError
 from ..trajectories.packing import COLUMNS
+from .rows import BlockSizes, Flat, block_sizes, find_fault, flat_batches, flat_rows, iter_rows
 
 
-LOOKED_AT = 64  # rows
+LOOKED_AT = 64  # rows of a stream before the training; the others are looked at as they come
 
 
-def check_data(name: str, dataset, model, block_size: int | None) -> None:
+class RowCheck:
     """
-    Raises `ValueError` for data that are not packed, or do not fit the model.
+    Refuses rows that are not packed, or do not fit the model.
 
     Args:
-        name: of the argument, for the message.
-        dataset: the data.
         model: the causal language model.
         block_size: what the blocks are expected to have, if anything.
     """
-    rows = list(islice(dataset, LOOKED_AT))
-    if not rows:
-        raise UsageError(f"`{name}` is empty: collect trajectories and pack them first.")
-    if "trajectories" in rows[0]:
-        raise UsageError(f"`{name}` holds trajectories: pass what pack_trajectories makes of them.")
-    if missing := [column for column in COLUMNS if column not in rows[0]]:
-        raise UsageError(f"`{name}` lacks the columns {missing}: pass what pack_trajectories returns.")
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    largest = max(max(row["input_ids"]) for row in rows)
-    if largest >= vocabulary:
-        raise UsageError(
-            f"`{name}` holds token {largest}, but {type(model).__name__} knows {vocabulary}: it was collected with "
-            "another tokenizer."
-        )
-    table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    longest = max(max(row["position_ids"]) for row in rows) + 1
-    if table is not None and longest > table:
-        raise UsageError(f"`{name}` has texts of {longest} tokens, but {type(model).__name__} has {table} positions.")
-    found = block_size_of(rows)
-    if block_size is not None and (found > block_size or (found < block_size and _has_whole_blocks(rows))):
-        raise UsageError(f"`{name}` has blocks of {found} tokens, but block_size={block_size}: make them agree.")
 
+    def __init__(self, model, block_size: int | None):
+        config = model.config.get_text_config(decoder=True)
+        self.model = type(model).__name__
+        self.vocabulary = config.vocab_size
+        self.positions = getattr(config, "max_position_embeddings", None)
+        self.block_size = block_size
 
-def block_size_of(rows) -> int | None:
-    """The length of the blocks of packed rows: that of the longest; `None` without rows."""
-    longest = 0
-    for row in islice(rows or [], LOOKED_AT):
-        noisy = [key for key in zip(row["seq_ids"], row["block_ids"]) if key[1] >= 0]
-        longest = max([longest, *(len(list(block)) for _, block in groupby(noisy))])
-    return longest or None
+    def all(self, name: str, dataset) -> int | None:
+        """
+        Looks at all rows of a data set; of a stream, which has no length, at the first ones.
 
+        Args:
+            name: of the argument, for the message.
+            dataset: the data.
 
-def _has_whole_blocks(rows) -> bool:
-    """Whether a text has several blocks: only the last one may be short."""
-    return any(block > 0 for row in rows for block in row["block_ids"])
+        Returns:
+            the length of their blocks, that of the longest.
+
+        Raises:
+            `ValueError`: names the row that is wrong.
+        """
+        name = f"`{name}`"
+        is_stream = not hasattr(dataset, "__len__")
+        head = list(islice(iter_rows(dataset), LOOKED_AT if is_stream else 1))
+        self._check_kind(name, head)
+        longest, several = 0, False
+        for first, rows in flat_batches(head if is_stream else dataset, name):
+            self._check(name, first, rows)
+            sizes = block_sizes(rows)
+            longest, several = max(longest, sizes.longest), several or sizes.several
+        self._check_blocks(name, BlockSizes(longest, several))
+        return longest or None
+
+    def some(self, rows: list[dict[str, Any]]) -> None:
+        """Looks at rows of a stream as they come."""
+        self._check("a batch", 0, flat_rows(rows, "a batch"))
+
+    def _check_kind(self, name: str, head: list) -> None:
+        if not head:
+            raise UsageError(f"{name} is empty: collect trajectories and pack them first.")
+        if not hasattr(head[0], "keys"):
+            raise UsageError(f"{name} has no rows with columns: pass what pack_trajectories returns.")
+        if "trajectories" in head[0]:
+            raise UsageError(f"{name} holds trajectories: pass what pack_trajectories makes of them.")
+        if missing := [column for column in COLUMNS if column not in head[0]]:
+            raise UsageError(f"{name} lacks the columns {missing}: pass what pack_trajectories returns.")
+
+    def _check(self, name: str, first: int, rows: Flat) -> None:
+        fault = find_fault(rows, self.vocabulary, self.positions)
+        if fault is not None:
+            raise UsageError(
+                f"row {first + fault.row} of {name} {fault.what.replace('the model', self.model)}: it was packed "
+                "with another tokenizer or for another model, or changed since; pack the trajectories again."
+            )
+
+    def _check_blocks(self, name: str, found: BlockSizes) -> None:
+        asked = self.block_size
+        if asked is not None and (found.longest > asked or (found.longest < asked and found.several)):
+            raise UsageError(f"{name} has blocks of {found.longest} tokens, but block_size={asked}: make them agree.")
 
 
 def check_tokenizer(tokenizer: Any, model) -> None:
@@ -66,4 +91,46 @@ def check_tokenizer(tokenizer: Any, model) -> None:
         raise UsageError(
             f"the tokenizer makes {len(tokenizer)} tokens, but {type(model).__name__} knows {vocabulary}: pass the "
             "tokenizer of this model."
+        )
+
+
+def check_precision(args) -> None:
+    """Raises `ValueError` for float16 on a CPU, which transformers would leave out without a word."""
+    if args.fp16 and args.device.type == "cpu":
+        raise UsageError("`fp16` needs a GPU: pass bf16=True, or train in float32, on a CPU.")
+
+
+def check_best_model(model, args) -> None:
+    """Raises `ValueError` for adapters whose best checkpoint transformers would not find again."""
+    names = getattr(model, "active_adapters", ["default"]) if hasattr(model, "peft_config") else ["default"]
+    if args.load_best_model_at_end and list(names) != ["default"]:
+        raise UsageError(
+            f"`load_best_model_at_end` finds the checkpoint of one adapter named 'default' alone, but {list(names)} "
+            "are active: leave it out, or rename the adapter."
+        )
+
+
+def refuse_split_rows(args, config=None) -> None:
+    """
+    Raises `ValueError` for context and sequence parallelism, which give each process a part of every row and a causal
+    mask for it, whatever mask there was.
+
+    Args:
+        args: the training arguments.
+        config: accelerate's `ParallelismConfig`, if there is one already.
+    """
+    sizes = {}
+    for found in (config, getattr(args, "parallelism_config", None)):
+        for name in ("cp_size", "sp_size"):
+            sizes[name] = max(sizes.get(name, 1), getattr(found, name, None) or 1)
+    for name in ("cp_size", "sp_size"):  # of `accelerate launch`
+        given = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "")
+        sizes[name] = max(sizes[name], int(given) if given.isdigit() else 1)
+    deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
+    sizes["sequence_parallel_size"] = deepspeed.get("sequence_parallel_size") or 1
+    if asked := [f"{name}={size}" for name, size in sizes.items() if size != 1]:
+        raise UsageError(
+            f"context and sequence parallelism ({', '.join(asked)}) would put a causal mask in the place of the one "
+            "that keeps noise out of the text: leave them out, and share the rows among processes instead (DDP, FSDP, "
+            "DeepSpeed ZeRO)."
         )

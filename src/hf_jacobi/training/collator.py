@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ class PackedCollator:
         pad_token_id: what fills `input_ids`.
         multiple: lengths are padded to a multiple of this.
         as_drafts: cut each noisy block down to what a draft-only adapter meets when decoding; see `cut_to_drafts`.
+        check: looks at the rows of a batch, and raises an error for one that is wrong; for data that come as a stream.
 
     Example:
 
@@ -33,9 +35,12 @@ class PackedCollator:
     pad_token_id: int
     multiple: int = 1
     as_drafts: bool = False
+    check: Callable[[list[dict]], None] | None = None
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """A batch: for each of the columns of `pack_trajectories` an integer tensor `[B, L]`."""
+        if self.check is not None:
+            self.check(rows)
         if self.as_drafts:
             rows = [cut_to_drafts(row) for row in rows]
         length = max(len(row["input_ids"]) for row in rows)

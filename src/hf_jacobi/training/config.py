@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any
 
 from transformers import TrainingArguments
@@ -10,6 +13,7 @@ from transformers import TrainingArguments
 from ..decoding.compat import name_checkpointing, parsed_as_dict
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import UsageError
+from ..trajectories.checks import check_real, check_whole
 from .losses import CONSISTENCY_LOSSES
 
 
@@ -109,7 +113,17 @@ class JacobiForcingConfig(TrainingArguments):
 
     def __post_init__(self):
         name_checkpointing(self)
-        super().__post_init__()
+        self._check_numbers()
+        try:
+            super().__post_init__()
+        except json.JSONDecodeError as error:
+            raise UsageError(f"an argument is no JSON: {error.doc!r:.80} ({error}).") from error
+        if not isinstance(self.model_init_kwargs, (dict, type(None))):
+            raise UsageError(
+                f"`model_init_kwargs` must be a dictionary, or JSON of one, got {self.model_init_kwargs!r:.80}."
+            )
+        if self.max_grad_norm is None:
+            self.max_grad_norm = 0.0  # which `Trainer` takes for no clipping, and `None` for an error
         if self.consistency_loss not in CONSISTENCY_LOSSES:
             raise UsageError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {self.consistency_loss!r}.")
         if self.adapter_scope not in ADAPTER_SCOPES:
@@ -123,9 +137,6 @@ class JacobiForcingConfig(TrainingArguments):
                 "`ar_loss_weight_start` must be above 0 and at most `ar_loss_weight` "
                 f"({self.ar_loss_weight}), got {self.ar_loss_weight_start}."
             )
-        for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
         if self.jacobi_config is not None:
             self.jacobi_config = JacobiConfig.coerce(self.jacobi_config).to_dict()
         if self.torch_compile:
@@ -133,3 +144,20 @@ class JacobiForcingConfig(TrainingArguments):
                 "`torch_compile` cannot follow the losses into the model: pass compile_layers=True instead."
             )
         self.remove_unused_columns = False
+
+    def _check_numbers(self) -> None:
+        """Refuses numbers that are NaN or infinite, which pass comparisons; infinite clipping only measures norms."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if not isinstance(value, Real) or math.isfinite(value):
+                continue
+            if not (one.name == "max_grad_norm" and value == math.inf):
+                raise UsageError(f"`{one.name}` must be a finite number, got {value}.")
+        for name in ("ar_loss_weight", "temperature"):
+            check_real(name, getattr(self, name))
+        if self.ar_loss_weight_start is not None:
+            check_real("ar_loss_weight_start", self.ar_loss_weight_start)
+        if self.block_size is not None:
+            check_whole("block_size", self.block_size, 1)
+        for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
+            check_whole(name, getattr(self, name), least)

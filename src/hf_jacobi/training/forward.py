@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from ..decoding.compat import attention_of, decoder_layers, not_compiled, undo_compile
+from ..decoding.compat import (
+    attending_by,
+    attention_of,
+    decoder_layers,
+    not_compiled,
+    router_loss_of,
+    undo_compile,
+)
 from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 
@@ -50,12 +57,12 @@ def forward_as(model: nn.Module, method: Callable[..., Any], **inputs) -> Any:
         restore()
 
 
-def hidden_states(model: PreTrainedModel, **inputs) -> torch.Tensor:
-    """`[B, L, H]`, what the model's head reads: the output of the decoder without the head."""
+def run_decoder(model: PreTrainedModel, **inputs):
+    """The output of the decoder without the head; its `last_hidden_state`, `[B, L, H]`, is what the head reads."""
     decoder = model.get_decoder()
     if decoder is model:  # Llama 4 does not know its own
         decoder = model.model
-    return decoder(**inputs, use_cache=False).last_hidden_state
+    return decoder(**inputs, use_cache=False)
 
 
 def check_compilable(model: PreTrainedModel) -> None:
@@ -96,16 +103,13 @@ def outside_training(model: PreTrainedModel):
     compiled and cannot decode.
     """
     training = model.training
-    attention = attention_of(model.config.get_text_config(decoder=True))
+    flex = attention_of(model.config.get_text_config(decoder=True)) == "flex_attention"
     model.eval()
-    if attention == "flex_attention":
-        model.set_attn_implementation("sdpa")
     try:
-        with not_compiled(model):  # decoding would compile anew for each kind of cache and mask
+        # Decoding would compile anew for each kind of cache and mask.
+        with not_compiled(model), attending_by(model, "sdpa") if flex else nullcontext():
             yield
     finally:
-        if attention == "flex_attention":
-            model.set_attn_implementation(attention)
         model.train(training)
 
 
@@ -153,9 +157,82 @@ class Head:
         tokens = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
         with outside_training(model):
             own = model(input_ids=tokens, use_cache=False).logits[0].float()
-            ours = self(hidden_states(model, input_ids=tokens)[0]).float()
+            ours = self(run_decoder(model, input_ids=tokens).last_hidden_state[0]).float()
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max() + 1e-6), rtol=1e-2):
             raise UsageError(
                 f"the logits of {type(model).__name__} are not those of its output embeddings applied to its hidden "
                 "states, so that Jacobi Forcing cannot compute them in chunks: please report the model."
             )
+
+
+class RouterLoss:
+    """
+    The loss by which a mixture of experts spreads its tokens over the experts, added where the model's configuration
+    asks for it (`output_router_logits`, `router_aux_loss_coef`), by the model's own function.
+
+    Args:
+        model: the causal language model.
+
+    Attributes:
+        weight: what the loss is multiplied by; 0 where it is not asked for.
+
+    Raises:
+        `ValueError`: it is asked for, but comes about in a way that is not known here.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        config = model.config.get_text_config(decoder=True)
+        asked = getattr(config, "output_router_logits", False)
+        coefficient = getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
+        self.weight = float(coefficient or 0.0) if asked else 0.0
+        self.function = router_loss_of(model)
+        experts = (
+            getattr(part, name, None) for part in (model, config) for name in ("num_experts", "num_local_experts")
+        )
+        self.experts = next((number for number in experts if number), None)
+        self.per_token = getattr(model, "num_experts_per_tok", getattr(config, "num_experts_per_tok", None))
+        if self.weight and (self.function is None or not self.experts or not self.per_token):
+            self._refuse(model)
+        if self.weight and not is_deepspeed_zero3_enabled():
+            self._check(model)
+
+    def __call__(self, logits: tuple[torch.Tensor, ...], mask: torch.Tensor, by_row: bool) -> torch.Tensor:
+        """
+        The loss times the number of tokens, a scalar in float32.
+
+        Args:
+            logits: for each layer that has experts `[B * L, experts]`.
+            mask: `[B, L]`, whether a token counts.
+            by_row: whether each row is one mean, so that the sum does not depend on what rows share a batch.
+        """
+        mask = mask.long()
+        if not by_row:
+            return self.function(logits, self.experts, self.per_token, mask).float() * mask.sum()
+        layers = [layer.view(*mask.shape, -1) for layer in logits]
+        return sum(
+            self.function(
+                tuple(layer[row] for layer in layers), self.experts, self.per_token, mask[row : row + 1]
+            ).float()
+            * mask[row].sum()
+            for row in range(len(mask))
+            if mask[row].any()
+        ) + torch.zeros((), device=mask.device)
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel) -> None:
+        """Compares with the model's own on a few tokens."""
+        tokens = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
+        with outside_training(model):
+            own = getattr(model(input_ids=tokens, use_cache=False), "aux_loss", None)
+            logits = getattr(run_decoder(model, input_ids=tokens), "router_logits", None)
+        if not isinstance(own, torch.Tensor) or not isinstance(logits, tuple):
+            self._refuse(model)
+        ours = self(logits, torch.ones_like(tokens), by_row=False) / tokens.numel()
+        if not torch.allclose(own.float(), ours, rtol=1e-2):
+            self._refuse(model)
+
+    def _refuse(self, model: PreTrainedModel) -> None:
+        raise UsageError(
+            f"the configuration of {type(model).__name__} asks for a router loss that comes about in a way not known "
+            "here: set model.config.output_router_logits = False to train without it."
+        )

@@ -62,17 +62,20 @@ class Targets:
         labels: `[N]`, that following token.
         noisy: `[M]`, noisy tokens with a twin among `clean`.
         twins: `[M]`, the place in `clean` of that twin.
+        present: `[B, L]`, tokens that are no padding.
     """
 
     clean: torch.Tensor
     labels: torch.Tensor
     noisy: torch.Tensor
     twins: torch.Tensor
+    present: torch.Tensor
 
     @property
     def counts(self) -> torch.Tensor:
-        """`[2]`: tokens of the AR loss, and of the consistency loss."""
-        return torch.tensor([len(self.clean), len(self.noisy)], device=self.clean.device)
+        """`[3]`: tokens of the AR loss, of the consistency loss, and of the router loss of a mixture of experts."""
+        counts = [len(self.clean), len(self.noisy), self.present.sum()]
+        return torch.tensor(counts, device=self.clean.device)
 
 
 def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> Targets:
@@ -104,7 +107,7 @@ def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> 
         ends[:, -1] = True
         twin_places = twin_places.masked_fill(ends, -1)
     noisy = (twin_places.flatten() >= 0).nonzero().squeeze(1)
-    return Targets(clean, flat_labels[clean], noisy, twin_places.flatten()[noisy])
+    return Targets(clean, flat_labels[clean], noisy, twin_places.flatten()[noisy], batch["seq_ids"] >= 0)
 
 
 class Terms(NamedTuple):
@@ -115,11 +118,13 @@ class Terms(NamedTuple):
     Attributes:
         consistency, ar: sums of the two losses; scalars with a gradient.
         right: noisy tokens whose prediction is the text's next token.
+        router: the router loss of a mixture of experts, times the tokens it is of; 0 without one.
     """
 
     consistency: torch.Tensor
     ar: torch.Tensor
     right: torch.Tensor
+    router: torch.Tensor | float = 0.0
 
 
 def sum_losses(

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from ..decoding.compat import (
     attention_of,
+    forget_preparation,
     leave_loss_as_it_is,
     make_own,
     name_of,
@@ -25,12 +26,13 @@ from ..decoding.config import JacobiConfig
 from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from ..hub.card import NOTE, render_card, training_note
-from .adapters import NoisyTokens, add_adapter
-from .callbacks import DecodingCallback
-from .checks import block_size_of, check_data, check_tokenizer
-from .collator import PackedCollator
+from ..trajectories.checks import check_weights
+from .adapters import NoisyTokens, add_adapter, changes_base
+from .callbacks import DecodingCallback, SkippingBrokenSteps, prompts_of, texts_of_base
+from .checks import RowCheck, check_best_model, check_precision, check_tokenizer, refuse_split_rows
+from .collator import FILL, PackedCollator
 from .config import JacobiForcingConfig
-from .forward import Head, check_compilable, compiled_layers, forward_as, hidden_states
+from .forward import Head, RouterLoss, check_compilable, compiled_layers, forward_as, run_decoder
 from .losses import Targets, Terms, find_targets, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
 from .windows import attending_by_windows, can_be_windowed, segments
@@ -88,6 +90,13 @@ class JacobiForcingTrainer(Trainer):
         warn_of_untested_version()
         if not isinstance(args, JacobiForcingConfig):
             raise UsageError(f"`args` must be a JacobiForcingConfig, got {type(args).__name__}.")
+        if model is None or others.get("model_init") is not None:
+            raise UsageError(
+                "`model_init`, and with it the search for hyperparameters, is not supported: pass `model`, and make a "
+                "trainer for each trial."
+            )
+        refuse_split_rows(args)
+        check_precision(args)
         self.base_name = model if isinstance(model, str) else name_of(unwrap(model))
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
@@ -97,31 +106,42 @@ class JacobiForcingTrainer(Trainer):
             processing_class = find_tokenizer(self.base_name)
         inner = unwrap(model)
         refuse_untrainable(inner)
+        check_weights(inner)
         self.windowed = can_be_windowed(inner)
         self.head = Head(inner)
         self.head.check()
+        self.router_loss = RouterLoss(inner)
         if args.compile_layers:
             check_compilable(inner)
         if others.get("compute_metrics") is not None:
             raise UsageError(
                 "`compute_metrics` would need the logits of whole rows, which are never made: leave it out."
             )
-        several = isinstance(eval_dataset, dict)
+        several = eval_dataset if isinstance(eval_dataset, dict) else {}
         datasets = {"train_dataset": train_dataset}
-        datasets |= {f"eval_dataset[{name!r}]": data for name, data in eval_dataset.items()} if several else {}
-        datasets |= {} if several else {"eval_dataset": eval_dataset}
-        for name, dataset in datasets.items():
-            if dataset is not None:
-                check_data(name, dataset, inner, args.block_size)
-        self.block_size = block_size_of(next((data for data in datasets.values() if data is not None), None))
+        datasets |= {f"eval_dataset[{name!r}]": data for name, data in several.items()} or {
+            "eval_dataset": eval_dataset
+        }
+        self._row_check, self._checked = RowCheck(inner, args.block_size), []
+        sizes = [self._check(name, dataset, args) for name, dataset in datasets.items()]
+        self.block_size = next(filter(None, sizes), None)
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
+        prompts = prompts_of(next(iter(several.values()), eval_dataset), args.eval_prompts)
+        before = texts_of_base(inner, prompts, args) if changes_base(peft_config) else None
         model = add_adapter(model, peft_config, args)
+        check_best_model(model, args)
         self.noisy_tokens = NoisyTokens(model) if args.adapter_scope == "draft" else None
         if data_collator is None:
             pad = getattr(processing_class, "pad_token_id", None) or 0
             flex = attention_of(inner.config.get_text_config(decoder=True)) == "flex_attention"
-            data_collator = PackedCollator(pad, FLEX_MULTIPLE if flex else 1, args.adapter_scope == "draft")
+            stream = any(data is not None and not hasattr(data, "__len__") for data in datasets.values())
+            data_collator = PackedCollator(
+                pad,
+                FLEX_MULTIPLE if flex else 1,
+                args.adapter_scope == "draft",
+                self._row_check.some if stream else None,
+            )
         self._sums = {"train": Counter(), "eval": Counter()}
         self._seconds = 0.0  # spent in training steps since the last log
         super().__init__(
@@ -134,6 +154,7 @@ class JacobiForcingTrainer(Trainer):
             **others,
         )
         leave_loss_as_it_is(self)
+        refuse_split_rows(self.args, getattr(self.accelerator, "parallelism_config", None))
         if self.args.n_gpu > 1:
             raise UsageError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
@@ -142,9 +163,24 @@ class JacobiForcingTrainer(Trainer):
         make_own(inner.generation_config)
         inner.generation_config.decoding = "jacobi"
         inner.generation_config.jacobi = self.jacobi_config.to_dict()
-        self.decoding = DecodingCallback(self) if eval_dataset is not None and args.eval_prompts else None
+        self.broken_steps = SkippingBrokenSteps(self)
+        self.add_callback(self.broken_steps)
+        self.decoding = DecodingCallback(self, prompts, before) if prompts else None
         if self.decoding:
             self.add_callback(self.decoding)
+
+    def _check(self, name: str, dataset, args: JacobiForcingConfig) -> int | None:
+        """Refuses data that are wrong, once; the length of their blocks."""
+        if dataset is None or any(known is dataset for known in self._checked):
+            return None
+        if name != "train_dataset" and args.world_size > 1 and not hasattr(dataset, "__len__"):
+            raise UsageError(
+                f"`{name}` is a stream, of which {args.world_size} processes would count some rows twice: pass a data "
+                "set with a length."
+            )
+        size = self._row_check.all(name, dataset)
+        self._checked.append(dataset)
+        return size
 
     @property
     def jacobi_config(self) -> JacobiConfig:
@@ -170,9 +206,9 @@ class JacobiForcingTrainer(Trainer):
         return start ** (1 - done) * end**done
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """Also counts the tokens of both losses over all micro-batches of a step and all processes, `[2]`."""
+        """Also counts the tokens of the losses over all micro-batches of a step and all processes, `[3]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(2, dtype=torch.long, device=device)
+        counts = torch.zeros(3, dtype=torch.long, device=device)
         for batch in batches:
             counts += self._targets(batch).counts.to(device)
         return batches, self.accelerator.reduce(counts, "sum")
@@ -182,21 +218,24 @@ class JacobiForcingTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """
-        Consistency loss + lambda times autoregressive loss (paper, section 3.2), each the mean over its tokens.
+        Consistency loss + lambda times autoregressive loss (paper, section 3.2), each the mean over its tokens; and
+        the router loss of a mixture of experts, where the model's configuration asks for it.
 
         Args:
             model: the model, wrapped or not.
             inputs: a collated batch.
             return_outputs: whether to return the `Terms` too.
-            num_items_in_batch: `[2]`, the counts to divide by; of this batch alone if left out.
+            num_items_in_batch: `[3]`, the counts to divide by; of this batch alone if left out.
         """
         targets = self._targets(inputs)
         with self.accelerator.autocast():
             terms = self.sum_losses(model, inputs, targets)
         counts = targets.counts if num_items_in_batch is None else num_items_in_batch
-        ar_count, consistency_count = counts.clamp(min=1)
+        ar_count, consistency_count, token_count = counts.clamp(min=1)
         loss = terms.consistency / consistency_count + self.ar_loss_weight * terms.ar / ar_count
-        self._count("train" if self.model.training else "eval", inputs, targets, terms)
+        if self.router_loss.weight:
+            loss = loss + self.router_loss.weight * terms.router / token_count
+        self._count("train" if self.model.training else "eval", targets, terms)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, terms) if return_outputs else loss
@@ -212,18 +251,23 @@ class JacobiForcingTrainer(Trainer):
             mask = training_mask(rows, self.head.model.config.get_text_config(decoder=True), dtype)
 
         def method(inner, input_ids, attention_mask, position_ids, **ignored) -> Terms:
-            hidden = hidden_states(
-                inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids
+            asked = {"output_router_logits": True} if self.router_loss.weight else {}
+            outputs = run_decoder(
+                inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked
             )
-            return sum_losses(
+            terms = sum_losses(
                 self.head,
-                hidden,
+                outputs.last_hidden_state,
                 targets,
                 kind=self.args.consistency_loss,
                 temperature=self.args.temperature,
                 label_smoothing=self.args.label_smoothing_factor,
                 chunk_size=self.args.loss_chunk_size,
             )
+            if not asked:
+                return terms
+            router = self.router_loss(outputs.router_logits, targets.present, by_row=not self.model.training)
+            return Terms(terms.consistency, terms.ar, terms.right, router)
 
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         inputs |= self.noisy_tokens.inputs(rows) if self.noisy_tokens else {}
@@ -241,6 +285,13 @@ class JacobiForcingTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As in `Trainer`; with `compile_layers`, the layers are compiled while it lasts."""
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise UsageError(
+                "no weight of the model may be trained: load an adapter with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or pass a `peft_config`."
+            )
+        if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            forget_preparation(self)
         with ExitStack() as stack:
             if self.args.compile_layers:
                 stack.enter_context(compiled_layers(self.head.model))
@@ -256,18 +307,45 @@ class JacobiForcingTrainer(Trainer):
         self._seconds += time.perf_counter() - start
         return loss
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs):
+        """As in `Trainer`; other data than the constructor's are looked at first."""
+        if not isinstance(eval_dataset, (str, dict)):
+            self._check("eval_dataset", eval_dataset, self.args)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def predict(self, test_dataset, *args, **kwargs):
+        """As in `Trainer`; the data are looked at first."""
+        self._check("test_dataset", test_dataset, self.args)
+        return super().predict(test_dataset, *args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss of a batch of the evaluation set, and nothing else: logits of whole rows would fill the memory."""
+        inputs = self._each_once(inputs)
         with torch.no_grad(), without_checkpointing(self.head.model), self._one_batch():
             loss = self.compute_loss(model, on_device(self, inputs))
         return loss.detach(), None, None
+
+    def _each_once(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        A batch whose rows are padding where they repeat others: accelerate fills the last round of batches with rows
+        from the beginning of the data, so that all processes have as many.
+        """
+        state = self.accelerator.gradient_state
+        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return batch
+        rows = len(batch["input_ids"])
+        new = min(max(0, state.remainder - self.accelerator.process_index * rows), rows)
+        old = torch.arange(rows, device=batch["input_ids"].device) >= new
+        filled = {name: batch[name].masked_fill(old[:, None], fill) for name, fill in FILL.items()}
+        return {**batch, **filled}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Adds both losses, summed over the whole set, and what decoding some of its prompts comes to."""
         self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        figures = means_of(self._take_sums("eval"))
+        figures = self._means_of(self._take_sums("eval"))
         figures["loss"] = figures["consistency_loss"] + self.args.ar_loss_weight * figures["ar_loss"]
+        figures["loss"] += self.router_loss.weight * figures.get("router_loss", 0.0)
         if self.decoding and metric_key_prefix.startswith("eval"):
             figures |= self.decoding.figures()
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in figures.items()})
@@ -275,35 +353,41 @@ class JacobiForcingTrainer(Trainer):
 
     # What is logged
 
-    def _count(self, mode: str, batch: dict[str, torch.Tensor], targets: Targets, terms: Terms) -> None:
+    def _count(self, mode: str, targets: Targets, terms: Terms) -> None:
         self._sums[mode].update(
             consistency=terms.consistency.detach(),
             ar=terms.ar.detach(),
             right=terms.right.detach(),
+            router=terms.router.detach() if self.router_loss.weight else 0.0,
             noisy=len(targets.noisy),
             clean=len(targets.clean),
-            tokens=(batch["seq_ids"] >= 0).sum(),
+            tokens=targets.present.sum(),
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """
-        Adds the means since the last log: both losses, the share of noisy positions predicted right, tokens/s; and
-        lambda, if it grows.
+        Adds the means since the last log: both losses, the share of noisy positions predicted right, tokens/s; how
+        many steps were skipped so far; and lambda, if it grows.
         """
         if "loss" in logs:
-            sums = self._take_sums("train")
             seconds, self._seconds = max(self._seconds, 1e-9), 0.0
-            logs = {**logs, **means_of(sums), "tokens_per_second": sums["tokens"] / seconds}
+            sums = self._take_sums("train")
+            logs = {**logs, **self._means_of(sums), "tokens_per_second": sums["tokens"] / seconds}
+            logs["skipped_steps"] = self.broken_steps.skipped
             if self.args.ar_loss_weight_start is not None:
                 logs["ar_loss_weight"] = self._ar_loss_weight_at(self.state.global_step - 1)  # of the step just taken
         super().log(logs, start_time)
 
     def _take_sums(self, mode: str) -> dict[str, float]:
         """Everything counted in a mode over all processes; counting starts over."""
-        names = ("consistency", "ar", "right", "noisy", "clean", "tokens")
+        names = ("consistency", "ar", "right", "router", "noisy", "clean", "tokens")
         local = torch.tensor([float(self._sums[mode][name]) for name in names], device=self.accelerator.device)
         self._sums[mode].clear()
         return dict(zip(names, self.accelerator.reduce(local, "sum").tolist()))
+
+    def _means_of(self, sums: dict[str, float]) -> dict[str, float]:
+        router = {"router_loss": sums["router"] / max(1.0, sums["tokens"])} if self.router_loss.weight else {}
+        return means_of(sums) | router
 
     # What is saved
 

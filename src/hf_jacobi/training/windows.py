@@ -146,8 +146,7 @@ def can_be_windowed(model: PreTrainedModel) -> bool:
 @contextmanager
 def attending_by_windows(model: PreTrainedModel):
     """While this is open, the model runs the windowed attention."""
-    config = model.config.get_text_config(decoder=True)
-    with attending_by(config, WINDOWED):
+    with attending_by(model, WINDOWED):
         yield
 
 

@@ -1,10 +1,15 @@
 """How training data is made: trajectories, the noise schedule, packing. Needs what the extra `train` brings."""
 
-from .collect import TRAJECTORY_FEATURES, collect_trajectories, read_report
-from .noise import converged_prefix, nearest_state, noise_level, noise_targets
-from .packing import PACKED_FEATURES, pack_trajectories
-from .report import CollectReport
-from .statistics import PackingStatistics, packing_statistics
+import importlib
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from .collect import TRAJECTORY_FEATURES, collect_trajectories, read_report
+    from .noise import converged_prefix, nearest_state, noise_level, noise_targets
+    from .packing import PACKED_FEATURES, pack_trajectories
+    from .report import CollectReport
+    from .statistics import PackingStatistics, packing_statistics
 
 
 __all__ = [
@@ -21,3 +26,32 @@ __all__ = [
     "packing_statistics",
     "read_report",
 ]
+
+# Imported when it is first asked for, as `encoding` serves those, too, who do not have `datasets`.
+_MODULES = {
+    "TRAJECTORY_FEATURES": "collect",
+    "collect_trajectories": "collect",
+    "read_report": "collect",
+    "converged_prefix": "noise",
+    "nearest_state": "noise",
+    "noise_level": "noise",
+    "noise_targets": "noise",
+    "PACKED_FEATURES": "packing",
+    "pack_trajectories": "packing",
+    "CollectReport": "report",
+    "PackingStatistics": "statistics",
+    "packing_statistics": "statistics",
+}
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        module = importlib.import_module(f".{_MODULES[name]}", __name__)
+    except ModuleNotFoundError as error:
+        from ..decoding.errors import MissingPackage
+
+        raise MissingPackage(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[train]'") from error
+    globals()[name] = getattr(module, name)
+    return globals()[name]

@@ -8,7 +8,9 @@ import hashlib
 import json
 import tempfile
 import time
-from contextlib import nullcontext
+import warnings
+from collections import Counter
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from tqdm.auto import tqdm
 
 from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
+from .checks import check_whole
 from .collector import SAMPLING, TOKENS, Collector, CollectSettings
-from .prompts import digest_of, encode_prompt, only_prompts, open_prompts
+from .encoding import BadPrompt
+from .prompts import Prompt, digest_of, only_prompts, open_prompts
 from .report import CollectReport
-from .shards import ShardFolder, counts_in, in_shards, read_note
+from .shards import ShardFolder, in_shards, notes_in, read_note
 
 
 TRAJECTORY_FEATURES = Features(
@@ -38,6 +42,7 @@ TRAJECTORY_FEATURES = Features(
     }
 )
 NAME = "trajectories"
+NAMED = 10  # prompts that a warning names
 WAIT = timedelta(days=2)  # for each other: a shard can take long, and torch gives up after minutes
 
 
@@ -58,6 +63,8 @@ def collect_trajectories(
     prompt_column: str | None = None,
     as_chat: bool = False,
     max_prompt_length: int | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    strict: bool = False,
     repetition: str = "cut",
     overlong: str = "keep",
     empty: str = "drop",
@@ -78,14 +85,19 @@ def collect_trajectories(
     Args:
         model: a causal language model that `generate(decoding="jacobi")` can serve. It need not be enabled.
         tokenizer: its tokenizer.
-        dataset: prompts: a `datasets` data set, a list of texts or rows, or the path of a JSON, JSONL, Parquet, CSV or
-            text file. Messages go through the chat template; an answer at their end is left out.
+        dataset: prompts: a `datasets` data set, a list of texts, rows or token ids, or the path of a JSON, JSONL,
+            Parquet, CSV or text file. Messages go through the chat template, with the row's `tools` and
+            `chat_template_kwargs` if it has such columns; an answer at their end is left out.
         block_size: n, the length of a block; the last block of a completion may be shorter.
         max_new_tokens: the longest completion.
         prompt_column: the column of the prompts. Left out, the first of `messages`, `conversations`, `prompt`,
-            `question`, `instruction` and `text` that there is.
+            `question`, `instruction`, `text`, `prompt_ids` and `input_ids` that there is.
         as_chat: take a text for a user's message, rather than for the beginning of a text.
-        max_prompt_length: prompts of more tokens are dropped. Never more than the model's positions leave room for.
+        max_prompt_length: prompts of more tokens are left out. Never more than the model's positions leave room for.
+        chat_template_kwargs: settings of the chat template, such as `{"enable_thinking": False}`; a row's own take
+            precedence.
+        strict: whether a prompt that cannot be used (empty, too long, refused by the chat template, ...) is an error.
+            Otherwise it is left out, counted and named in a warning and in `read_report(output_dir).skipped`.
 
     > Parameters that control how text is chosen
 
@@ -120,23 +132,26 @@ def collect_trajectories(
         `read_report(output_dir)` gives the counts.
 
     Raises:
-        `ValueError`: an argument is out of range, a prompt cannot be read, `output_dir` holds other work, or Jacobi
-            decoding cannot serve the model.
+        `ValueError`: an argument is out of range, no prompt can be used (one of them, with `strict`), `output_dir`
+            holds other work or a damaged file, or Jacobi decoding cannot serve the model.
     """
     given = locals()
     settings = CollectSettings(**{field.name: given[field.name] for field in dataclasses.fields(CollectSettings)})
     for name, value in (("batch_size", batch_size), ("positions_per_forward", positions_per_forward)):
-        if value < 1:
-            raise UsageError(f"`{name}` must be at least 1, got {value}.")
+        check_whole(name, value, 1)
     collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward)
     rows = only_prompts(open_prompts(dataset), prompt_column)
+    if len(tokenizer) > collector.vocabulary:  # a token without an embedding is found before any work is done
+        for number, row in enumerate(rows):
+            with suppress(BadPrompt):
+                collector.encode(number, row)
     processes = process_state()
     if output_dir is None:
         if processes.num_processes > 1:
             raise UsageError("several processes write into one folder: pass `output_dir`.")
         with tempfile.TemporaryDirectory() as folder:
             files = ShardFolder(folder, NAME, TRAJECTORY_FEATURES, {})
-            _fill(files, collector, rows, progress)
+            _fill(files, collector, rows, strict, progress)
             return files.dataset(in_memory=True)
     described = {"model": describe(model), "tokenizer": describe_tokenizer(tokenizer), **vars(settings)}
     described["generation_config"] = {
@@ -145,12 +160,12 @@ def collect_trajectories(
     files = ShardFolder(output_dir, NAME, TRAJECTORY_FEATURES, described)
     with files.locked() if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()
-        _fill(files, collector, rows, progress)
+        _fill(files, collector, rows, strict, progress)
         with processes.main_process_first():
             return files.dataset()
 
 
-def _fill(files: ShardFolder, collector: Collector, rows, progress: bool) -> None:
+def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress: bool) -> None:
     """Writes the shards that are missing, of those that fall to this process."""
     processes, settings = process_state(), collector.settings
     total = len(rows) if hasattr(rows, "__len__") else None
@@ -165,15 +180,15 @@ def _fill(files: ShardFolder, collector: Collector, rows, progress: bool) -> Non
                 continue
             seen.append((len(piece), ""))
             if files.is_done(shard, piece, digest):
+                if strict and (skipped := read_note(files.path(shard))["skipped"]):
+                    raise UsageError(skipped[0])
                 bar.skip(len(piece))
                 continue
-            first = shard * settings.shard_size
-            prompts = [
-                encode_prompt(first + index, row, settings.prompt_column, collector.tokenizer, settings.as_chat)
-                for index, row in enumerate(piece)
-            ]
+            prompts, skipped, left_out = _encode(collector, shard * settings.shard_size, piece, strict)
+            bar.skip(len(skipped))
             rows_of_shard, counts = collector.collect(prompts, bar.advance)
-            files.write(shard, rows_of_shard, counts, digest(piece), len(piece))
+            counts.update(left_out)
+            files.write(shard, rows_of_shard, dict(counts), digest(piece), len(piece), skipped)
     processes.wait_for_everyone()
     files.check_end(len(seen))
     for shard, (count, expected) in enumerate(seen):
@@ -182,6 +197,33 @@ def _fill(files: ShardFolder, collector: Collector, rows, progress: bool) -> Non
             raise UsageError(
                 f"the processes were given different data (shard {shard}): shuffle with a seed, the same for all."
             )
+    if processes.is_main_process:
+        _name_skipped(read_report(files.folder))
+
+
+def _encode(collector: Collector, first: int, rows: list, strict: bool) -> tuple[list[Prompt], list[str], Counter]:
+    """The prompts of some rows, counted from `first`; why others were left out, a sentence each; and the counts."""
+    prompts, skipped, counts = [], [], Counter(prompts=len(rows))
+    for number, row in enumerate(rows, start=first):
+        try:
+            prompts.append(collector.encode(number, row))
+        except BadPrompt as error:
+            if strict:
+                raise
+            skipped.append(str(error))
+            counts[error.count] += 1
+    return prompts, skipped, counts
+
+
+def _name_skipped(report: CollectReport) -> None:
+    """Warns of prompts that were left out; raises `UsageError` where not one of them could be encoded."""
+    if report.bad_prompts and report.bad_prompts == report.prompts:
+        raise UsageError(f"not one of {report.prompts} prompts can be used: {report.skipped[0]}.")
+    if report.skipped:
+        shown = "; ".join(report.skipped[:NAMED])
+        more = len(report.skipped) - NAMED
+        shown += f"; and {more} more, in read_report(output_dir).skipped" if more > 0 else ""
+        warnings.warn(f"{len(report.skipped)} of {report.prompts} prompts were left out: {shown}.", stacklevel=4)
 
 
 def process_state() -> PartialState:
@@ -245,9 +287,14 @@ def describe_tokenizer(tokenizer) -> str:
 
 def read_report(folder: str | Path) -> CollectReport:
     """
-    The counts of a folder that `collect_trajectories` wrote, finished or not.
+    The counts of a folder that `collect_trajectories` wrote, finished or not, and the prompts that were left out.
 
     Raises:
         `OSError`: there are no trajectories in it.
+        `ValueError`: a file of it is damaged; the message names it.
     """
-    return CollectReport.from_counts(counts_in(folder, NAME))
+    notes = notes_in(folder, NAME)
+    counts: Counter = Counter()
+    for note in notes:
+        counts.update(note["counts"])
+    return CollectReport.from_counts(counts, [reason for note in notes for reason in note["skipped"]])

@@ -10,18 +10,22 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
 from ..decoding.call import DecodeCall
+from ..decoding.compat import without_router_logits
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import UsageError
 from ..decoding.loop import run_to_end
 from ..decoding.mixin import unwrap
 from ..decoding.support import refuse_unsupported
+from .checks import check_real, check_weights, check_whole, vocabulary_of
 from .cleaning import clean
-from .prompts import Prompt
+from .encoding import BadPrompt, check_settings
+from .prompts import Prompt, encode_prompt
 from .refine import Block, refine_blocks
 
 
@@ -63,13 +67,13 @@ class CollectSettings:
     overlong: str
     empty: str
     shard_size: int
+    chat_template_kwargs: dict[str, Any] | None
 
     def __post_init__(self):
-        for name, least in (("block_size", 2), ("max_new_tokens", 1), ("shard_size", 1)):
-            if getattr(self, name) < least:
-                raise UsageError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
-        if self.max_prompt_length is not None and self.max_prompt_length < 1:
-            raise UsageError(f"`max_prompt_length` must be at least 1, got {self.max_prompt_length}.")
+        check_settings(self.chat_template_kwargs)
+        for name, least in (("block_size", 2), ("max_new_tokens", 1), ("shard_size", 1), ("max_prompt_length", 1)):
+            if getattr(self, name) is not None or name != "max_prompt_length":
+                check_whole(name, getattr(self, name), least)
         for name, choices in (
             ("repetition", ("cut", "drop", "keep")),
             ("overlong", ("keep", "drop")),
@@ -79,6 +83,15 @@ class CollectSettings:
                 raise UsageError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
         if not self.do_sample and any(value is not None for value in (self.temperature, self.top_k, self.top_p)):
             raise UsageError("`temperature`, `top_k` and `top_p` are for sampled text: pass do_sample=True with them.")
+        for name in ("temperature", "top_p"):
+            if getattr(self, name) is not None:
+                check_real(name, getattr(self, name))
+        if self.temperature is not None and self.temperature <= 0:
+            raise UsageError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UsageError(f"`top_p` must be above 0 and at most 1, got {self.top_p}.")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k, 0)
 
 
 class Collector:
@@ -92,11 +105,15 @@ class Collector:
                 "an adapter of another kind, such as LoRA."
             )
         self.model = unwrap(model)
+        check_weights(self.model)
+        self.vocabulary = vocabulary_of(self.model)
         self.tokenizer = tokenizer
         self.settings = settings
         self.batch_size = batch_size
         self.positions_per_forward = positions_per_forward
         self.generation_config = generation_config_for(self.model, tokenizer, settings)
+        if not 0 <= self.generation_config.pad_token_id < self.vocabulary:  # it is masked: any that there is will do
+            self.generation_config.pad_token_id = 0
         eos = self.generation_config.eos_token_id
         self.eos_tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
         table = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -109,7 +126,35 @@ class Collector:
         limits = [limit for limit in (settings.max_prompt_length, room) if limit is not None]
         self.longest_prompt = min(limits, default=None)
 
-    def collect(self, prompts: list[Prompt], advance) -> tuple[list[dict], dict[str, float]]:
+    def encode(self, number: int, row: dict[str, Any]) -> Prompt:
+        """
+        The prompt of a row.
+
+        Raises:
+            `BadPrompt`: it has none that the model can complete.
+            `ValueError`: no row could be used so.
+        """
+        settings = self.settings
+        prompt = encode_prompt(
+            number, row, settings.prompt_column, self.tokenizer, settings.as_chat, settings.chat_template_kwargs
+        )
+        if not prompt.ids:
+            raise BadPrompt(f"prompt {prompt.name} is empty", "empty_prompts")
+        if self.longest_prompt is not None and len(prompt.ids) > self.longest_prompt:
+            raise BadPrompt(
+                f"prompt {prompt.name} has {len(prompt.ids)} tokens, more than {self.longest_prompt}", "long_prompts"
+            )
+        if odd := [token for token in prompt.ids if not 0 <= token < self.vocabulary]:
+            name = type(self.model).__name__
+            if 0 <= odd[0] < len(self.tokenizer):
+                raise UsageError(
+                    f"prompt {prompt.name} holds token {odd[0]} of the tokenizer, but {name} has embeddings for "
+                    f"{self.vocabulary}: pass the tokenizer of this model, or call model.resize_token_embeddings."
+                )
+            raise BadPrompt(f"prompt {prompt.name} holds token {odd[0]}, but {name} has {self.vocabulary}")
+        return prompt
+
+    def collect(self, prompts: list[Prompt], advance) -> tuple[list[dict], Counter]:
         """
         The trajectories of some prompts, in their order, and what was counted.
 
@@ -118,27 +163,16 @@ class Collector:
             advance: called with numbers of prompts and blocks as they are done.
         """
         start = time.perf_counter()
-        counts: Counter = Counter(prompts=len(prompts))
-        usable = [prompt for prompt in prompts if self._fits(prompt, counts)]
-        advance(len(prompts) - len(usable), 0)
-        usable.sort(key=lambda prompt: len(prompt.ids))
+        counts: Counter = Counter()
+        prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))
         rows: dict[int, dict] = {}
-        for index in range(0, len(usable), self.batch_size):
-            batch = usable[index : index + self.batch_size]
+        for index in range(0, len(prompts), self.batch_size):
+            batch = prompts[index : index + self.batch_size]
             blocks = counts["blocks"]
             rows |= self._complete(batch, counts)
             advance(len(batch), counts["blocks"] - blocks)
         counts["seconds"] = time.perf_counter() - start
-        return [rows[number] for number in sorted(rows)], dict(counts)
-
-    def _fits(self, prompt: Prompt, counts: Counter) -> bool:
-        if not prompt.ids:
-            counts["empty_prompts"] += 1
-        elif self.longest_prompt is not None and len(prompt.ids) > self.longest_prompt:
-            counts["long_prompts"] += 1
-        else:
-            return True
-        return False
+        return [rows[number] for number in sorted(rows)], counts
 
     def _complete(self, batch: list[Prompt], counts: Counter) -> dict[int, dict]:
         """Completes a batch of prompts, by number of the prompt."""
@@ -146,7 +180,7 @@ class Collector:
         pad = self.generation_config.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt.ids)) + prompt.ids for prompt in batch])
         mask = torch.tensor([[0] * (width - len(prompt.ids)) + [1] * len(prompt.ids) for prompt in batch])
-        with _evaluating(self.model, self.generation_config):
+        with _evaluating(self.model, self.generation_config), _refusing_nan(self.model):
             return self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=mask.to(self.model.device),
@@ -265,13 +299,40 @@ def generation_config_for(model, tokenizer, settings: CollectSettings) -> Genera
 
 
 @contextmanager
+def _refusing_nan(model) -> Iterator[None]:
+    """
+    Raises `UsageError` when this ends, if a score of a row's newest token was NaN: the likeliest token would be 0, for
+    ever. The scores stay on the device until then.
+    """
+    found: list[torch.Tensor] = []
+
+    def look(module, inputs, scores) -> None:
+        nan = scores[..., -1, :].isnan().any()
+        found[:] = [found[0] | nan] if found else [nan]
+
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(look) if head is not None else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
+    if found and bool(found[0]):
+        raise UsageError(
+            f"the scores of {type(model).__name__} in {model.dtype} are NaN, so there is no likeliest token: load it "
+            "in bfloat16 or float32."
+        )
+
+
+@contextmanager
 def _evaluating(model, generation_config: GenerationConfig) -> Iterator[None]:
     """The model in evaluation mode and with another generation config, which `generate` would fill up from its own."""
     before, training = model.generation_config, [module for module in model.modules() if module.training]
     model.generation_config = generation_config
     model.eval()
     try:
-        yield
+        with without_router_logits(model):
+            yield
     finally:
         model.generation_config = before
         for module in training:

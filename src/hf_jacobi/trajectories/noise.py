@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 from ..decoding.blocks import agreement
 from ..decoding.errors import UsageError
+from .checks import check_whole
 
 
 NoiseSchedule = str | Callable[[int, int, random.Random], float]
@@ -47,16 +50,12 @@ def noise_targets(
     Raises:
         `ValueError`: an unknown schedule, a window of no blocks, or levels outside 0 to 1.
     """
-    if window_size < 1:
-        raise UsageError(f"`window_size` must be at least 1, got {window_size}.")
+    check_whole("window_size", window_size, 1)
     if not 0.0 <= min_noise <= max_noise <= 1.0:
         raise UsageError(f"noise must satisfy 0 <= min_noise <= max_noise <= 1, got {min_noise} and {max_noise}.")
     generator = generator or random.Random(0)
     if callable(schedule):
-        targets = [float(schedule(index, window_size, generator)) for index in range(window_size)]
-        if not all(0.0 <= target <= 1.0 for target in targets):
-            raise UsageError(f"`noise_schedule` must return levels from 0 to 1, it returned {targets}.")
-        return targets
+        return [_level_of(schedule, index, window_size, generator) for index in range(window_size)]
     if schedule == "random":
         return [generator.uniform(min_noise, max_noise) for _ in range(window_size)]
     if schedule == "constant" or (window_size == 1 and schedule in SCHEDULES):
@@ -67,6 +66,22 @@ def noise_targets(
     if schedule == "reverse":
         return [max_noise - step * index for index in range(window_size)]
     raise UsageError(f"`noise_schedule` must be one of {SCHEDULES} or a callable, got {schedule!r}.")
+
+
+def _level_of(schedule: Callable, index: int, window_size: int, generator: random.Random) -> float:
+    """What a schedule of the user's own gives for a block."""
+    try:
+        inspect.signature(schedule).bind(index, window_size, generator)
+    except TypeError as error:
+        raise UsageError(
+            f"`noise_schedule` is called with (index, window_size, generator), but yours does not take that: {error}."
+        ) from None
+    except ValueError:  # a function that does not say what it takes
+        pass
+    level = schedule(index, window_size, generator)
+    if not isinstance(level, Real) or not 0.0 <= level <= 1.0:
+        raise UsageError(f"`noise_schedule` must return a level from 0 to 1, it returned {level!r} for block {index}.")
+    return float(level)
 
 
 def nearest_state(states: Sequence[Sequence[int]], target: float) -> int:

@@ -6,17 +6,20 @@ import hashlib
 import json
 import random
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from ..decoding.errors import UsageError
+from .checks import check_whole
 from .noise import NoiseSchedule, converged_prefix, nearest_state, noise_targets
 from .shards import ShardFolder, in_shards
 from .statistics import packing_statistics
@@ -25,6 +28,7 @@ from .statistics import packing_statistics
 COLUMNS = ("input_ids", "position_ids", "block_ids", "window_start", "labels", "seq_ids", "twin_ids")
 PACKED_FEATURES = Features({column: List(Value("int32")) for column in COLUMNS})
 TRAJECTORY_COLUMNS = ("prompt_ids", "completion_ids", "block_size", "trajectories")
+MOST_TOKENS = 2**31  # what an int32 column holds
 BUFFER = 256  # samples that bin packing looks at together
 
 
@@ -104,8 +108,8 @@ class PackSettings:
         noise_targets(self.noise_schedule, self.window_size, self.min_noise, self.max_noise, random.Random(self.seed))
         if self.pack_samples and self.max_length is None:
             raise UsageError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
-        if self.max_length is not None and self.max_length < 1:
-            raise UsageError(f"`max_length` must be at least 1, got {self.max_length}.")
+        if self.max_length is not None:
+            check_whole("max_length", self.max_length, 1)
 
     def described(self) -> dict[str, Any]:
         """The settings, JSON-serializable: a schedule that is a function stands there as a digest of it."""
@@ -143,11 +147,21 @@ def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sam
 
 def _check_row(row: dict[str, Any], number: int) -> None:
     """Raises `ValueError` for a row whose blocks do not make up its text."""
+    if not isinstance(row, Mapping):
+        raise UsageError(f"trajectory {number} is no row with columns: {row!r:.80}.")
     if missing := [column for column in TRAJECTORY_COLUMNS if row.get(column) is None]:
         raise UsageError(f"trajectory {number} lacks {missing}: rows need {list(TRAJECTORY_COLUMNS)}.")
-    lengths = [{len(state) for state in states} for states in row["trajectories"]]
+    check_whole(f"block_size of trajectory {number}", row["block_size"], 1)
+    try:
+        lengths = [{len(state) for state in states} for states in row["trajectories"]]
+    except TypeError:
+        raise UsageError(
+            f"trajectory {number} has no list of blocks, each a list of states, each a list of tokens."
+        ) from None
     if any(len(length) != 1 for length in lengths):
         raise UsageError(f"trajectory {number} has a block of no states, or of states of different lengths.")
+    for tokens in (row["prompt_ids"], row["completion_ids"], *row["trajectories"]):
+        _check_tokens(tokens, number)
     sizes = [length.pop() for length in lengths]
     if any(size != row["block_size"] for size in sizes[:-1]) or (sizes and not 0 < sizes[-1] <= row["block_size"]):
         raise UsageError(
@@ -155,6 +169,15 @@ def _check_row(row: dict[str, Any], number: int) -> None:
         )
     if [token for states in row["trajectories"] for token in states[-1]] != list(row["completion_ids"]):
         raise UsageError(f"trajectory {number} has other text in completion_ids than its blocks end in.")
+
+
+def _check_tokens(tokens: Sequence, number: int) -> None:
+    """Raises `ValueError` for a list of tokens, or of such lists of one length, that holds something else."""
+    array = np.asarray(tokens)
+    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST_TOKENS):
+        flat = np.asarray(tokens, dtype=object).ravel()
+        odd = next((token for token in flat if not isinstance(token, Integral) or not 0 <= token < MOST_TOKENS), None)
+        raise UsageError(f"trajectory {number} holds {odd!r}, which is no token: they are whole numbers from 0 on.")
 
 
 def join_samples(samples: list[Sample]) -> dict[str, list[int]]:
@@ -247,21 +270,18 @@ def pack_trajectories(
         `ValueError`: a column is missing, an argument is out of range, no sample fits, or `output_dir` holds other
             work.
     """
+    check_whole("shard_size", shard_size, 1)
     settings = PackSettings(window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed)
     if iter(trajectories) is trajectories:
         raise UsageError("`trajectories` can be run through only once: pass a list or a data set, not an iterator.")
     if isinstance(trajectories, (Dataset, IterableDataset)):
         trajectories = trajectories.with_format(None)
-    columns = getattr(trajectories, "column_names", None) or list(next(iter(trajectories), {}))
-    if not columns:
-        raise UsageError("there are no trajectories.")
-    if missing := [column for column in TRAJECTORY_COLUMNS if column not in columns]:
-        raise UsageError(f"trajectories lack {missing}: their columns are {list(TRAJECTORY_COLUMNS)}.")
+    _check_columns(trajectories)
     if output_dir is not None:
         packed = _pack_into(output_dir, trajectories, settings, shard_size, progress)
     else:
         if next(packed_rows(trajectories, settings), None) is None:
-            raise UsageError(_nothing_fits(max_length))
+            raise UsageError(_nothing_fits(trajectories, max_length))
         # A fingerprint of its own: by default `datasets` would return what a reader of the same name gave before.
         try:
             packed = Dataset.from_generator(
@@ -270,17 +290,41 @@ def pack_trajectories(
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
     if not len(packed):
-        raise UsageError(_nothing_fits(max_length))
+        raise UsageError(_nothing_fits(trajectories, max_length))
     return packed
 
 
-def _nothing_fits(max_length: int | None) -> str:
+def _check_columns(trajectories: Any) -> None:
+    """Raises `ValueError` for what is no data set of trajectories."""
+    if isinstance(trajectories, Mapping):
+        what = "splits: pass one of them, as in trajectories['train']" if trajectories else "nothing"
+        raise UsageError(f"`trajectories` must be rows, got a dictionary of {list(trajectories)}, {what}.")
+    if isinstance(trajectories, (str, Path)):
+        raise UsageError(
+            f"`trajectories` must be rows, got the path {str(trajectories)!r}: open it with "
+            "datasets.load_dataset(path, split='train') first."
+        )
+    first = next(iter(trajectories), None)
+    if first is None:
+        raise UsageError("there are no trajectories.")
+    if not isinstance(first, Mapping):
+        raise UsageError(f"`trajectories` must be rows with columns, the first one is {first!r:.80}.")
+    if set(COLUMNS) <= first.keys():
+        raise UsageError("`trajectories` are packed already: train on them, or pass what they were packed from.")
+    if missing := [column for column in TRAJECTORY_COLUMNS if column not in first]:
+        raise UsageError(f"trajectories need the columns {missing} too: those found are {sorted(first)}.")
+
+
+def _nothing_fits(trajectories: Iterable[dict], max_length: int | None) -> str:
+    if not any(row["trajectories"] for row in trajectories):
+        return "there is nothing to pack: every completion is empty."
     return f"there is no sample that fits into max_length={max_length} with even one block."
 
 
 def _digest(rows: list[dict[str, Any]]) -> str:
     known = [[row[column] for column in TRAJECTORY_COLUMNS] for row in rows]
-    return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+    text = json.dumps(known, default=lambda array: array.tolist())  # of numpy, say
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _pack_into(output_dir, trajectories, settings: PackSettings, shard_size: int, progress: bool) -> Dataset:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-from collections.abc import Iterable
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+from datasets.data_files import DataFilesList, get_data_patterns
 
 from ..decoding.errors import MissingFile, UsageError
+from .encoding import BadPrompt, check_settings, encode_messages, encode_text, from_json, token_ids, without_nulls
+from .shards import check_file
 
 
 BUILDERS = {
@@ -23,7 +28,17 @@ BUILDERS = {
     ".txt": "text",
     ".text": "text",
 }
-PROMPT_COLUMNS = ("messages", "conversations", "prompt", "question", "instruction", "text")
+PROMPT_COLUMNS = (
+    "messages",
+    "conversations",
+    "prompt",
+    "question",
+    "instruction",
+    "text",
+    "prompt_ids",
+    "input_ids",
+)
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what the template is given beside the messages
 ID_COLUMNS = ("prompt_id", "id", "data_id", "task_id", "question_id")
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}  # ShareGPT's names
 
@@ -49,27 +64,37 @@ def open_prompts(source, split: str | None = None, name: str | None = None) -> I
     Rows of prompts.
 
     Args:
-        source: a `datasets` data set, a list of rows or of strings, the path of a JSON, JSONL, Parquet, CSV or text
-            file (one prompt a line), a folder that `save_to_disk` or Parquet files made, or a data set on the Hub.
+        source: a `datasets` data set, a list of rows, strings, conversations or token ids, the path of a JSON, JSONL,
+            Parquet, CSV or text file (one prompt a line), a folder that `save_to_disk` or Parquet files made, or a
+            data set on the Hub.
         split: of a folder or of a data set on the Hub; `"train"` if left out.
         name: the configuration of a data set on the Hub.
 
     Raises:
-        `ValueError`: the source is none of these.
+        `ValueError`: the source is none of these, or cannot be read; the message names the file, and the row if one is
+            to blame.
         `OSError`: there is no such file.
     """
     if isinstance(source, (Dataset, IterableDataset)):
         return source
     if isinstance(source, (str, Path)):
         return _open_path(str(source), split or "train", name)
-    if isinstance(source, Iterable) and not isinstance(source, dict):
-        rows = [{"prompt": row} if row is None or isinstance(row, str) else row for row in source]
-        if odd := next((row for row in rows if not isinstance(row, dict)), None):
-            raise UsageError(f"`dataset` must be a list of texts or of rows with columns, it holds {odd!r:.80}.")
-        return rows
-    if isinstance(source, dict) and source:
+    if isinstance(source, Mapping) and source:
+        if any(key in PROMPT_COLUMNS for key in source):
+            raise UsageError(
+                f"`dataset` is a dictionary of columns, {list(source)}: pass Dataset.from_dict of it, or rows."
+            )
         raise UsageError(f"`dataset` has several splits, {list(source)}: pass one of them, as in dataset['train'].")
+    if isinstance(source, Iterable) and not isinstance(source, Mapping):
+        rows = list(source)
+        if (odd := next((row for row in rows if _is_no_prompt(row)), None)) is not None:
+            raise UsageError(f"`dataset` must be a list of texts or of rows with columns, it holds {odd!r:.80}.")
+        return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     raise UsageError(f"`dataset` must be a data set, a list of prompts or a path, got {type(source).__name__}.")
+
+
+def _is_no_prompt(row: Any) -> bool:
+    return row is not None and not isinstance(row, (dict, str, list, tuple)) and not hasattr(row, "tolist")
 
 
 def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, Any]]:
@@ -80,19 +105,88 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
         raise MissingFile(f"there is no file or folder {source}.")
     try:
         if path.is_file():
-            return load_dataset(BUILDERS[path.suffix], data_files=glob.escape(str(path)), split="train")
+            return _open_file(path)
         if path.is_dir():
-            if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
-                loaded = load_from_disk(str(path))
-                return loaded[split] if isinstance(loaded, dict) else loaded
-            return load_dataset(str(path), split=split)
+            return _open_folder(path, split)
         return load_dataset(source, name, split=split)
-    except (OSError, ValueError):
+    except UsageError:
         raise
-    except KeyError:
-        raise UsageError(f"{source} has no split {split!r}: its splits are {sorted(loaded)}.") from None
-    except Exception as error:  # whatever a builder of `datasets` stumbles over
-        raise UsageError(f"{source} could not be read: {error.__cause__ or error or type(error).__name__}") from error
+    except Exception as error:  # whatever `datasets` stumbles over: nothing but what was given can fail here
+        kind = MissingFile if isinstance(error, OSError) else UsageError
+        for file in _files_of(path):
+            _name_damage(file)
+        raise kind(f"{source} could not be read: {_reason(error)}") from error
+
+
+def _open_file(path: Path) -> Dataset:
+    if not path.stat().st_size:
+        raise UsageError(f"{path} is empty: there is not one row in it.")
+    # The absolute path, as what `datasets` puts before a relative one may hold `[`, too.
+    return load_dataset(BUILDERS[path.suffix], data_files=glob.escape(os.path.abspath(path)), split="train")
+
+
+def _open_folder(path: Path, split: str) -> Dataset:
+    if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+        loaded = load_from_disk(str(path))
+        if isinstance(loaded, dict) and split not in loaded:
+            raise UsageError(f"{path} has no split {split!r}: its splits are {sorted(loaded)}.")
+        return loaded[split] if isinstance(loaded, dict) else loaded
+    files = _files_of(path)
+    if not files:
+        raise UsageError(f"{path} holds no data: it has no {', '.join(BUILDERS)} files.")
+    if not any(glob.has_magic(str(one)) for one in (path.absolute(), path.resolve())):
+        return load_dataset(str(path), split=split)
+    # `datasets` would take the name for a pattern: it is handed the files instead, in the splits that it sees in them.
+    base = glob.escape(os.path.abspath(path))
+    kind = Counter(BUILDERS[file.suffix] for file in files).most_common(1)[0][0]
+    splits = {}
+    for found, patterns in get_data_patterns(base).items():
+        there = DataFilesList.from_patterns(patterns, base_path=base)
+        splits[str(found)] = [glob.escape(file) for file in there if BUILDERS.get(Path(file).suffix) == kind]
+    return load_dataset(kind, data_files=splits, split=split)
+
+
+def _files_of(path: Path) -> list[Path]:
+    """The data files at a path, itself or, in a folder, those that are not hidden."""
+    if path.is_file():
+        return [path]
+    found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+    shown = (file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts))
+    return sorted(file for file in shown if file.suffix in BUILDERS)
+
+
+def _name_damage(path: Path) -> None:
+    """Raises `UsageError` for a file that cannot be read by itself: with its name, and the row if one is to blame."""
+    if path.suffix == ".parquet":
+        check_file(path)
+    elif path.suffix in (".json", ".jsonl"):
+        _check_json(path)
+    try:
+        _open_file(path)
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{path} could not be read: {_reason(error)}") from error
+
+
+def _check_json(path: Path) -> None:
+    with open(path, "rb") as file:
+        if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            return  # `datasets` itself says where an array breaks
+        file.seek(0)
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
+            except ValueError as error:
+                raise UsageError(f"{path}, line {number} is no JSON: {error}.") from None
+            if not isinstance(row, dict):
+                raise UsageError(f"{path}, line {number} is no object with columns: {row!r:.60}.")
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says, or what led to it, or else its name."""
+    chain = [error.__cause__, error.__context__, error]
+    return next((str(one).strip() for one in chain if one is not None and str(one).strip()), type(error).__name__)
 
 
 def only_prompts(rows, column: str | None):
@@ -100,7 +194,8 @@ def only_prompts(rows, column: str | None):
     if not isinstance(rows, (Dataset, IterableDataset)):
         return rows
     rows = rows.with_format(None)
-    wanted = [name for name in rows.column_names or () if name in (*PROMPT_COLUMNS, *ID_COLUMNS, column)]
+    known = (*PROMPT_COLUMNS, *TEMPLATE_COLUMNS, *ID_COLUMNS, column)
+    wanted = [name for name in rows.column_names or () if name in known]
     return rows.select_columns(wanted) if wanted else rows
 
 
@@ -123,9 +218,23 @@ def prompt_column(row: dict[str, Any], column: str | None) -> str:
     return found
 
 
-def encode_prompt(number: int, row: dict[str, Any], column: str | None, tokenizer, as_chat: bool) -> Prompt:
+def name_of_prompt(number: int, row: dict[str, Any]) -> str:
+    """What identifies a prompt: the row's own id if it has one, else its number."""
+    name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) is not None), str(number))
+    return name.encode("utf-8", "replace").decode()
+
+
+def encode_prompt(
+    number: int,
+    row: dict[str, Any],
+    column: str | None,
+    tokenizer,
+    as_chat: bool,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Prompt:
     """
-    Turns a row into tokens: messages through the tokenizer's chat template, text as it is.
+    Turns a row into tokens: messages through the tokenizer's chat template, with the tools and settings of the row;
+    text and token ids as they are.
 
     Args:
         number: the row's place.
@@ -133,57 +242,98 @@ def encode_prompt(number: int, row: dict[str, Any], column: str | None, tokenize
         column: see `prompt_column`.
         tokenizer: the tokenizer.
         as_chat: whether text is a user's message.
+        chat_template_kwargs: settings of the template for all rows; a row's own column goes before them.
 
     Raises:
-        `ValueError`: the row has no usable prompt, or the tokenizer no chat template for it.
+        `BadPrompt`: this row has no usable prompt; the message names it.
+        `ValueError`: no row could be used so: there is no such column, or no chat template.
     """
     value = row[prompt_column(row, column)]
-    name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) is not None), str(number))
-    if value is None or (isinstance(value, str) and not value.strip()):
+    name = name_of_prompt(number, row)
+    if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, list) and not value):
         return Prompt(number, name, [])
-    if isinstance(value, str):
-        if not as_chat:
-            return Prompt(number, name, _without_end(tokenizer(value)["input_ids"], tokenizer))
-        value = [{"role": "user", "content": value}]
-    if not (isinstance(value, list) and value and all(isinstance(message, dict) for message in value)):
-        raise UsageError(f"prompt {name}: a prompt must be text or a list of messages, got {value!r:.80}.")
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError("the prompts are messages, but the tokenizer has no chat template: give it one, or use text.")
-    messages = _until_answer(name, value)
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-    return Prompt(number, name, list(encoded["input_ids"]))
+    if (ids := token_ids(value)) is not None:
+        return Prompt(number, name, ids)
+    try:
+        _refuse_half_characters([value, row.get("tools")])
+        tools, settings = _template_columns(row)
+        if isinstance(value, str) and not as_chat:
+            if chat_template_kwargs:
+                raise UsageError(
+                    f"`chat_template_kwargs` are for messages, but prompt {name} is text: leave them out, or take "
+                    "text for a user's message (as_chat)."
+                )
+            if tools or settings:
+                raise BadPrompt("it is text, but has tools or settings for a chat template: use messages, or as_chat")
+            return Prompt(number, name, _without_end(encode_text(tokenizer, value), tokenizer))
+        messages = [{"role": "user", "content": value}] if isinstance(value, str) else _until_answer(value)
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError(
+                "the prompts are messages, but the tokenizer has no chat template: give it one, or use text."
+            )
+        settings = {**(chat_template_kwargs or {}), **settings}
+        return Prompt(number, name, encode_messages(tokenizer, messages, tools, settings))
+    except BadPrompt as error:
+        raise BadPrompt(f"prompt {name}: {error}") from error
+    except UsageError:
+        raise
+    except Exception as error:  # of a template or a tokenizer, about this one prompt
+        raise BadPrompt(f"prompt {name}: {type(error).__name__}: {_reason(error)}") from error
+
+
+def _template_columns(row: dict[str, Any]) -> tuple[list | None, dict[str, Any]]:
+    """The tools and the settings of the template that a row has, which may be JSON."""
+    tools, settings = (without_nulls(from_json(key, row.get(key))) for key in TEMPLATE_COLUMNS)
+    if tools is not None and not isinstance(tools, list):
+        raise BadPrompt(f"its tools must be a list, got {tools!r:.60}")
+    try:
+        return tools or None, check_settings(settings)
+    except UsageError as error:
+        raise BadPrompt(str(error).rstrip(".")) from None
+
+
+def _refuse_half_characters(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.end]
+        raise BadPrompt(f"its text holds half a character, the lone surrogate {half!a}") from None
 
 
 def _without_end(ids: list[int], tokenizer) -> list[int]:
-    """Some tokenizers end every text; a prompt has no end."""
+    """Some texts end in an end of text; a prompt has no end."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
-def _until_answer(name: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _until_answer(messages: Any) -> list[dict[str, Any]]:
     """The messages before the last answer, with the roles and keys that templates know."""
+    if not (isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)):
+        raise BadPrompt(f"a prompt must be text or a list of messages or of token ids, got {messages!r:.80}")
     known = []
-    for message in messages:
+    for message in without_nulls(messages):
         role = message.get("role") or message.get("from") or "user"
-        content = message["content"] if message.get("content") is not None else message.get("value")
+        content = message["content"] if "content" in message else message.get("value")
         others = {key: value for key, value in message.items() if key not in ("role", "from", "content", "value")}
-        others = {key: value for key, value in others.items() if value is not None}
-        known.append({**others, "role": ROLES.get(role, role), "content": _text_of(name, content)})
+        known.append({**others, "role": ROLES.get(role, role), "content": _text_of(content)})
     if known[-1]["role"] == "assistant" and len(known) > 1:
         known.pop()
     return known
 
 
-def _text_of(name: str, content: Any) -> str:
+def _text_of(content: Any) -> str:
     """The text of a message, whose content may come in parts."""
     if content is None or isinstance(content, str):
         return content or ""
-    parts = content if isinstance(content, list) else [content]
-    if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in parts):
-        raise UsageError(f"prompt {name}: a message must be text or parts with a text, got {content!r:.80}.")
+    parts = [part for part in content if part is not None] if isinstance(content, list) else [content]
+    if not all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in parts):
+        raise BadPrompt(f"a message must be text or parts with a text, got {content!r:.80}")
     return "".join(part["text"] for part in parts)
 
 
 def digest_of(rows: list[dict[str, Any]], column: str | None) -> str:
     """A digest of the prompts of some rows, by which a run that goes on knows that they are still the same."""
-    prompts = [(row[prompt_column(row, column)], [row.get(key) for key in ID_COLUMNS]) for row in rows]
+    prompts = []
+    for row in rows:
+        known = [row[prompt_column(row, column)], [row.get(key) for key in ID_COLUMNS]]
+        prompts.append(known + [row[key] for key in TEMPLATE_COLUMNS if row.get(key) is not None])
     return hashlib.blake2b(json.dumps(prompts, default=str).encode(), digest_size=16).hexdigest()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 
@@ -14,16 +14,19 @@ class CollectReport:
 
     Attributes:
         prompts: prompts read.
-        long_prompts, empty_prompts: of these, dropped for their length, or for having no token.
+        long_prompts, empty_prompts, bad_prompts: of these, left out for their length, for having no token, or because
+            they could not be encoded.
         empty, repetitive, overlong: completions of nothing but an end; that ended in a loop; that reached the limit.
         sequences: completions kept.
         tokens, blocks, states: of those.
         seconds: time spent completing and refining, added up over processes.
+        skipped: which prompts were left out, and why, a sentence each.
     """
 
     prompts: int = 0
     long_prompts: int = 0
     empty_prompts: int = 0
+    bad_prompts: int = 0
     empty: int = 0
     repetitive: int = 0
     overlong: int = 0
@@ -32,11 +35,13 @@ class CollectReport:
     blocks: int = 0
     states: int = 0
     seconds: float = 0.0
+    skipped: list[str] = field(default_factory=list)
 
     @classmethod
-    def from_counts(cls, counts: Mapping[str, float]) -> CollectReport:
-        """The report of counts that `Collector` made."""
-        return cls(**{field.name: counts.get(field.name, 0) for field in fields(cls)})
+    def from_counts(cls, counts: Mapping[str, float], skipped: Iterable[str] = ()) -> CollectReport:
+        """The report of counts that `Collector` made, and of the prompts that were left out."""
+        names = (one.name for one in fields(cls) if one.name != "skipped")
+        return cls(**{name: counts.get(name, 0) for name in names}, skipped=list(skipped))
 
     @property
     def blocks_per_second(self) -> float:
@@ -64,6 +69,7 @@ class CollectReport:
         lines = [
             ("prompts", f"{self.prompts}"),
             ("  too long, or empty", f"{self.long_prompts}, {self.empty_prompts}"),
+            *([("  not to be encoded", f"{self.bad_prompts}")] if self.bad_prompts else []),
             ("completions kept", f"{self.sequences}"),
             ("  empty", f"{self.empty}"),
             ("  ending in a loop", f"{self.repetitive}"),

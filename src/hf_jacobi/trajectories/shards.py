@@ -7,7 +7,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -56,13 +56,13 @@ class ShardFolder:
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.folder / SETTINGS
-        if not self.files() or not file.exists():  # settings that made nothing bind nobody
-            if any(self.folder.glob("*.parquet")):
+        if not self.files():  # settings that made nothing bind nobody
+            if any(path.suffix == ".parquet" for path in self.folder.iterdir()):
                 raise UsageError(
                     f"{self.folder} holds Parquet files of other work: name an empty folder or a new one."
                 )
             return
-        before = json.loads(file.read_text())
+        before = read_settings(file)
         keys = sorted(before.keys() | settings.keys())
         other = [
             f"{key} {before.get(key)!r}, now {settings.get(key)!r}"
@@ -90,8 +90,9 @@ class ShardFolder:
                 except OSError:
                     raise UsageError(f"another run is at work in {self.folder}: wait for it, or stop it.") from None
             self._check_settings(self.settings)  # another run may have begun since
-            for scratch in self.folder.glob(".*.tmp"):
-                scratch.unlink(missing_ok=True)
+            for scratch in self.folder.iterdir():
+                if scratch.name.startswith(".") and scratch.suffix == ".tmp":
+                    scratch.unlink(missing_ok=True)
             text = json.dumps(self.settings, indent=2)
             self._write_at_once(self.folder / SETTINGS, lambda path: path.write_text(text))
             yield
@@ -114,11 +115,12 @@ class ShardFolder:
             digest: by which that is told from something else.
 
         Raises:
-            `ValueError`: it was made from something else.
+            `ValueError`: it was made from something else, or is damaged.
         """
         path = self.path(number)
         if not path.exists():
             return False
+        check_file(path)
         note = read_note(path)
         if note["made_from"] > len(piece) or note["digest"] != digest(piece[: note["made_from"]]):
             raise UsageError(
@@ -135,7 +137,15 @@ class ShardFolder:
                 "with those, or name another folder."
             )
 
-    def write(self, number: int, rows: list[dict], counts: dict[str, float], digest: str, made_from: int) -> None:
+    def write(
+        self,
+        number: int,
+        rows: list[dict],
+        counts: dict[str, float],
+        digest: str,
+        made_from: int,
+        skipped: Sequence[str] = (),
+    ) -> None:
         """
         Writes a shard: either all of it is there afterwards, or nothing.
 
@@ -145,13 +155,14 @@ class ShardFolder:
             counts: what `counts_in` adds up over all shards.
             digest: of what it was made from; `is_done` compares it.
             made_from: of how many pieces of data that is the digest.
+            skipped: what of these was left out, a sentence each.
         """
         schema = self.features.arrow_schema
-        note = json.dumps({"digest": digest, "made_from": made_from, "counts": counts}).encode()
-        schema = schema.with_metadata({**(schema.metadata or {}), METADATA: note})
+        note = {"digest": digest, "made_from": made_from, "counts": counts, "skipped": list(skipped)}
+        schema = schema.with_metadata({**(schema.metadata or {}), METADATA: json.dumps(note).encode()})
 
         def write(path: Path) -> None:
-            with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+            with pyarrow.parquet.ParquetWriter(path, schema, write_page_checksum=True) as writer:
                 if rows:  # a file of no row groups is what `datasets` reads as empty
                     writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
 
@@ -166,15 +177,21 @@ class ShardFolder:
 
     def dataset(self, in_memory: bool = False) -> Dataset:
         """All rows, in order; mapped from disk unless `in_memory`."""
-        files = [path for path in self.files() if pyarrow.parquet.read_metadata(path).num_rows]
+        files = [path for path in self.files() if _rows_of(path)]
         if not files:  # which `datasets` takes for an error
             return Dataset.from_dict({column: [] for column in self.features}, features=self.features)
         if in_memory:
             tables = [pyarrow.parquet.read_table(path) for path in files]
             return Dataset(pyarrow.concat_tables(tables).replace_schema_metadata(self.features.arrow_schema.metadata))
         with _without_progress_bars():  # file by file, so that one that was there before is not converted again
-            parts = [Dataset.from_parquet(glob.escape(str(path)), features=self.features) for path in files]
-        return concatenate_datasets(parts)
+            return concatenate_datasets([self._open(path) for path in files])
+
+    def _open(self, path: Path) -> Dataset:
+        try:
+            return Dataset.from_parquet(glob.escape(os.path.abspath(path)), features=self.features)
+        except Exception:
+            check_file(path)  # says what is wrong with it
+            raise
 
 
 @contextmanager
@@ -188,6 +205,13 @@ def _without_progress_bars():
             enable_progress_bars()
 
 
+def _rows_of(path: Path) -> int:
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except (ValueError, OSError):
+        return check_file(path)  # says what is wrong with it
+
+
 def _number(path: Path) -> int:
     return int(path.stem.rsplit("-", 1)[1])
 
@@ -199,6 +223,52 @@ def shard_files(folder: str | Path, name: str) -> list[Path]:
     return sorted(files, key=_number)
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """
+    The settings that the shards beside a file were made with.
+
+    Raises:
+        `ValueError`: the file is lost or damaged.
+    """
+    way_out = f"put back the {path.name} that was beside them, a hidden file, or name another folder"
+    if not path.exists():
+        raise UsageError(f"{path.parent} holds files of an earlier run without its settings: {way_out}.")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path} is damaged, so that nobody knows what the files beside it are: {way_out}.")
+    return settings
+
+
+def check_file(path: Path) -> int:
+    """
+    Reads a Parquet file from end to end; what was written here has checksums, by which a single bit is noticed.
+
+    Returns:
+        how many rows it has.
+
+    Raises:
+        `ValueError`: it is damaged; the message names the file, and the rows if the file as a whole can be read.
+    """
+    first = 0
+    where = ""
+    try:
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
+        for number in range(file.num_row_groups):
+            count = file.metadata.row_group(number).num_rows
+            where = f" in rows {first} to {first + count - 1}"
+            file.read_row_group(number)
+            first += count
+    except Exception as error:  # pyarrow has many kinds for it
+        raise UsageError(
+            f"{path} is broken{where} ({str(error).splitlines()[0] if str(error) else type(error).__name__}): delete "
+            "it and make it again."
+        ) from error
+    return first
+
+
 def read_note(path: Path) -> dict[str, Any]:
     """
     What was noted of a shard when it was written.
@@ -207,25 +277,34 @@ def read_note(path: Path) -> dict[str, Any]:
         `ValueError`: the file is broken, or of something else.
     """
     try:
-        return json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA])
-    except (pyarrow.ArrowInvalid, OSError, KeyError, TypeError) as error:
+        note = json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA])
+        return {"skipped": [], **note, "counts": dict(note["counts"]), "made_from": int(note["made_from"])}
+    except (ValueError, OSError, KeyError, TypeError) as error:  # those of pyarrow are among them
         raise UsageError(f"{path} is broken or not one of ours: delete it and run again.") from error
 
 
-def counts_in(folder: str | Path, name: str) -> Counter:
+def notes_in(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """
-    The counts of all shards of a folder, added up.
+    What was noted of each shard of a folder.
 
     Raises:
         `OSError`: there are none.
+        `ValueError`: one is damaged.
     """
     folder = Path(folder).expanduser()
     files = shard_files(folder, name) if folder.is_dir() else []
     if not files:
         raise MissingFile(f"{folder} holds no {name}.")
-    total: Counter = Counter()
     for path in files:
-        total.update(read_note(path)["counts"])
+        check_file(path)
+    return [read_note(path) for path in files]
+
+
+def counts_in(folder: str | Path, name: str) -> Counter:
+    """The counts of all shards of a folder, added up; errors as of `notes_in`."""
+    total: Counter = Counter()
+    for note in notes_in(folder, name):
+        total.update(note["counts"])
     return total
 
 

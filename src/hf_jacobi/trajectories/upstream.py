@@ -21,6 +21,7 @@ from datasets import Dataset, Features
 from ..decoding.errors import MissingFile, UsageError
 from .collect import TRAJECTORY_FEATURES
 from .packing import PACKED_FEATURES, join_samples, lay_out_sample
+from .shards import check_file
 
 
 CHUNK = 1 << 20
@@ -264,9 +265,10 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
     The objects of a file with their numbers, from 1 on (lines, for JSONL); what is not JSON comes as `None`.
 
     Raises:
-        `ValueError`: a JSON array is broken, so that what follows cannot be read.
+        `ValueError`: a JSON array or a Parquet file is broken, so that what follows cannot be read.
     """
     if path.suffix == ".parquet":
+        check_file(path)
         number = 0
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=64):
             for row in batch.to_pylist():
@@ -277,9 +279,12 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
         start = file.read(len(BOM) + 64)
     if start.removeprefix(BOM).lstrip().startswith(b"["):
         with open(path, encoding="utf-8-sig") as file:
-            while file.read(1) != "[":
-                pass
-            yield from _array(file, path)
+            try:
+                while file.read(1) != "[":
+                    pass
+                yield from _array(file, path)
+            except UnicodeDecodeError as error:
+                raise UsageError(f"{path} is not text in UTF-8: {error}.") from error
         return
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):

@@ -1,0 +1,45 @@
+"""Checks of arguments and of models that several rooms share, each an error in one sentence."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+
+from ..decoding.errors import UsageError
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises `UsageError` for an argument that is no whole number, or is below `least`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UsageError(f"`{name}` must be a whole number, got {value!r}.")
+    if value < least:
+        raise UsageError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def check_real(name: str, value: Any) -> None:
+    """Raises `UsageError` for an argument that is no finite number: NaN passes every comparison by failing it."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise UsageError(f"`{name}` must be a finite number, got {value!r}.")
+
+
+def vocabulary_of(model) -> int:
+    """How many tokens a model has embeddings for, which may be more than its configuration says."""
+    embeddings = model.get_input_embeddings()
+    return getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0]
+
+
+@torch.no_grad()
+def check_weights(model) -> None:
+    """Raises `UsageError` for a model with a weight that is NaN or infinite, and names it."""
+    for name, weight in model.named_parameters():
+        if weight.device.type == "meta" or not weight.numel() or not weight.is_floating_point():
+            continue  # offloaded, spread over processes, or quantised
+        if weight.element_size() == 1:  # of eight bits, which have no arithmetic
+            continue
+        if not all(map(math.isfinite, torch.stack(torch.aminmax(weight.detach())).tolist())):  # NaN among them shows
+            raise UsageError(
+                f"the model is broken: {name} holds numbers that are NaN or infinite; load a checkpoint without them."
+            )

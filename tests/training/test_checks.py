@@ -1,0 +1,121 @@
+"""Arguments, models and launches that cannot be served are refused at construction, in one sentence."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import ParallelismConfig
+from models import tiny_model
+from packed_rows import trajectories
+from test_trainer import arguments, rows, trainer_of
+
+import hf_jacobi
+from hf_jacobi import JacobiForcingTrainer, UsageError
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(autouse=True)
+def _cpu(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+
+
+@pytest.mark.parametrize("size", ["cp_size", "sp_size"])
+def test_context_and_sequence_parallelism_are_refused(tmp_path, monkeypatch, size):
+    """accelerate would put a causal mask in the place of ours, without a word. `accelerate launch` sets variables."""
+    with pytest.raises(UsageError, match=rf"\({size}=2\) would put a causal mask"):
+        trainer_of(tiny_model(), tmp_path, parallelism_config=ParallelismConfig(**{size: 2}))
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{size.upper()}", "2")
+    with pytest.raises(UsageError, match=rf"\({size}=2\) would put a causal mask"):
+        trainer_of(tiny_model(), tmp_path)
+
+
+def test_sequence_parallelism_of_deepspeed_is_refused():
+    from hf_jacobi.training.checks import refuse_split_rows
+
+    class Arguments:
+        class hf_deepspeed_config:
+            config = {"sequence_parallel_size": 4}  # noqa: RUF012
+
+    with pytest.raises(UsageError, match=r"\(sequence_parallel_size=4\)"):
+        refuse_split_rows(Arguments)
+    Arguments.hf_deepspeed_config.config = {"sequence_parallel_size": 1}
+    refuse_split_rows(Arguments)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ar_loss_weight": NAN},
+        {"ar_loss_weight": INF},
+        {"ar_loss_weight_start": NAN},
+        {"temperature": NAN},
+        {"temperature": INF},
+        {"learning_rate": NAN},
+        {"weight_decay": INF},
+        {"label_smoothing_factor": NAN},
+        {"max_grad_norm": NAN},
+        {"adam_epsilon": NAN},
+    ],
+)
+def test_numbers_that_are_none_are_refused(tmp_path, settings):
+    (name,) = settings
+    with pytest.raises(UsageError, match=rf"`{name}` must be a finite number, got (nan|inf)"):
+        arguments(tmp_path, **settings)
+
+
+@pytest.mark.parametrize("name", ["loss_chunk_size", "eval_prompts", "eval_max_new_tokens", "block_size"])
+def test_counts_are_whole(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"`{name}` must be a whole number, got 2\.5"):
+        arguments(tmp_path, **{name: 2.5})
+
+
+@pytest.mark.parametrize("value", [NAN, -INF])
+def test_a_model_with_a_broken_weight_is_named_as_such(tmp_path, value):
+    model = tiny_model()
+    model.model.embed_tokens.weight.data[90, 3] = value  # of a token that no check of logits uses
+    with pytest.raises(UsageError, match=r"the model is broken: model\.embed_tokens\.weight"):
+        trainer_of(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model_init_kwargs": "not json"},
+            "`model_init_kwargs` must be a dictionary, or JSON of one",
+        ),
+        ({"model_init_kwargs": "{bad"}, "an argument is no JSON: '{bad'"),
+        ({"jacobi_config": "not json"}, "`jacobi_config` must be"),
+        ({"fp16": True}, "`fp16` needs a GPU"),
+    ],
+)
+def test_other_arguments_are_refused_in_a_sentence(tmp_path, settings, message):
+    with pytest.raises(UsageError, match=message):
+        trainer_of(tiny_model(), tmp_path, **settings)
+
+
+def test_a_search_for_hyperparameters_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="`model_init`, and with it the search for hyperparameters, is not supported"):
+        JacobiForcingTrainer(None, arguments(tmp_path), rows(2), model_init=tiny_model)
+
+
+def test_texts_without_a_prompt_are_trained_on_and_passed_over_in_decoding(tmp_path):
+    bare = [row | {"prompt_ids": []} for row in trajectories(3)]
+    settings = {"eval_prompts": 2, "eval_max_new_tokens": 8}
+    data = hf_jacobi.pack_trajectories(bare, window_size=2)
+    trainer = trainer_of(tiny_model(), tmp_path, data=data, eval_dataset=data, **settings)
+    trainer.train()
+    assert "eval_tokens_per_forward" not in trainer.evaluate()
+    mixed = hf_jacobi.pack_trajectories(bare + trajectories(3), window_size=2)
+    trainer = trainer_of(tiny_model(), tmp_path, data=data, eval_dataset=mixed, **settings)
+    assert len(trainer.decoding.prompts) == 2 and trainer.evaluate()["eval_agreement"] == 1.0
+
+
+def test_infinite_clipping_measures_the_norm_alone(tmp_path):
+    for norm in (INF, None):
+        trainer = trainer_of(tiny_model(), tmp_path, max_grad_norm=norm)
+        trainer.train()
+        assert torch.isfinite(torch.tensor(trainer.state.log_history[0]["grad_norm"]))

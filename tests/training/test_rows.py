@@ -1,0 +1,140 @@
+"""Rows that were edited or cut are refused, whichever they are, and named."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from models import tiny_model
+from packed_rows import packed
+from test_trainer import rows, trainer_of
+
+from hf_jacobi.trajectories.packing import COLUMNS, PACKED_FEATURES
+
+
+WRONG = 66  # beyond the first ones
+
+
+def order(row, key):
+    """The tokens of a row, sorted by what `key` says of their block."""
+    indices = sorted(range(len(row["block_ids"])), key=lambda index: key(row["block_ids"][index]))
+    for column in COLUMNS:
+        row[column] = [row[column][index] for index in indices]
+
+
+def put(column, index, value):
+    def edit(row):
+        row[column][index] = value
+
+    return edit
+
+
+def cut_left(row):
+    for column in COLUMNS:
+        row[column] = row[column][2:]
+
+
+def cut_left_and_counted_anew(row):
+    cut_left(row)
+    row["position_ids"] = [position - 2 for position in row["position_ids"]]
+    row["window_start"] = [
+        start - 2 if block >= 0 else 0 for start, block in zip(row["window_start"], row["block_ids"])
+    ]
+
+
+def labels_moved(row):
+    row["labels"] = row["labels"][1:] + [-100]
+
+
+def empty(row):
+    for column in COLUMNS:
+        row[column] = []
+
+
+EDITS = {
+    "labels one shorter": (lambda row: row["labels"].pop(), "46 labels, but 47 input_ids"),
+    "labels moved": (labels_moved, "has label"),
+    "cut on the left": (cut_left, "positions do not count up from 0"),
+    "cut, twins left": (cut_left_and_counted_anew, "has twin 8 at position 6"),
+    "blocks in another order": (lambda row: order(row, lambda block: {0: 1, 1: 0}.get(block, block)), "out of order"),
+    "noise before text": (lambda row: order(row, lambda block: block < 0), "begins with noise"),
+    "empty": (empty, "is empty"),
+    "a column of nothing": (lambda row: row.update(labels=None), "labels that are no list"),
+    "a token of nothing": (put("input_ids", 3, None), "input_ids that are no list"),
+    "a negative token": (put("input_ids", 3, -1), "holds token -1"),
+    "another vocabulary": (put("input_ids", 3, 96), "holds token 96"),
+    "too far": (put("position_ids", 3, 256), "has position 256"),
+    "a window behind the text": (put("window_start", -1, 100), "window_start 100"),
+    "a window before the text": (put("window_start", -1, -1), "window_start -1"),
+    "a twin outside": (put("twin_ids", -1, 999), "has twin 999"),
+    "a twin elsewhere": (put("twin_ids", -1, 0), "has twin 0"),
+    "noise without text": (put("seq_ids", -1, 1), "sample 1, which has no text"),
+    "a block of its own kind": (put("block_ids", 3, -2), "block_ids below -1"),
+}
+
+
+@pytest.mark.parametrize("kind", ["list", "dataset", "shuffled"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_row_that_was_edited_is_named_at_construction(tmp_path, edit, kind):
+    change, message = EDITS[edit]
+    data = copy.deepcopy(packed(70))
+    change(data[WRONG])
+    number = WRONG
+    if kind != "list":
+        data = Dataset.from_list(data, features=PACKED_FEATURES)
+    if kind == "shuffled":
+        order = [*range(1, 70), 0]
+        data, number = data.select(order), order.index(WRONG)
+    with pytest.raises(ValueError, match=rf"row {number} of `train_dataset` .*{message}"):
+        trainer_of(tiny_model(), tmp_path, data=data)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_length": 200}, {"window_size": 1}])
+def test_rows_as_they_are_packed_are_taken(tmp_path, settings):
+    data = packed(70, **settings)
+    trainer_of(tiny_model(), tmp_path, data=data, eval_dataset={"one": Dataset.from_list(data).with_format("torch")})
+
+
+class OfTorch(torch.utils.data.Dataset):
+    """Does not say how to run through it, and gives tensors."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return {column: torch.tensor(values) for column, values in self.data[index].items()}
+
+
+def test_rows_of_torch_are_looked_at(tmp_path):
+    trainer_of(tiny_model(), tmp_path, data=OfTorch(packed(3)))
+    wrong = copy.deepcopy(packed(3))
+    wrong[2]["twin_ids"][-1] = 0
+    with pytest.raises(ValueError, match="row 2 of `train_dataset` has twin 0"):
+        trainer_of(tiny_model(), tmp_path, data=OfTorch(wrong))
+
+
+def test_rows_of_a_stream_are_looked_at_as_they_come(tmp_path):
+    data = copy.deepcopy(packed(70))
+    data[WRONG]["labels"].pop()
+    stream = IterableDataset.from_generator(lambda: iter(data))
+    trainer = trainer_of(tiny_model(), tmp_path, data=stream, max_steps=20)
+    with pytest.raises(ValueError, match="46 labels, but 47 input_ids"):
+        trainer.train()
+
+
+def test_other_data_for_an_evaluation_are_looked_at(tmp_path):
+    trainer = trainer_of(tiny_model(), tmp_path)
+    wrong = copy.deepcopy(packed(2))
+    wrong[1]["labels"].pop()
+    for evaluate in (trainer.evaluate, trainer.predict):
+        with pytest.raises(ValueError, match="lacks the columns"):
+            evaluate(Dataset.from_list([{"a": 1}]))
+        with pytest.raises(ValueError, match=r"row 1 of `(eval|test)_dataset` has 45 labels"):
+            evaluate(wrong)
+    with pytest.raises(ValueError, match="row 1 of `eval_dataset`"):
+        trainer.evaluate({"a": rows(2), "b": wrong})
