@@ -277,17 +277,19 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
 
 def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
     """The prompt as the model expects it: through its chat template if it has one, else as plain text."""
+    import torch
+
+    from ..trajectories.encoding import encode_messages, encode_text
+
     with refusing_bad_templates():
         if tokenizer.chat_template:
-            messages = [{"role": "user", "content": prompt}]
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            ids = encode_messages(tokenizer, [{"role": "user", "content": prompt}])
         else:
-            encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
+            ids = encode_text(tokenizer, prompt)
+    if not ids:
         raise UsageError("the prompt is empty: give --prompt some text")
-    return {name: encoded[name].to(device) for name in ("input_ids", "attention_mask")}
+    input_ids = torch.tensor([ids], device=device)
+    return {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
 
 
 @contextmanager

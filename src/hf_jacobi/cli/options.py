@@ -217,8 +217,12 @@ class Prompts:
         if self.rows is None:
             yield from (encode(tokenizer, prompt, "cpu")["input_ids"][0].tolist() for prompt in CHAT)
             return
+        from ..trajectories.encoding import BadPrompt
         from ..trajectories.prompts import encode_prompt
 
         column, as_chat = self.arguments.prompt_column, self.arguments.as_chat
         for number, row in enumerate(self.rows):
-            yield encode_prompt(number, row, column, tokenizer, as_chat).ids
+            try:
+                yield encode_prompt(number, row, column, tokenizer, as_chat).ids
+            except BadPrompt as error:
+                print(f"{self.name}: left out: {error}", file=sys.stderr)
