@@ -11,6 +11,7 @@ import functools
 import inspect
 import re
 import sys
+import threading
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 import transformers
 from transformers import CompileConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 
 # The oldest and the newest transformers that the tests ran with; setup.py repeats what follows from them.
@@ -63,8 +65,8 @@ CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ els
 
 
 def cache_of(outputs):
-    """The cache in what a forward or `generate` returned."""
-    return getattr(outputs, CACHE)
+    """The cache in what a forward or `generate` returned, or `None`."""
+    return getattr(outputs, CACHE, None)
 
 
 def cache_among(arguments: dict[str, Any]):
@@ -89,15 +91,32 @@ def renamed_cache(arguments: dict[str, Any], name: str | None) -> dict[str, Any]
     return {name if key == CACHE else key: value for key, value in arguments.items()}
 
 
-# What `generate` prepares and does
+# What `generate` takes, prepares and does
+
+# Its arguments that may go without a name, in order.
+GENERATE_ARGUMENTS = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
+)
 
 
 def prefill(model, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
     """transformers' own prefill: the output of its forward (of its last one, if the prompt is taken in chunks)."""
-    name = cache_argument(model)
+    name, thread = cache_argument(model), threading.get_ident()
+    if name == CACHE:
+        return model._prefill(input_ids, generation_config, model_kwargs)
 
-    def rename(module, arguments, keywords):
-        return arguments, renamed_cache(keywords, name)
+    def rename(module, arguments, keywords=None):  # another thread may come without them while this is put on
+        return (arguments, renamed_cache(keywords, name)) if threading.get_ident() == thread else None
 
     handle = model.register_forward_pre_hook(rename, with_kwargs=True)
     try:
@@ -127,6 +146,49 @@ def make_own(generation_config) -> None:
 
 
 # What a model is
+
+
+def _is_own(model, hook: str) -> bool:
+    """Whether a model, or its class, has a method of `generate`'s own in place of transformers' general one."""
+    return getattr(getattr(model, hook), "__func__", None) is not vars(transformers.GenerationMixin)[hook]
+
+
+# Models of transformers that change how arguments go from step to step, and the arguments that this is about: without
+# them it does no harm. PaliGemma's new token types are for a mask that a mask of ours takes the place of.
+HARMLESS_WITHOUT = {
+    "PaliGemmaForConditionalGeneration": (),
+    "MllamaForConditionalGeneration": ("pixel_values", "cross_attention_mask"),
+}
+
+
+def carries_state(model, model_kwargs: dict[str, Any]) -> bool:
+    """Whether a model may hand something of its own on from step to step, which drafts would never see."""
+    hook = "_update_model_kwargs_for_generation"
+    if not _is_own(model, hook):
+        return False
+    method = getattr(model, hook)
+    owner = getattr(method, "__qualname__", "").partition(".")[0]
+    if owner not in HARMLESS_WITHOUT or not method.__module__.startswith("transformers.models."):
+        return True
+    return any(model_kwargs.get(name) is not None for name in HARMLESS_WITHOUT[owner])
+
+
+def samples_by_itself(model) -> bool:
+    """Whether a model has a decoding loop of its own, as models that speak have."""
+    return _is_own(model, "_sample")
+
+
+# Arguments that `generate` itself takes from step to step, or hands to the first forward alone.
+STEP_ARGUMENTS = {
+    CACHE,
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "inputs_embeds",
+    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+}
 
 
 def is_stateful(model) -> bool:
