@@ -112,6 +112,7 @@ IN_SOURCE = [
         "adapters after a broken forward",
     ),
     ("alora_offsets", "peft.tuners.lora.model", "draft-only adapters"),
+    ("_enable_peft_forward_hooks", "peft.tuners.lora.model", "draft-only adapters in several threads"),
     ("alora_offsets", "peft.tuners.lora.layer", "draft-only adapters"),
 ]
 if not hasattr(Trainer, "loss_is_scaled_for_ga"):

@@ -139,9 +139,10 @@ class TokenChooser:
         try:
             return self.scores(logits)
         except ValueError:  # some look at the distribution, and want one
-            if logits.dim() == 1:
+            if logits.shape[:-1].numel() == 1:
                 return torch.full_like(logits, torch.nan, dtype=torch.float32)
-            return torch.stack([self._scores_of_guesses(part) for part in logits])
+            parts = [self._scores_of_guesses(part) for part in logits.flatten(0, -2).split(1)]
+            return torch.cat(parts).view(logits.shape)
 
     def predict(self, logits: torch.Tensor, rows: list[int], positions: list[list[int]]) -> list[list[int]]:
         """

@@ -13,6 +13,7 @@ import re
 import sys
 import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,38 @@ def carries_state(model, model_kwargs: dict[str, Any]) -> bool:
 def samples_by_itself(model) -> bool:
     """Whether a model has a decoding loop of its own, as models that speak have."""
     return _is_own(model, "_sample")
+
+
+def _quantises_together(module: torch.nn.Module) -> bool:
+    """Whether how a layer rounds a token may depend on the other tokens of a forward."""
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Linear8bitLt":  # bitsandbytes, which picks columns out of the whole forward
+        return getattr(getattr(module, "state", None), "threshold", 0) > 0
+    if getattr(weight, "act_quant_kwargs", None) is not None:  # torchao
+        return getattr(weight, "act_quant_scale", None) is None
+    if type(weight).__name__ == "LinearActivationQuantizedTensor":  # older torchao
+        return True
+    return type(module).__module__.startswith(
+        ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+    )
+
+
+_LOOKED_AT: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def warn_of_activations(model: torch.nn.Module) -> None:
+    """Warns, once for a model, where its layers quantise the activations of a whole forward."""
+    if model in _LOOKED_AT:
+        return
+    _LOOKED_AT.add(model)
+    kinds = {type(module).__name__ for module in model.modules() if _quantises_together(module)}
+    if kinds:
+        warnings.warn(
+            f"layers of this model ({', '.join(sorted(kinds))}) quantise activations as they come, so that a token "
+            "depends on the drafts scored beside it: Jacobi decoding may write another text than decoding='ar'.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 # Arguments that `generate` itself takes from step to step, or hands to the first forward alone.
@@ -378,3 +411,41 @@ def forget_offsets(model: torch.nn.Module) -> None:
             if OFFSETS in getattr(hook, "keywords", {}):
                 del module._forward_pre_hooks[number]
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+@functools.cache
+def _hooking_less(cls: type) -> type:
+    class HookingLess(cls):
+        before = cls
+
+        def _enable_peft_forward_hooks(self, *args, **kwargs):
+            if not any(kwargs.get(OFFSETS) or ()):
+                kwargs.pop(OFFSETS, None)
+            return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol):
+            return object.__new__, (cls,), self.__dict__
+
+    HookingLess.__name__, HookingLess.__qualname__, HookingLess.__module__ = (
+        cls.__name__,
+        cls.__qualname__,
+        cls.__module__,
+    )
+    return HookingLess
+
+
+def hook_less(model) -> None:
+    """
+    Keeps PEFT from telling every layer, in each call of its wrapper, that an activated LoRA applies to no token: the
+    hooks by which it does so reach the calls of other threads, whose batches may be of another size.
+    """
+    tuner = getattr(model, "base_model", None)
+    if hasattr(type(tuner), "_enable_peft_forward_hooks") and not hasattr(type(tuner), "before"):
+        tuner.__class__ = _hooking_less(type(tuner))
+
+
+def hook_alike(model) -> None:
+    """Undoes `hook_less`."""
+    tuner = getattr(model, "base_model", None)
+    if "before" in vars(type(tuner)):
+        tuner.__class__ = type(tuner).before

@@ -54,9 +54,9 @@ def is_activated(adapter_config) -> bool:
 
 class DraftAdapter:
     """
-    The draft-only adapter of a model in one call: on for the last tokens of each row in that call's forwards.
+    The draft-only adapter of a model in one call: on for the last tokens of each row of its forwards.
 
-    Its layers ask, in each forward, whose forward it is. Any other, of another thread or of none of ours, gets the base
+    Its layers ask, in each forward, whose it is. Any other, of another thread or of none of ours, gets the base
     model, and calls of several threads do not wait for each other.
     """
 

@@ -13,7 +13,7 @@ from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
-from .compat import GENERATE_ARGUMENTS, cache_among, inside_compiled, make_own
+from .compat import GENERATE_ARGUMENTS, cache_among, hook_alike, hook_less, inside_compiled, make_own
 from .config import JacobiConfig
 from .errors import UsageError
 from .loop import jacobi_decode
@@ -163,8 +163,8 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
     result = plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound, calls=calls))
     if not calls:
         raise UsageError(
-            f"the `generate` of {type(model).__name__} did not hand on the `custom_generate` that Jacobi decoding gave "
-            "it, so its text came about in another way: use decoding='ar'."
+            f"the `generate` of {type(model).__name__} did not hand on the `custom_generate` of Jacobi decoding, so "
+            "its text came about in another way: use decoding='ar'."
         )
     return result
 
@@ -248,6 +248,7 @@ def enable(model=None):
             GenerationMixin.generate = _generate_of_process(GenerationMixin.generate)
         return None
     inner = unwrap(model)
+    hook_less(model)
     if not isinstance(inner, JacobiGenerationMixin):
         inner.__class__ = _enabled_class(type(inner))
     if _is_carried(vars(inner).get("generate")):
@@ -275,6 +276,7 @@ def disable(model=None):
             GenerationMixin.generate = _OURS[GenerationMixin.generate]
         return None
     inner = unwrap(model)
+    hook_alike(model)
     if isinstance(inner, JacobiGenerationMixin):
         inner.__class__ = _disabled_class(type(inner))
     if (wrappers := vars(inner).get("_own_generates")) and "generate" not in vars(inner):

@@ -18,6 +18,7 @@ from .compat import (
     is_stateful,
     makes_dynamic_cache,
     samples_by_itself,
+    warn_of_activations,
     warn_of_untested_version,
 )
 from .draft_adapter import is_activated, is_draft_only
@@ -73,6 +74,7 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
     _refuse_attention(model, name, model_kwargs)
     _refuse_positions(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
+    warn_of_activations(model)
 
 
 def _refuse_state(model, name: str, prompt_length: int, model_kwargs: dict) -> None:
