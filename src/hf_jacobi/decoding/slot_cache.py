@@ -63,7 +63,7 @@ class SlotLayer(CacheLayerMixin):
         return self.plan.end, 0
 
     def get_seq_length(self) -> int:
-        return self.plan.first or 0
+        return (self.plan.first or 0) if self.is_initialized else 0  # a layer that attends to no image holds nothing
 
     def get_max_length(self) -> int:
         return -1
