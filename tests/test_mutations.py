@@ -22,4 +22,5 @@ def test_it_can_be_made(mutation):
 
 def test_all_kinds_are_there():
     kinds = {"drafting", "mask", "positions", "acceptance", "moving of slots", "noise", "noise schedule"}
-    assert {mutation.kind for mutation in mutate.MUTATIONS} == kinds | {"twin positions"}
+    kinds |= {"twin positions", "whose forward", "what is refused", "wrappers"}
+    assert {mutation.kind for mutation in mutate.MUTATIONS} == kinds

@@ -66,6 +66,17 @@ def member(owner: str):
 # Each name of compat.py: where it is looked for, and what is affected if it is gone.
 NAMES = [
     ("_prefill", member("transformers.GenerationMixin"), "the prefill of all decoding"),
+    ("_sample", member("transformers.GenerationMixin"), "refusing models with a decoding loop of their own"),
+    (
+        "_update_model_kwargs_for_generation",
+        member("transformers.GenerationMixin"),
+        "refusing models that carry more than a cache",
+    ),
+    (
+        "MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL",
+        lambda: import_module("transformers.generation.utils"),
+        "refusing arguments with an entry for each token of the prompt",
+    ),
     ("_has_unfinished_sequences", member("transformers.GenerationMixin"), "the end of decoding on several processes"),
     ("_supports_default_dynamic_cache", member("transformers.GenerationMixin"), "refusing models with a state"),
     ("_is_stateful", lambda: PreTrainedModel, "refusing models with a state, in decoding, training and publishing"),
@@ -101,6 +112,7 @@ IN_SOURCE = [
         "adapters after a broken forward",
     ),
     ("alora_offsets", "peft.tuners.lora.model", "draft-only adapters"),
+    ("_enable_peft_forward_hooks", "peft.tuners.lora.model", "draft-only adapters in several threads"),
     ("alora_offsets", "peft.tuners.lora.layer", "draft-only adapters"),
     ("_is_accelerate_prepared", "accelerate.accelerator", "training behind an evaluation, on several processes"),
     ("_models", "accelerate.accelerator", "training behind an evaluation, on several processes"),
@@ -146,6 +158,12 @@ def test_every_private_name_of_compat_is_looked_for():
     assert {entry[0] for entry in NAMES} <= found, "a name that compat.py no longer has"
 
 
+def test_the_arguments_of_generate_that_need_no_name():
+    parameters = inspect.signature(transformers.GenerationMixin.generate).parameters
+    positional = [name for name, one in parameters.items() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    assert positional == ["self", *compat.GENERATE_ARGUMENTS]
+
+
 def own_names() -> set[str]:
     """What the package itself defines: functions, classes, attributes of `self` and of classes."""
     names = set()
@@ -161,7 +179,11 @@ def own_names() -> set[str]:
                 and ast.unparse(node.value) == "self"
             ):
                 names.add(node.attr)
-    return names | {"_disabled_class", "_carried_generate"}  # attributes of an enabled class and model, of our making
+    return names | {
+        "_disabled_class",
+        "_carried_generate",
+        "_own_generates",
+    }  # attributes of an enabled class and model, of our making
 
 
 def private_names(file: Path) -> set[str]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import gc
+import itertools
 import json
 import subprocess
 import sys
+import types
 import weakref
 
 import pytest
@@ -15,7 +18,14 @@ import torch
 from models import VOCABULARY, padded_prompts, tiny_model
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    pipeline,
+)
 
 import hf_jacobi
 from hf_jacobi import JacobiConfig, JacobiOutput
@@ -95,6 +105,157 @@ def test_models_that_override_generate(enabled):
     assert torch.equal(model.generate(**padded_prompts(1), **GREEDY), expected)
     out = model.generate(**padded_prompts(1), **GREEDY, decoding="jacobi", return_dict_in_generate=True)
     assert isinstance(out, JacobiOutput) and torch.equal(out.sequences, expected)
+
+
+# Wrappers that others put around `generate`, of the class or of a model
+
+
+@pytest.fixture
+def plain_generate():
+    plain = GenerationMixin.generate
+    yield plain
+    hf_jacobi.disable()
+    GenerationMixin.generate = plain
+
+
+def trace_all_models(seen: list, named: bool):
+    """What a library of instrumentation does when it is imported."""
+    inner = GenerationMixin.generate
+
+    def traced(self, *args, **kwargs):
+        seen.append(1)
+        return inner(self, *args, **kwargs)
+
+    GenerationMixin.generate = functools.wraps(inner)(traced) if named else traced
+
+
+def ways(model) -> tuple:
+    """How it decodes by its generation config, and asked to by each name."""
+    model.generation_config.decoding = "jacobi"  # a model that is not enabled takes the argument for this setting
+    return is_jacobi(model), is_jacobi(model, decoding="ar"), is_jacobi(model, decoding="jacobi")
+
+
+@pytest.mark.parametrize("steps", [*itertools.product("edw", repeat=3), "ewewe", "ewdwe", "wewdd", "eewed"])
+@pytest.mark.parametrize("named", [True, False])
+def test_enable_and_disable_of_the_process_between_wrappers(plain_generate, steps, named):
+    model, seen, on = tiny_model(), [], False
+    for step in steps:
+        on = step == "e" or (on and step != "d")
+        {"e": hf_jacobi.enable, "d": hf_jacobi.disable, "w": lambda: trace_all_models(seen, named)}[step]()
+    assert ways(model) == (on, False, on)
+    assert len(seen) >= 3 * list(steps).count("w"), "wrappers see every call"
+    hf_jacobi.disable()
+    assert not is_jacobi(model, decoding="jacobi")
+    if "w" not in steps:
+        assert GenerationMixin.generate is plain_generate
+
+
+def test_a_wrapper_that_is_taken_off_again(plain_generate):
+    model, seen = tiny_model(), []
+    hf_jacobi.enable()
+    before = GenerationMixin.generate
+    trace_all_models(seen, True)
+    hf_jacobi.enable()
+    GenerationMixin.generate = before
+    assert ways(model) == (True, False, True)
+
+
+def wrap_model(model, style: str, seen: list) -> None:
+    """What a library that makes inference faster, or accelerate, puts on a model."""
+    plain = model.generate
+
+    def method(self, *args, **kwargs):
+        seen.append(1)
+        return plain(*args, **kwargs)
+
+    def through_class(*args, **kwargs):
+        seen.append(1)
+        return type(model).generate(model, *args, **kwargs)
+
+    styles = {
+        "method": types.MethodType(method, model),
+        "function": functools.partial(method, model),
+        "wraps": functools.wraps(plain)(lambda *args, **kwargs: method(model, *args, **kwargs)),
+        "class": through_class,
+    }
+    model.generate = styles[style]
+
+
+@pytest.mark.parametrize("steps", ["we", "ew", "wew", "ewe", "wwe", "wed", "ewd", "wewd", "ewed", "wede", "wewde"])
+@pytest.mark.parametrize("style", ["method", "function", "wraps", "class"])
+def test_a_model_with_a_generate_of_its_own(style, steps):
+    model, seen, on = tiny_model(), [], False
+    for step in steps:
+        on = step == "e" or (on and step != "d")
+        if step == "w":
+            wrap_model(model, style, seen)
+        else:
+            (hf_jacobi.enable if step == "e" else hf_jacobi.disable)(model)
+    assert ways(model) == (on, False, on)
+    assert len(seen) >= 3, "their wrapper sees every call"
+    hf_jacobi.disable(model)
+    assert type(model) is LlamaForCausalLM and "generate" in vars(model)
+
+
+def test_positional_arguments_go_through_wrappers(plain_generate):
+    inputs = padded_prompts(1)["input_ids"]
+    config = GenerationConfig(**GREEDY, eos_token_id=2, pad_token_id=0)
+    expected = tiny_model().generate(inputs, config)
+    trace_all_models([], False)
+    hf_jacobi.enable()
+    assert torch.equal(tiny_model().generate(inputs, config, decoding="jacobi"), expected)
+    model = tiny_model()
+    wrap_model(model, "method", [])
+    assert torch.equal(hf_jacobi.enable(model).generate(inputs, config, decoding="jacobi"), expected)
+
+
+def test_a_wrapper_that_decodes_by_itself_is_named():
+    model = tiny_model()
+    model.generate = lambda *args, **kwargs: torch.zeros(1, 1, dtype=torch.long)
+    hf_jacobi.enable(model)
+    with pytest.raises(ValueError, match="in another way: use decoding='ar'"):
+        model.generate(**padded_prompts(1), decoding="jacobi")
+    assert model.generate(**padded_prompts(1), decoding="ar").shape == (1, 1)
+
+
+@pytest.mark.parametrize("order", ["enabled, sharded", "sharded, enabled"])
+def test_disable_leaves_the_class_that_fsdp_puts_over_a_model(order):
+    from torch.distributed.fsdp import FSDPModule
+
+    model = tiny_model()
+    for step in order.split(", "):
+        if step == "enabled":
+            hf_jacobi.enable(model)
+        else:  # as `fully_shard` does
+            model.__class__ = type(f"FSDP{type(model).__name__}", (FSDPModule, type(model)), {})
+    assert is_jacobi(model, decoding="jacobi")
+    hf_jacobi.disable(model)
+    assert isinstance(model, FSDPModule) and isinstance(model, LlamaForCausalLM)
+    assert not isinstance(model, hf_jacobi.JacobiGenerationMixin)
+    assert type(model).__name__ == "FSDPLlamaForCausalLM"
+    with pytest.raises(ValueError, match="decoding"):
+        model.generate(**padded_prompts(1), **GREEDY, decoding="jacobi")
+
+
+class ByHand(hf_jacobi.JacobiGenerationMixin, LlamaForCausalLM):
+    """The mixin mixed in by the user."""
+
+
+def test_disable_says_what_it_cannot_undo():
+    model = ByHand(tiny_model().config).eval()
+    assert is_jacobi(hf_jacobi.enable(model), decoding="jacobi")
+    with pytest.raises(hf_jacobi.UsageError, match="inherits from JacobiGenerationMixin"):
+        hf_jacobi.disable(model)
+    assert hf_jacobi.disable(other := tiny_model()) is other, "nothing was done to it"
+
+
+def test_the_wrapper_of_peft_is_as_before_after_disable():
+    model = get_peft_model(tiny_model(), LoraConfig(r=4, target_modules=["q_proj"]))
+    before = type(model.base_model)
+    hf_jacobi.enable(hf_jacobi.enable(model))
+    assert copy.deepcopy(model).base_model.__class__ is before, "copies are PEFT's own"
+    hf_jacobi.disable(model)
+    assert type(model.base_model) is before
 
 
 def test_enable_refuses_what_cannot_generate():

@@ -187,3 +187,134 @@ def test_samples_follow_the_exact_distribution(warp, processor):
     # Chi-squared has mean `freedom` and variance 2 * freedom; four standard deviations fail by chance 1 in 10,000.
     assert freedom >= 8
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+# Scores that no token can be drawn from
+
+
+class Poisoned(LogitsProcessor):
+    """Makes scores unusable from a length on, for some rows."""
+
+    def __init__(self, value: float, length: int, rows: tuple[int, ...] = (0,)):
+        self.value, self.length, self.rows = value, length, rows
+
+    def __call__(self, input_ids, scores):
+        scores = scores.clone()
+        if input_ids.shape[1] >= self.length:
+            for row in self.rows:
+                scores[row, slice(None) if self.value == -torch.inf else 5] = self.value
+        return scores
+
+
+def error_of(model, inputs, **kwargs):
+    """What Jacobi decoding raises, and AR alike."""
+    found = []
+    for decoding in ("ar", "jacobi"):
+        try:
+            model.generate(**inputs, do_sample=True, max_new_tokens=8, decoding=decoding, **kwargs)
+            found.append(None)
+        except Exception as error:
+            found.append(error)
+    kinds, messages = zip(*((type(error), str(error)) for error in found))
+    assert kinds[0] == kinds[1] and messages[0][:30] == messages[1][:30], found  # some name shapes
+    return kinds[1], messages[1]
+
+
+UNDRAWABLE = (RuntimeError, "probability tensor contains either `inf`, `nan` or element < 0")
+WARPS = [
+    {},
+    {"top_k": 0},
+    {"top_k": 5, "top_p": 0.5},
+    {"min_p": 0.1},
+    {"typical_p": 0.5},
+    {"epsilon_cutoff": 1e-3},
+    {"eta_cutoff": 1e-3},
+    {"top_h": 0.5},
+    {"repetition_penalty": 1.2},
+    {"renormalize_logits": True},
+]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("warp", WARPS, ids=lambda warp: "-".join(warp) or "none")
+def test_a_model_whose_logits_are_nan_raises_what_ar_raises(warp, rows):
+    model = hf_jacobi.enable(tiny_model())
+    model.lm_head.weight.data[5] = torch.nan
+    kind, message = error_of(model, padded_prompts(rows), **warp)
+    assert (kind, message) == UNDRAWABLE or kind is ValueError, "some processors look at the distribution themselves"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_that_overflows_raises_what_ar_raises(value):
+    model = hf_jacobi.enable(tiny_model())
+    model.lm_head.bias = torch.nn.Parameter(torch.zeros(96))
+    model.lm_head.bias.data[7] = value
+    assert error_of(model, padded_prompts(2), top_k=0) == UNDRAWABLE
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"suppress_tokens": list(range(96))},
+        {"temperature": 1e-40},
+        {"bad_words_ids": [[token] for token in range(96)]},
+    ],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_where_nothing_is_left_to_draw_it_raises_what_ar_raises(settings):
+    model = hf_jacobi.enable(tiny_model())
+    assert error_of(model, padded_prompts(2), top_k=0, eos_token_id=None, **settings) == UNDRAWABLE
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [(0,), (1,), (0, 1)])
+def test_a_processor_that_ruins_some_rows_after_some_tokens(model, value, rows):
+    inputs = padded_prompts(2)
+
+    def processors():
+        return LogitsProcessorList([Poisoned(value, 15, rows)])
+
+    settings = {"eos_token_id": None, "top_k": 0}
+    assert error_of(model, inputs, logits_processor=processors(), **settings) == UNDRAWABLE
+    clean = sample(model, inputs, {"block_size": 6}, 1, logits_processor=LogitsProcessorList([Nothing()]), **settings)
+    settings |= {"max_new_tokens": 3, "logits_processor": processors()}
+    before = sample(model, inputs, {"block_size": 6}, 1, **settings)
+    assert torch.equal(before.sequences, clean.sequences[:, : before.sequences.shape[1]]), "until then all is as ever"
+
+
+@pytest.mark.parametrize("warp", [{"temperature": 0.3}, {"eta_cutoff": 0.1}, {"top_k": 5}])
+def test_scores_at_a_rejected_draft_do_not_matter(model, warp, monkeypatch):
+    """They are NaN wherever a draft was wrong, and no text changes."""
+    inputs, settings = padded_prompts(2), {"block_size": 8}
+    expected = sample(model, inputs, settings, 3, **warp)
+    text = expected.sequences
+    forward = hf_jacobi.decoding.call.DecodeCall.forward
+    spoilt = []
+
+    def spoil(call, trees):
+        logits = forward(call, trees)
+        for row, tree in zip(call.sequences, trees):
+            for node in range(len(tree)):
+                end = row.length + tree.depths[node]
+                path = [tree.tokens[one] for one in tree.path(node)]
+                if path != text[row.row, row.length - 1 : end].tolist():
+                    logits[row.row, node] = torch.nan
+                    spoilt.append(node)
+        return logits
+
+    monkeypatch.setattr(hf_jacobi.decoding.call.DecodeCall, "forward", spoil)
+    out = sample(model, inputs, settings, 3, **warp)
+    assert torch.equal(out.sequences, text) and len(spoilt) > 20
+    assert tokens_per_forward(out) > 1.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_noise_is_float32_whatever_the_default_is(dtype):
+    like = torch.zeros(151936)
+    expected = GumbelNoise(339).at(0, 3, like)
+    torch.set_default_dtype(dtype)
+    try:
+        found = GumbelNoise(339).at(0, 3, like)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32 and torch.equal(found, expected) and found.isfinite().all()

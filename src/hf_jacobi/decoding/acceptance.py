@@ -52,6 +52,15 @@ def _narrowed(processor, row: int):
     return processor
 
 
+UNDRAWABLE = -1  # in place of a token where scores are no distribution to draw from
+
+
+def _drawn(scores: torch.Tensor) -> torch.Tensor:
+    """`[...]`, the best token of scores `[..., V]`; `UNDRAWABLE` where one is NaN or inf, or all are -inf."""
+    best, tokens = scores.max(-1)
+    return tokens.masked_fill_(~best.isfinite(), UNDRAWABLE)
+
+
 class GumbelNoise:
     """
     Gumbel noise keyed by (seed, row, position): the same key gives the same noise, whatever was drawn before it.
@@ -76,7 +85,8 @@ class GumbelNoise:
             name = f"{self.seed}/{self.keys[row] if self.keys else row}/{position}"
             digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
             generator = torch.Generator(device=like.device).manual_seed(int.from_bytes(digest, "little", signed=True))
-            exponential = torch.empty(like.shape[-1], device=like.device).exponential_(generator=generator)
+            nothing = torch.empty(like.shape[-1], dtype=torch.float32, device=like.device)
+            exponential = nothing.exponential_(generator=generator)
             self._drawn[key] = -exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_()
         return self._drawn[key]
 
@@ -124,6 +134,16 @@ class TokenChooser:
             scores = processor(nothing, scores)
         return scores.view(logits.shape)
 
+    def _scores_of_guesses(self, logits: torch.Tensor) -> torch.Tensor:
+        """The same; NaN for a position at which a processor raises, which may never be written."""
+        try:
+            return self.scores(logits)
+        except ValueError:  # some look at the distribution, and want one
+            if logits.shape[:-1].numel() == 1:
+                return torch.full_like(logits, torch.nan, dtype=torch.float32)
+            parts = [self._scores_of_guesses(part) for part in logits.flatten(0, -2).split(1)]
+            return torch.cat(parts).view(logits.shape)
+
     def predict(self, logits: torch.Tensor, rows: list[int], positions: list[list[int]]) -> list[list[int]]:
         """
         The token at every position; when a processor reads context, a guess that leaves such processors out.
@@ -134,17 +154,23 @@ class TokenChooser:
             positions: per row, the position of the token that each node predicts, the other key of its noise.
 
         Returns:
-            `[B][Q]` tokens, on the host. Unless processors read context, this is where a step waits for the device,
-            and the only place.
+            `[B][Q]` tokens, on the host; `UNDRAWABLE` where sampling has nothing to draw from. Unless processors read
+            context, this is where a step waits for the device, and the only place.
         """
         if not self.context_free and self.noise is None:
             return logits.max(-1).indices.tolist()  # what argmax gives, at a third of its time in bfloat16 on a CPU
-        scores = self.scores(logits)
-        if self.noise is not None:
-            for index, (row, targets) in enumerate(zip(rows, positions)):
-                for column, position in enumerate(targets):
-                    scores[index, column] += self.noise.at(row, position, scores)
-        return scores.max(-1).indices.tolist()
+        scores = self._scores_of_guesses(logits)
+        if self.noise is None:
+            return scores.max(-1).indices.tolist()
+        for index, (row, targets) in enumerate(zip(rows, positions)):
+            for column, position in enumerate(targets):
+                scores[index, column] += self.noise.at(row, position, scores)
+        return _drawn(scores).tolist()
+
+    def raise_undrawable(self, logits: torch.Tensor) -> None:
+        """Raises for logits `[V]` that nothing can be drawn from what AR raises: a processor's error, or torch's."""
+        self.scores(logits.unsqueeze(0))
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
     def _processors_for(self, rows: list[int]):
         """The processors for some rows of the batch; one row by itself has its own share of what they know per row."""
@@ -166,13 +192,18 @@ class TokenChooser:
             positions: the position of each row's next token, the key of its noise.
 
         Returns:
-            tokens (`[G]` list) and processed scores (`[G, V]` float32).
+            tokens (`[G]` list, `UNDRAWABLE` as in `predict`) and processed scores (`[G, V]` float32).
         """
         scores = self._processors_for(rows)(input_ids, logits.to(torch.float32, copy=True))
         if self.noise is None:
             return scores.argmax(-1).tolist(), scores
         noise = torch.stack([self.noise.at(row, position, scores) for row, position in zip(rows, positions)])
-        return (scores + noise).argmax(-1).tolist(), scores
+        return _drawn(scores + noise).tolist(), scores
+
+
+def usable(predictions: list[list[int]]) -> list[list[int]]:
+    """Predictions that can be tried: any token in place of `UNDRAWABLE`."""
+    return [[max(token, 0) for token in tokens] for tokens in predictions]
 
 
 def guesses_after(children: list[dict[int, int]], draft_length: int, depths, predictions: list[int], node: int):

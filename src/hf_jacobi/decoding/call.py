@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from transformers import Cache
 
-from .acceptance import GumbelNoise, TokenChooser
+from .acceptance import UNDRAWABLE, GumbelNoise, TokenChooser, usable
 from .attention import AttentionMask
 from .candidates import TokenTree, lay_out
 from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
+from .errors import UsageError
 from .sequence import Sequence
 from .slot_cache import SlotCache
 from .stats import JacobiOutput, JacobiStats
@@ -82,6 +84,11 @@ class DecodeCall:
         kwargs = self.model_kwargs
         outputs = prefill(self.model, self.input_ids, self.generation_config, kwargs)
         self.home = cache_of(outputs)
+        if not isinstance(self.home, Cache):
+            raise UsageError(
+                f"Jacobi decoding verifies drafts against the KV cache, but {type(self.model).__name__} gave back "
+                f"{type(self.home).__name__} in place of a transformers.Cache: use decoding='ar'."
+            )
         length = self.home.get_seq_length()
         self.cache = SlotCache.from_prefill(self.home, length, self.keeps_home)
         self.slot_shift = length - self.input_ids.shape[1]
@@ -156,6 +163,7 @@ class DecodeCall:
         paths: list[list[int]] = [[] for _ in self.sequences]
         for group in self.groups:
             self._walk(group, trees, logits, predictions, paths)
+        predictions = usable(predictions)
         for row, tree, path, start in zip(self.sequences, trees, paths, starts):
             if unfinished[row.row]:
                 self.cache.keep_path(row.row, start + self.slot_shift, path)
@@ -174,7 +182,7 @@ class DecodeCall:
             [row.length - row.padding + depth for depth in range(tree.draft_length)]
             for row, tree in zip(self.sequences, trees)
         ]
-        predictions = self.chooser.predict(logits, rows, targets)
+        predictions = usable(self.chooser.predict(logits, rows, targets))
         return [tokens[: tree.draft_length] for tokens, tree in zip(predictions, trees)]
 
     def _walk(self, group: list[Sequence], trees, logits, predictions, paths) -> None:
@@ -191,6 +199,9 @@ class DecodeCall:
             else:
                 tokens = {row.row: predictions[row.row][nodes[row.row]] for row in live}
                 self._record(live, logits, nodes)
+            for row in live:
+                if tokens[row.row] == UNDRAWABLE:
+                    self.chooser.raise_undrawable(logits[row.row, nodes[row.row]])
             for row in group:
                 if row.finished and len(group) > 1:
                     row.tokens.append(self.pad_token)

@@ -11,7 +11,9 @@ import functools
 import inspect
 import re
 import sys
+import threading
 import warnings
+import weakref
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 import transformers
 from transformers import CompileConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
 
 # The oldest and the newest transformers that the tests ran with; setup.py repeats what follows from them.
@@ -62,8 +65,8 @@ CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ els
 
 
 def cache_of(outputs):
-    """The cache in what a forward or `generate` returned."""
-    return getattr(outputs, CACHE)
+    """The cache in what a forward or `generate` returned, or `None`."""
+    return getattr(outputs, CACHE, None)
 
 
 def cache_among(arguments: dict[str, Any]):
@@ -88,15 +91,32 @@ def renamed_cache(arguments: dict[str, Any], name: str | None) -> dict[str, Any]
     return {name if key == CACHE else key: value for key, value in arguments.items()}
 
 
-# What `generate` prepares and does
+# What `generate` takes, prepares and does
+
+# Its arguments that may go without a name, in order.
+GENERATE_ARGUMENTS = (
+    "inputs",
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+    "streamer",
+    "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
+)
 
 
 def prefill(model, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
     """transformers' own prefill: the output of its forward (of its last one, if the prompt is taken in chunks)."""
-    name = cache_argument(model)
+    name, thread = cache_argument(model), threading.get_ident()
+    if name == CACHE:
+        return model._prefill(input_ids, generation_config, model_kwargs)
 
-    def rename(module, arguments, keywords):
-        return arguments, renamed_cache(keywords, name)
+    def rename(module, arguments, keywords=None):  # another thread may come without them while this is put on
+        return (arguments, renamed_cache(keywords, name)) if threading.get_ident() == thread else None
 
     handle = model.register_forward_pre_hook(rename, with_kwargs=True)
     try:
@@ -126,6 +146,81 @@ def make_own(generation_config) -> None:
 
 
 # What a model is
+
+
+def _is_own(model, hook: str) -> bool:
+    """Whether a model, or its class, has a method of `generate`'s own in place of transformers' general one."""
+    return getattr(getattr(model, hook), "__func__", None) is not vars(transformers.GenerationMixin)[hook]
+
+
+# Models of transformers that change how arguments go from step to step, and the arguments that this is about: without
+# them it does no harm. PaliGemma's new token types are for a mask that a mask of ours takes the place of.
+HARMLESS_WITHOUT = {
+    "PaliGemmaForConditionalGeneration": (),
+    "MllamaForConditionalGeneration": ("pixel_values", "cross_attention_mask"),
+}
+
+
+def carries_state(model, model_kwargs: dict[str, Any]) -> bool:
+    """Whether a model may hand something of its own on from step to step, which drafts would never see."""
+    hook = "_update_model_kwargs_for_generation"
+    if not _is_own(model, hook):
+        return False
+    method = getattr(model, hook)
+    owner = getattr(method, "__qualname__", "").partition(".")[0]
+    if owner not in HARMLESS_WITHOUT or not method.__module__.startswith("transformers.models."):
+        return True
+    return any(model_kwargs.get(name) is not None for name in HARMLESS_WITHOUT[owner])
+
+
+def samples_by_itself(model) -> bool:
+    """Whether a model has a decoding loop of its own, as models that speak have."""
+    return _is_own(model, "_sample")
+
+
+def _quantises_together(module: torch.nn.Module) -> bool:
+    """Whether how a layer rounds a token may depend on the other tokens of a forward."""
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Linear8bitLt":  # bitsandbytes, which picks columns out of the whole forward
+        return getattr(getattr(module, "state", None), "threshold", 0) > 0
+    if getattr(weight, "act_quant_kwargs", None) is not None:  # torchao
+        return getattr(weight, "act_quant_scale", None) is None
+    if type(weight).__name__ == "LinearActivationQuantizedTensor":  # older torchao
+        return True
+    return type(module).__module__.startswith(
+        ("torch.ao.nn.quantized.dynamic", "torch.ao.nn.intrinsic.quantized.dynamic")
+    )
+
+
+_LOOKED_AT: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
+
+def warn_of_activations(model: torch.nn.Module) -> None:
+    """Warns, once for a model, where its layers quantise the activations of a whole forward."""
+    if model in _LOOKED_AT:
+        return
+    _LOOKED_AT.add(model)
+    kinds = {type(module).__name__ for module in model.modules() if _quantises_together(module)}
+    if kinds:
+        warnings.warn(
+            f"layers of this model ({', '.join(sorted(kinds))}) quantise activations as they come, so that a token "
+            "depends on the drafts scored beside it: Jacobi decoding may write another text than decoding='ar'.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+# Arguments that `generate` itself takes from step to step, or hands to the first forward alone.
+STEP_ARGUMENTS = {
+    CACHE,
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "moe_mm_token_type_ids",
+    "inputs_embeds",
+    *MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL,
+}
 
 
 def is_stateful(model) -> bool:
@@ -368,3 +463,41 @@ def forget_offsets(model: torch.nn.Module) -> None:
             if OFFSETS in getattr(hook, "keywords", {}):
                 del module._forward_pre_hooks[number]
                 module._forward_pre_hooks_with_kwargs.pop(number, None)
+
+
+@functools.cache
+def _hooking_less(cls: type) -> type:
+    class HookingLess(cls):
+        before = cls
+
+        def _enable_peft_forward_hooks(self, *args, **kwargs):
+            if not any(kwargs.get(OFFSETS) or ()):
+                kwargs.pop(OFFSETS, None)
+            return super()._enable_peft_forward_hooks(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol):
+            return object.__new__, (cls,), self.__dict__
+
+    HookingLess.__name__, HookingLess.__qualname__, HookingLess.__module__ = (
+        cls.__name__,
+        cls.__qualname__,
+        cls.__module__,
+    )
+    return HookingLess
+
+
+def hook_less(model) -> None:
+    """
+    Keeps PEFT from telling every layer, in each call of its wrapper, that an activated LoRA applies to no token: the
+    hooks by which it does so reach the calls of other threads, whose batches may be of another size.
+    """
+    tuner = getattr(model, "base_model", None)
+    if hasattr(type(tuner), "_enable_peft_forward_hooks") and not hasattr(type(tuner), "before"):
+        tuner.__class__ = _hooking_less(type(tuner))
+
+
+def hook_alike(model) -> None:
+    """Undoes `hook_less`."""
+    tuner = getattr(model, "base_model", None)
+    if "before" in vars(type(tuner)):
+        tuner.__class__ = type(tuner).before

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import threading
 import weakref
 from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,11 +16,30 @@ from .compat import INVOCATION, OFFSETS, VARIANT, has_weights_elsewhere
 from .errors import UsageError
 
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
 # What marks such an adapter in its configuration (the invocation tokens of PEFT's activated LoRA): a token that no
 # text holds, so that PEFT by itself never switches it on, and the model without this library is the base model.
 DRAFT_ONLY = (-1,)
 _BOTH_WEIGHTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, ...]] = weakref.WeakKeyDictionary()
-_LOCKS: weakref.WeakKeyDictionary[torch.nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+# Whose forward it is that runs here, and for how many tokens at the end of each row that one's adapter is on. Every
+# thread, and every task of an event loop, has its own.
+_FORWARD: ContextVar[tuple[DraftAdapter | None, int]] = ContextVar("hf_jacobi_forward", default=(None, 0))
+_LISTENING: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()  # calls, by layer
+_LOCK = threading.Lock()
+
+
+def _start_anew() -> None:
+    """In a forked process: whatever the threads of its parent held or counted, they are not there."""
+    global _LOCK
+    _LOCK = threading.Lock()
+    _LISTENING.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
 
 
 def is_draft_only(adapter_config) -> bool:
@@ -31,15 +54,15 @@ def is_activated(adapter_config) -> bool:
 
 class DraftAdapter:
     """
-    Switches the draft-only adapter of a model on for the last tokens of each row of a forward, and off otherwise.
+    The draft-only adapter of a model in one call: on for the last tokens of each row of its forwards.
 
-    Attributes:
-        tokens: for how many tokens it is on.
+    Its layers ask, in each forward, whose it is. Any other, of another thread or of none of ours, gets the base
+    model, and calls of several threads do not wait for each other.
     """
 
     def __init__(self, layers: list[torch.nn.Module]):
         self.layers = layers
-        self.tokens = 0
+        self._forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
 
     @classmethod
     def of(cls, model) -> DraftAdapter | None:
@@ -57,32 +80,29 @@ class DraftAdapter:
 
     @contextmanager
     def listening(self):
-        """
-        While this is open, the layers ask how many tokens the adapter is on for.
+        """While this is open, the layers ask whose forward it is, and answer to `on`."""
+        handles = []
+        try:
+            for layer in self.layers:
+                if _has_nothing_else(layer):
+                    self._forwards[layer] = self._quick_forward(layer)
+                    _listen(layer)
+                else:
+                    handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for layer in self._forwards:
+                _stop_listening(layer)
+            self._forwards.clear()
 
-        Threads that decode with the same adapter take turns.
-        """
-        with _LOCKS.setdefault(self.layers[0], threading.RLock()):
-            handles, before = [], {}
-            try:
-                for layer in self.layers:
-                    if _has_nothing_else(layer):
-                        before[layer] = vars(layer).get("forward")
-                        layer.forward = self._quick_forward(layer)
-                    else:
-                        handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
-                yield
-            finally:
-                for handle in handles:
-                    handle.remove()
-                for layer, forward in before.items():
-                    del layer.forward
-                    if forward is not None:
-                        layer.forward = forward
-
-    def _tell(self, module, arguments, keywords):
+    def _tell(self, module, arguments, keywords=None):  # without them where another thread came while it was put on
+        adapter, tokens = _FORWARD.get()
+        if adapter is not self or not tokens:
+            return None
         _check_rows(arguments[0])
-        return arguments, keywords | {OFFSETS: [self.tokens] * arguments[0].shape[0]}
+        return arguments, keywords | {OFFSETS: [tokens] * arguments[0].shape[0]}
 
     def _quick_forward(self, layer: torch.nn.Module):
         """
@@ -101,28 +121,82 @@ class DraftAdapter:
         both = _both_weights(layer, down, up) if base.device.type == "cpu" and _is_large(layer, name) else None
         bias = getattr(layer.get_base_layer(), "bias", None)
 
-        def forward(x: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
-            keywords.pop(OFFSETS, None)
-            if both is not None and self.tokens and x.dim() == 3 and x.shape[1] == 2 * self.tokens:
-                halves = x.unflatten(1, (2, self.tokens)).transpose(0, 1).flatten(1, 2)  # [2, B * tokens, in]
-                result = torch.bmm(halves, both).unflatten(1, (-1, self.tokens)).transpose(0, 1).flatten(1, 2)
+        def forward(tokens: int, x: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            _check_rows(x)
+            if both is not None and x.shape[1] == 2 * tokens:
+                halves = x.unflatten(1, (2, tokens)).transpose(0, 1).flatten(1, 2)  # [2, B * tokens, in]
+                result = torch.bmm(halves, both).unflatten(1, (-1, tokens)).transpose(0, 1).flatten(1, 2)
                 return result if bias is None else result + bias
             result = layer.base_layer(x, *arguments, **keywords)
-            if self.tokens:
-                _check_rows(x)
-                result[:, -self.tokens :].add_(x[:, -self.tokens :].to(dtype) @ down @ up)
+            result[:, -tokens:].add_(x[:, -tokens:].to(dtype) @ down @ up)
             return result
 
         return forward
 
     @contextmanager
     def on(self, tokens: int):
-        """The adapter applies to the last `tokens` tokens of each row."""
-        self.tokens = tokens
+        """The adapter applies to the last `tokens` tokens of each row in the forwards that run in here."""
+        before = _FORWARD.set((self, tokens))
         try:
             yield
         finally:
-            self.tokens = 0
+            _FORWARD.reset(before)
+
+
+@functools.cache
+def _listening_class(cls: type) -> type:
+    """
+    The class of a layer while calls draft with it: its forward asks whose forward it is.
+
+    A class rather than a `forward` on the layer, which copies and pickles of the model would carry off; these are of
+    `cls` itself.
+    """
+
+    class Listening(cls):
+        below = cls
+        over = staticmethod(_listening_class)
+
+        def forward(self, *arguments, **keywords):
+            adapter, tokens = _FORWARD.get()
+            own = adapter._forwards.get(self) if tokens else None
+            told = keywords.get(OFFSETS)
+            if told is not None and (own or not any(told)):
+                del keywords[OFFSETS]  # what PEFT tells all layers on behalf of one call, maybe another than this
+            return cls.forward(self, *arguments, **keywords) if own is None else own(tokens, *arguments, **keywords)
+
+        def __reduce_ex__(self, protocol):
+            return object.__new__, (cls,), self.__dict__
+
+    Listening.__name__, Listening.__qualname__, Listening.__module__ = cls.__name__, cls.__qualname__, cls.__module__
+    return Listening
+
+
+def _listen(layer: torch.nn.Module) -> None:
+    with _LOCK:
+        calls = _LISTENING.get(layer, 0)
+        if not calls:
+            layer.__class__ = _listening_class(_without_ours(type(layer)))
+        _LISTENING[layer] = calls + 1
+
+
+def _stop_listening(layer: torch.nn.Module) -> None:
+    with _LOCK:
+        calls = _LISTENING.pop(layer, 1) - 1
+        if calls:
+            _LISTENING[layer] = calls
+        else:
+            layer.__class__ = _without_ours(type(layer))
+
+
+def _without_ours(cls: type) -> type:
+    """
+    A layer's class without what `_listening_class` put over it. Another copy of this module, that of a published
+    checkpoint, may have put its own over that; under a class that is anyone else's, ours stays, and does nothing.
+    """
+    below = vars(cls).get("below")
+    if below is None:
+        return cls
+    return below if cls is _listening_class(below) else cls.over(_without_ours(below))
 
 
 def _is_large(layer: torch.nn.Module, name: str) -> bool:
@@ -162,7 +236,7 @@ def _check_rows(x: torch.Tensor) -> None:
 
 def _has_nothing_else(layer: torch.nn.Module) -> bool:
     """Whether a layer's one adapter is a plain LoRA for drafts, of which no gradient is wanted."""
-    if has_weights_elsewhere(layer):
+    if has_weights_elsewhere(layer) or "forward" in vars(layer):
         return False
     if len(layer.active_adapters) != 1 or layer.training or torch.is_grad_enabled() or layer.merged:
         return False

@@ -25,6 +25,7 @@ def jacobi_decode(
     streamer=None,
     synced_gpus: bool = False,
     fills_cache: bool = False,
+    calls: list | None = None,
     **model_kwargs,
 ):
     """
@@ -39,10 +40,13 @@ def jacobi_decode(
         streamer: gets the committed tokens, in the portions in which AR would put them.
         synced_gpus: whether to go on running forwards until every process of the group is done.
         fills_cache: whether the caller passed a cache, which is to hold the new tokens, too.
+        calls: gets an entry, by which the caller sees that it came to this.
 
     Returns:
         `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
     """
+    if calls is not None:
+        calls.append(model)
     if output_trajectory and not generation_config.return_dict_in_generate:
         raise UsageError("`output_trajectory=True` returns drafts beside text: pass return_dict_in_generate=True too.")
     refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)

@@ -6,20 +6,26 @@ import copy
 import dataclasses
 import functools
 import inspect
+from contextvars import ContextVar
 
 import torch
 from transformers import GenerationMixin
 from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
-from .compat import cache_among, inside_compiled, make_own
+from .compat import GENERATE_ARGUMENTS, cache_among, hook_alike, hook_less, inside_compiled, make_own
 from .config import JacobiConfig
 from .errors import UsageError
 from .loop import jacobi_decode
 
 
 DECODINGS = ("ar", "jacobi")
-_plain_generate = GenerationMixin.generate  # transformers' own, while `enable()` has ours in its place
+_THEIRS = GenerationMixin.generate
+_OURS: dict = {}  # each function that `enable()` put in its place, with what was there before
+_enabled = False  # whether `enable()` holds
+# Of which model a call is on its way through wrappers of its `generate`, and how many of those are left: what comes
+# back to us out of one was decided before.
+_ON_ITS_WAY: ContextVar[tuple[object, int]] = ContextVar("hf_jacobi_on_its_way", default=(None, 0))
 
 
 class JacobiGenerationMixin:
@@ -54,18 +60,46 @@ class JacobiGenerationMixin:
             `ValueError`: an argument is out of range, or Jacobi decoding cannot serve the model or the mode.
         """
         own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
-        return decode_by(super().generate, self, args, kwargs, **own)
+        is_enabled = isinstance(self, JacobiGenerationMixin)  # a wrapper may hold this method longer than `disable`
+        wrappers = vars(self).get("_own_generates", ())
+        model, left = _ON_ITS_WAY.get()
+        on_its_way = model is self and not _given(own)
+        left = left if on_its_way else len(wrappers)
+        below = super().generate if is_enabled else functools.partial(type(self).generate, self)
+        plain = wrappers[left - 1] if left else below
+        before = _ON_ITS_WAY.set((self, left - 1) if left else (None, 0))
+        try:
+            if on_its_way or not is_enabled:
+                return plain(*args, **kwargs, **_given(own))
+            return decode_by(plain, self, args, kwargs, **own)
+        finally:
+            _ON_ITS_WAY.reset(before)
 
 
-@functools.wraps(_plain_generate)
-def _generate_of_process(self, *args, decoding=None, jacobi_config=None, output_trajectory=None, **kwargs):
-    """What `enable()` puts in the place of `GenerationMixin.generate`."""
-    plain = functools.partial(_plain_generate, self)
-    if isinstance(self, JacobiGenerationMixin):  # enabled by itself, so it was decided before
-        return plain(*args, **kwargs)
-    make_own(self.generation_config)  # as in `enable`
-    own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
-    return decode_by(plain, self, args, kwargs, **own)
+def _given(own: dict) -> dict:
+    return {name: value for name, value in own.items() if value is not None}
+
+
+def _generate_of_process(plain):
+    """What `enable()` puts in the place of `GenerationMixin.generate`, which was `plain`."""
+
+    @functools.wraps(plain)
+    def generate(self, *args, decoding=None, jacobi_config=None, output_trajectory=None, **kwargs):
+        own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
+        bound = functools.partial(plain, self)
+        decided = isinstance(self, JacobiGenerationMixin) or (_ON_ITS_WAY.get()[0] is self and not _given(own))
+        if decided or not _enabled:
+            return bound(*args, **kwargs, **_given(own))
+        make_own(self.generation_config)  # as in `enable`
+        # Another library's wrapper may lead to what an earlier `enable()` put there.
+        before = _ON_ITS_WAY.set((None, 0) if plain is _THEIRS else (self, 0))
+        try:
+            return decode_by(bound, self, args, kwargs, **own)
+        finally:
+            _ON_ITS_WAY.reset(before)
+
+    _OURS[generate] = plain
+    return generate
 
 
 def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, output_trajectory):
@@ -93,12 +127,16 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
                 "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' too."
             )
         return plain(*args, **kwargs)
-    names = list(inspect.signature(_plain_generate).parameters)[1:]
-    kwargs = dict(zip(names, args)) | kwargs
+    kwargs = dict(zip(_positional(plain), args)) | kwargs
     if kwargs.get("custom_generate") is not None:
         raise UsageError("`custom_generate` and decoding='jacobi' are two ways to decode: pass one of them.")
     if kwargs.get("assistant_model") is not None:
         raise UsageError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
+    if (kwargs.get("cache_implementation") or setting_of("cache_implementation", of_call, model)) == "paged":
+        raise UsageError(
+            "cache_implementation='paged' asks for continuous batching, another way to decode: drop it, or use "
+            "decoding='ar'."
+        )
     if kwargs.get("token_healing", setting_of("token_healing", of_call, model)):
         raise UsageError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
     if jacobi_config is None or (isinstance(jacobi_config, dict) and set(jacobi_config) == {"seed"}):
@@ -121,7 +159,22 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         "fills_cache": cache_among(kwargs) is not None,
     }
     _turn_stop_strings_into_a_criterion(model, kwargs)
-    return plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound))
+    calls: list = []
+    result = plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound, calls=calls))
+    if not calls:
+        raise UsageError(
+            f"the `generate` of {type(model).__name__} did not hand on the `custom_generate` of Jacobi decoding, so "
+            "its text came about in another way: use decoding='ar'."
+        )
+    return result
+
+
+def _positional(generate) -> list[str]:
+    """The names of the arguments of a bound `generate` that may go without one."""
+    parameters = inspect.signature(generate).parameters
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):
+        return list(GENERATE_ARGUMENTS)
+    return list(parameters)
 
 
 def _is_sharded(model) -> bool:
@@ -176,6 +229,8 @@ def enable(model=None):
     Returns:
         `model`, as it was passed.
 
+    A `generate` that another library put on the model itself stays in force: ours comes before it.
+
     Raises:
         `TypeError`: `model` cannot generate.
 
@@ -186,17 +241,20 @@ def enable(model=None):
     >>> model.generate(**inputs, decoding="jacobi", max_new_tokens=256)
     ```
     """
-    global _plain_generate
+    global _enabled
     if model is None:
-        if GenerationMixin.generate is not _generate_of_process:
-            _plain_generate = GenerationMixin.generate
-            GenerationMixin.generate = _generate_of_process
+        _enabled = True
+        if GenerationMixin.generate not in _OURS:
+            GenerationMixin.generate = _generate_of_process(GenerationMixin.generate)
         return None
     inner = unwrap(model)
+    hook_less(model)
     if not isinstance(inner, JacobiGenerationMixin):
         inner.__class__ = _enabled_class(type(inner))
     if _is_carried(vars(inner).get("generate")):
         inner._carried_generate = vars(inner).pop("generate")
+    elif "generate" in vars(inner):
+        inner._own_generates = (*vars(inner).get("_own_generates", ()), vars(inner).pop("generate"))
     make_own(inner.generation_config)
     return model
 
@@ -211,15 +269,32 @@ def disable(model=None):
     Returns:
         `model`, as it was passed.
     """
+    global _enabled
     if model is None:
-        if GenerationMixin.generate is _generate_of_process:
-            GenerationMixin.generate = _plain_generate
+        _enabled = False  # under another library's wrapper ours stays, and hands on what it gets
+        while GenerationMixin.generate in _OURS:
+            GenerationMixin.generate = _OURS[GenerationMixin.generate]
         return None
     inner = unwrap(model)
-    inner.__class__ = getattr(type(inner), "_disabled_class", type(inner))
+    hook_alike(model)
+    if isinstance(inner, JacobiGenerationMixin):
+        inner.__class__ = _disabled_class(type(inner))
+    if (wrappers := vars(inner).get("_own_generates")) and "generate" not in vars(inner):
+        *inner._own_generates, inner.generate = wrappers
     if "_carried_generate" in vars(inner):
         inner.generate = vars(inner).pop("_carried_generate")
     return model
+
+
+def _disabled_class(cls: type) -> type:
+    """A class without what `enable` put into it; a class that was put over that since, as FSDP2 does, stays."""
+    if "_disabled_class" in vars(cls):
+        return cls._disabled_class
+    if not hasattr(cls, "_disabled_class"):
+        raise UsageError(f"{cls.__name__} inherits from JacobiGenerationMixin by itself, which `disable` cannot undo.")
+    bases = tuple(_disabled_class(base) if hasattr(base, "_disabled_class") else base for base in cls.__bases__)
+    names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, names)
 
 
 def _is_carried(generate) -> bool:

@@ -63,7 +63,7 @@ class SlotLayer(CacheLayerMixin):
         return self.plan.end, 0
 
     def get_seq_length(self) -> int:
-        return self.plan.first or 0
+        return (self.plan.first or 0) if self.is_initialized else 0  # a layer that attends to no image holds nothing
 
     def get_max_length(self) -> int:
         return -1
@@ -174,3 +174,9 @@ def can_roll_back(cache: Cache) -> bool:
     """Whether every layer of `cache` is one whose tokens `SlotCache` can hold and give back."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer)
     return all(type(layer) in kinds or type(layer).__name__ == "DummyLayer" for layer in cache.layers)
+
+
+def holds_more_than_text(cache: Cache) -> bool:
+    """Whether a layer of `cache` that keeps all tokens holds another number of them, as cross-attention does."""
+    full = [layer for layer in cache.layers if type(layer) is DynamicLayer and layer.is_initialized]
+    return any(layer.keys.shape[-2] != cache.get_seq_length() for layer in full)

@@ -10,19 +10,24 @@ from transformers.generation import GenerationMode
 from .attention import LAYER_KINDS, MASKED_ATTENTIONS
 from .compat import (
     CACHE,
+    STEP_ARGUMENTS,
     attention_of,
     cache_argument,
+    carries_state,
     is_checkpointing,
     is_stateful,
     makes_dynamic_cache,
+    samples_by_itself,
+    warn_of_activations,
     warn_of_untested_version,
 )
 from .draft_adapter import is_activated, is_draft_only
 from .errors import UsageError
-from .slot_cache import can_roll_back
+from .slot_cache import can_roll_back, holds_more_than_text
 
 
 INSTEAD = "use decoding='ar'"
+WITHOUT_CACHE = ("xlm", "flaubert")  # they take one, and give none back
 
 
 def refuse_unsupported(model, generation_config, prompt_length: int, model_kwargs: dict) -> None:
@@ -63,10 +68,34 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
             "Jacobi decoding verifies drafts against the KV cache, which gradient checkpointing switches off in "
             f"training mode: call model.eval() first, or {INSTEAD}."
         )
+    _refuse_state(model, name, prompt_length, model_kwargs)
     _refuse_adapters(model, name)
     _refuse_cache(model, name, model_kwargs.get(CACHE))
     _refuse_attention(model, name, model_kwargs)
+    _refuse_positions(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
+    warn_of_activations(model)
+
+
+def _refuse_state(model, name: str, prompt_length: int, model_kwargs: dict) -> None:
+    """What AR carries from one token to the next, and a forward over a draft cannot."""
+    if samples_by_itself(model):
+        raise UsageError(f"Jacobi decoding has one loop for all models, but {name} brings its own: {INSTEAD}.")
+    if carries_state(model, model_kwargs):
+        raise UsageError(
+            f"Jacobi decoding scores many tokens in one forward, but {name} hands more than the KV cache on from each "
+            f"token to the next (_update_model_kwargs_for_generation): {INSTEAD}."
+        )
+    if (embeds := model_kwargs.get("inputs_embeds")) is not None:
+        prompt_length = embeds.shape[1]
+    for argument, value in model_kwargs.items():
+        if argument in STEP_ARGUMENTS or not isinstance(value, torch.Tensor) or value.dim() == 0:
+            continue
+        if prompt_length in (value.shape[min(1, value.dim() - 1)], value.shape[-1]):
+            raise UsageError(
+                f"Jacobi decoding cannot tell what `{argument}`, which has an entry for each token of the prompt, is "
+                f"for new tokens of {name}: drop it, or {INSTEAD}."
+            )
 
 
 def _refuse_adapters(model, name: str) -> None:
@@ -85,17 +114,35 @@ def _refuse_adapters(model, name: str) -> None:
 
 
 def _refuse_cache(model, name: str, cache) -> None:
-    if cache_argument(model) is None and not is_stateful(model):
+    config = model.config.get_text_config(decoder=True)
+    if (cache_argument(model) is None and not is_stateful(model)) or config.model_type in WITHOUT_CACHE:
         raise UsageError(f"Jacobi decoding verifies drafts against the KV cache, but {name} has none: {INSTEAD}.")
     if is_stateful(model) or not makes_dynamic_cache(model) or cache is None:
         raise UsageError(
             f"Jacobi decoding rolls the KV cache back, but {name} keeps a recurrent state (a linear-attention or "
             f"state-space model), which cannot be: {INSTEAD}."
         )
+    if getattr(config, "is_decoder", None) is False and any(
+        getattr(module, "is_decoder", None) is False for module in model.modules()
+    ):
+        raise UsageError(
+            f"Jacobi decoding verifies drafts against the KV cache, but {name} is set up as an encoder, which has "
+            f"none: load it with is_decoder=True, or {INSTEAD}."
+        )
+    if getattr(config, "add_cross_attention", False):
+        raise UsageError(
+            f"Jacobi decoding rolls the KV cache back, but {name} caches what it attends to beside the text, too "
+            f"(cross-attention): {INSTEAD}."
+        )
     if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", False):
         raise UsageError(
             f"Jacobi decoding continues from a DynamicCache, but the cache of this call is a {type(cache).__name__}"
             f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass a DynamicCache, or {INSTEAD}."
+        )
+    if holds_more_than_text(cache):
+        raise UsageError(
+            f"Jacobi decoding continues from a cache of text, but layers of that of this call hold something else, "
+            f"such as the image that {name} attends to: pass a new one, or {INSTEAD}."
         )
     if not can_roll_back(cache):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
@@ -123,6 +170,11 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
             f"Jacobi decoding tells each token its position, but {name} takes no position_ids (it counts them off the "
             f"mask, as models with ALiBi do): {INSTEAD}."
         )
+    if (mask := model_kwargs.get("attention_mask")) is not None and (mask.dim() != 2 or config.model_type == "git"):
+        raise UsageError(
+            f"Jacobi decoding needs an attention_mask of two dimensions that covers all that {name} caches: leave it "
+            f"out (and the padding), or {INSTEAD}."
+        )
     positions = model_kwargs.get("position_ids")
     if positions is None or positions.dim() != 2:
         raise UsageError(
@@ -132,6 +184,19 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
         raise UsageError(
             f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of "
             f"its own by cache slot: {INSTEAD}."
+        )
+
+
+def _refuse_positions(model, name: str, model_kwargs: dict) -> None:
+    """Models that count positions themselves in each step: asked with two positions that no text has."""
+    others = {name: value for name, value in model_kwargs.items() if name not in STEP_ARGUMENTS or name == CACHE}
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model_kwargs["position_ids"].device)
+    asked = tokens + torch.tensor([[5, 9]], device=tokens.device)
+    inputs = model.prepare_inputs_for_generation(tokens, position_ids=asked, **others)
+    found = inputs.get("position_ids")
+    if found is None or found.shape != asked.shape or (found[0, 1] - found[0, 0]).item() != 4:
+        raise UsageError(
+            f"Jacobi decoding tells each token its position, but {name} counts positions itself: {INSTEAD}."
         )
 
 

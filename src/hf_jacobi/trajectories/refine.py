@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..decoding.acceptance import usable
 from ..decoding.attention import AttentionMask
 from ..decoding.blocks import agreement
 from ..decoding.call import DecodeCall
@@ -114,7 +115,7 @@ def _refine_rows(call: DecodeCall, waiting: list[deque[Block]], share: int) -> i
         offsets = torch.tensor([call.offsets[row] for row in rows], device=call.device).unsqueeze(1)
         positions = (step.places + offsets).clamp(min=0)  # what pads a row has none
         logits = call.run(step.ids, positions, mask(visible, step.places, step.key_places()), cache)
-        predictions = call.chooser.predict(logits, rows, (positions + 1).tolist())
+        predictions = usable(call.chooser.predict(logits, rows, (positions + 1).tolist()))
         forwards += 1
         for row, blocks in enumerate(flying):
             taken = 0
