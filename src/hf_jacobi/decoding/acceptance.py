@@ -173,18 +173,3 @@ class TokenChooser:
             return scores.argmax(-1).tolist(), scores
         noise = torch.stack([self.noise.at(row, position, scores) for row, position in zip(rows, positions)])
         return (scores + noise).argmax(-1).tolist(), scores
-
-
-def guesses_after(children: list[dict[int, int]], draft_length: int, depths, predictions: list[int], node: int):
-    """
-    The model's own predictions for the positions beyond the token predicted at `node`: the next draft.
-
-    They are read off the nodes below `node`, then off the draft where those end.
-    """
-    guesses: list[int] = []
-    depth = depths[node]
-    while children[node]:
-        below = children[node]
-        node = below.get(predictions[node], next(iter(below.values())))
-        guesses.append(predictions[node])
-    return guesses + predictions[depth + 1 + len(guesses) : draft_length]

@@ -6,10 +6,11 @@ import torch
 
 from .acceptance import GumbelNoise, TokenChooser
 from .attention import AttentionMask
-from .candidates import TokenTree, lay_out
+from .batch import Row
 from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
-from .sequence import Sequence
+from .drafting import Draft
+from .layout import lay_out
 from .slot_cache import SlotCache
 from .stats import JacobiOutput, JacobiStats
 from .stopping import StopCheck
@@ -54,15 +55,13 @@ class DecodeCall:
             padding = (valid[:, valid.shape[1] - input_ids.shape[1] :] == 0).sum(1).tolist()
         table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         self.prompt_ends = model_kwargs["position_ids"][:, -1].expand(input_ids.shape[0]).tolist()
-        self.sequences = []
+        self.rows = []
         for row, tokens in enumerate(input_ids.tolist()):
             last_index = None if table is None else len(tokens) - 1 + table - 1 - self.prompt_ends[row]
-            self.sequences.append(
-                Sequence(row, tokens, padding[row], config, self.stop.max_length, last_index, records)
-            )
-        self.pads_ended_rows = self.stop.has_eos or len(self.sequences) == 1
+            self.rows.append(Row(row, tokens, padding[row], config, self.stop.max_length, last_index, records))
+        self.pads_ended_rows = self.stop.has_eos or len(self.rows) == 1
         by_row = self.chooser.is_row_wise and self.stop.is_row_wise and self.pads_ended_rows
-        self.groups = [[sequence] for sequence in self.sequences] if by_row else [self.sequences]
+        self.groups = [[row] for row in self.rows] if by_row else [self.rows]
         self.records = records
         self.keeps_home = generation_config.return_dict_in_generate or fills_cache
         self.draft_adapter = DraftAdapter.of(model)
@@ -75,7 +74,7 @@ class DecodeCall:
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finished for sequence in self.sequences)
+        return all(row.finished for row in self.rows)
 
     def prefill(self) -> None:
         """Runs the prompt through transformers' own prefill, takes its cache over, and commits the first token."""
@@ -88,29 +87,27 @@ class DecodeCall:
         self.offsets = [position - (length - 1) for position in self.prompt_ends]
         mask = kwargs.get("attention_mask")
         self.key_valid = None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
-        left_padding = torch.zeros(len(self.sequences), dtype=torch.long, device=self.device)
+        left_padding = torch.zeros(len(self.rows), dtype=torch.long, device=self.device)
         if self.key_valid is not None:
             left_padding = (self.key_valid.cumsum(1) == 0).sum(1)
         self.mask = AttentionMask(self.model.config.get_text_config(decoder=True), self.model.dtype, left_padding)
-        self.accept(
-            [TokenTree(row.tokens[-1:] or [0]) for row in self.sequences], outputs.logits[:, -1:].to(self.device)
-        )
+        self.accept([Draft(row.tokens[-1:] or [0]) for row in self.rows], outputs.logits[:, -1:].to(self.device))
 
-    def propose(self) -> list[TokenTree]:
+    def propose(self) -> list[Draft]:
         """What every row tries next; a finished row goes along with one token that leads nowhere."""
-        return [TokenTree([0]) if row.finished else row.propose() for row in self.sequences]
+        return [row.propose() for row in self.rows]
 
-    def forward(self, trees: list[TokenTree]) -> torch.Tensor:
-        """Scores all trees in one forward: logits `[B, Q, V]`. Their keys and values lie in the cache after it."""
-        starts = [row.length - 1 + self.slot_shift for row in self.sequences]
+    def forward(self, drafts: list[Draft]) -> torch.Tensor:
+        """Scores all drafts in one forward: logits `[B, Q, V]`. Their keys and values lie in the cache after it."""
+        starts = [row.length - 1 + self.slot_shift for row in self.rows]
         if self.draft_adapter is None:
-            return self._score(trees, starts)
-        self.copies = max(tree.draft_length for tree in trees)
+            return self._score(drafts, starts)
+        self.copies = max(draft.chain_length for draft in drafts)
         with self.draft_adapter.on(self.copies):
-            return self._score(trees, starts, self.copies)
+            return self._score(drafts, starts, self.copies)
 
-    def _score(self, trees: list[TokenTree], starts: list[int], copies: int = 0) -> torch.Tensor:
-        step = lay_out(trees, starts, self.offsets, self.key_valid, self.device, copies)
+    def _score(self, drafts: list[Draft], starts: list[int], copies: int = 0) -> torch.Tensor:
+        step = lay_out(drafts, starts, self.offsets, self.key_valid, self.device, copies)
         end = max(starts) + step.input_ids.shape[1]
         self.cache.place(step.slots, starts[0] if step.uniform else None, end)
         mask = None
@@ -142,61 +139,58 @@ class DecodeCall:
                 others[name] = newest if name == "token_type_ids" else torch.zeros_like(newest)
         return others
 
-    def accept(self, trees: list[TokenTree], logits: torch.Tensor) -> None:
-        """Commits, per row, the longest path of its tree that the model would have written, and one token more."""
-        starts = [row.length - 1 for row in self.sequences]
-        targets = [
-            [row.length - row.padding + depth for depth in tree.depths] for row, tree in zip(self.sequences, trees)
-        ]
-        rows = [row.row for row in self.sequences]
+    def accept(self, drafts: list[Draft], logits: torch.Tensor) -> None:
+        """Commits, per row, the longest path of its draft that the model would have written, and one token more."""
+        starts = [row.length - 1 for row in self.rows]
+        targets = [[row.position + depth for depth in draft.depths] for row, draft in zip(self.rows, drafts)]
+        rows = [row.number for row in self.rows]
         width = logits.shape[1] - self.copies
         predictions = self.chooser.predict(logits[:, :width], rows, targets)
-        drafted = self._drafted(trees, logits[:, width:], rows)
-        unfinished = [not row.finished for row in self.sequences]
-        paths: list[list[int]] = [[] for _ in self.sequences]
+        drafted = self._drafted(drafts, logits[:, width:], rows)
+        unfinished = [not row.finished for row in self.rows]
+        paths: list[list[int]] = [[] for _ in self.rows]
         for group in self.groups:
-            self._walk(group, trees, logits, predictions, paths)
-        for row, tree, path, start in zip(self.sequences, trees, paths, starts):
-            if unfinished[row.row]:
-                self.cache.keep_path(row.row, start + self.slot_shift, path)
-                row.commit(tree, start, path, predictions[row.row], drafted[row.row])
+            self._walk(group, drafts, logits, predictions, paths)
+        for row, draft, path, start in zip(self.rows, drafts, paths, starts):
+            if unfinished[row.number]:
+                self.cache.keep_path(row.number, start + self.slot_shift, path)
+                row.commit(draft, start, path, predictions[row.number], drafted[row.number])
             if self.chooser.noise is not None:
-                self.chooser.noise.forget_before(row.row, row.length - row.padding)
-        positions = [len(tree) + len(copy or ()) for tree, copy in zip(trees, drafted)]
+                self.chooser.noise.forget_before(row.number, row.position)
+        positions = [len(draft) + len(copy or ()) for draft, copy in zip(drafts, drafted)]
         self.stats.count(sum(map(len, paths)), sum(count for count, live in zip(positions, unfinished) if live))
         self.copies = 0
 
-    def _drafted(self, trees: list[TokenTree], logits: torch.Tensor, rows: list[int]) -> list[list[int] | None]:
+    def _drafted(self, drafts: list[Draft], logits: torch.Tensor, rows: list[int]) -> list[list[int] | None]:
         """What the draft-only adapter predicts at each token of each row's draft; `None` where there is no adapter."""
         if not self.copies:
-            return [None] * len(trees)
+            return [None] * len(drafts)
         targets = [
-            [row.length - row.padding + depth for depth in range(tree.draft_length)]
-            for row, tree in zip(self.sequences, trees)
+            [row.position + depth for depth in range(draft.chain_length)] for row, draft in zip(self.rows, drafts)
         ]
         predictions = self.chooser.predict(logits, rows, targets)
-        return [tokens[: tree.draft_length] for tokens, tree in zip(predictions, trees)]
+        return [tokens[: draft.chain_length] for tokens, draft in zip(predictions, drafts)]
 
-    def _walk(self, group: list[Sequence], trees, logits, predictions, paths) -> None:
+    def _walk(self, group: list[Row], drafts, logits, predictions, paths) -> None:
         """
-        Appends tokens to the rows of a group, one position at a time, until a row's token is not in its tree.
+        Appends tokens to the rows of a group, one position at a time, until a row's token is not in its draft.
 
         Processors and stopping criteria see every position once, in order, with the text that it would have had.
         """
         live = [row for row in group if not row.finished]
-        nodes = {row.row: 0 for row in live}
+        nodes = {row.number: 0 for row in live}
         while live:
             if self.chooser.reads_context:
                 tokens = self._choose(group, logits, nodes)
             else:
-                tokens = {row.row: predictions[row.row][nodes[row.row]] for row in live}
+                tokens = {row.number: predictions[row.number][nodes[row.number]] for row in live}
                 self._record(live, logits, nodes)
             for row in group:
                 if row.finished and len(group) > 1:
                     row.tokens.append(self.pad_token)
             for row in live:
-                row.tokens.append(tokens[row.row])
-                paths[row.row].append(nodes[row.row])
+                row.tokens.append(tokens[row.number])
+                paths[row.number].append(nodes[row.number])
             rows = group if len(group) > 1 else live
             for row, stop in zip(rows, self.stop([row.tokens for row in rows], self.device, self._scores_so_far())):
                 row.stopped = row.stopped or stop
@@ -204,26 +198,28 @@ class DecodeCall:
             for row in live:
                 row.finished = over or (row.stopped and self.pads_ended_rows)
             live = [row for row in live if not row.finished]
-            children = {row.row: trees[row.row].children[nodes[row.row]].get(tokens[row.row]) for row in live}
+            children = {
+                row.number: drafts[row.number].children[nodes[row.number]].get(tokens[row.number]) for row in live
+            }
             if None in children.values():
                 return
             nodes |= children
 
-    def _choose(self, group: list[Sequence], logits, nodes: dict[int, int]) -> dict[int, int]:
+    def _choose(self, group: list[Row], logits, nodes: dict[int, int]) -> dict[int, int]:
         """Lets every processor see the text so far, and chooses the next token of each row of a group."""
-        rows = [row.row for row in group]
+        rows = [row.number for row in group]
         input_ids = torch.tensor([row.tokens for row in group], dtype=torch.long, device=self.device)
         raw = logits[rows, [nodes.get(row, 0) for row in rows]]
-        tokens, scores = self.chooser.choose(input_ids, raw, rows, [row.length - row.padding for row in group])
+        tokens, scores = self.chooser.choose(input_ids, raw, rows, [row.position for row in group])
         self._keep(group, raw, scores)
         return dict(zip(rows, tokens))
 
-    def _record(self, live: list[Sequence], logits, nodes: dict[int, int]) -> None:
+    def _record(self, live: list[Row], logits, nodes: dict[int, int]) -> None:
         if self.wants_scores or self.wants_logits:
-            raw = logits[[row.row for row in live], [nodes[row.row] for row in live]]
+            raw = logits[[row.number for row in live], [nodes[row.number] for row in live]]
             self._keep(live, raw, self.chooser.scores(raw))
 
-    def _keep(self, rows: list[Sequence], raw: torch.Tensor, scores: torch.Tensor) -> None:
+    def _keep(self, rows: list[Row], raw: torch.Tensor, scores: torch.Tensor) -> None:
         for row, row_logits, row_scores in zip(rows, raw, scores):
             if not row.finished:
                 if self.wants_logits:
@@ -235,7 +231,7 @@ class DecodeCall:
         """What AR passes to criteria of the user's as `scores`; they are asked about all rows at once."""
         if self.stop.is_row_wise or not self.wants_scores:
             return None
-        rows = [row.scores for row in self.sequences]
+        rows = [row.scores for row in self.rows]
         self.shown_scores += self._columns(rows, len(self.shown_scores))
         return self.shown_scores
 
@@ -250,11 +246,11 @@ class DecodeCall:
         """Puts every position that all rows have reached, one `[B]` tensor each, as AR does."""
         if streamer is None:
             return
-        reached = min((row.length for row in self.sequences if not row.finished), default=None)
+        reached = min((row.length for row in self.rows if not row.finished), default=None)
         if reached is None:
-            reached = max(row.length for row in self.sequences)
+            reached = max(row.length for row in self.rows)
         for position in range(self.streamed, reached):
-            tokens = [row.tokens[position] if position < row.length else self.pad_token for row in self.sequences]
+            tokens = [row.tokens[position] if position < row.length else self.pad_token for row in self.rows]
             streamer.put(torch.tensor(tokens))
         self.streamed = reached
 
@@ -264,24 +260,24 @@ class DecodeCall:
 
     def output(self, synced_gpus: bool):
         """Pads the rows to one length and returns them, with what else the caller asked for."""
-        length = max(row.length for row in self.sequences)
+        length = max(row.length for row in self.rows)
         if self.keeps_home:
             if not self._settle(length) and synced_gpus:
                 self.idle_forward()  # in place of the forward that another process may need
             self.cache.export(self.home, length - 1 + self.slot_shift)
-        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
+        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.rows]
         sequences = torch.tensor(padded, dtype=torch.long, device=self.device)
         if not self.generation_config.return_dict_in_generate:
             return sequences
-        self.stats.per_sequence = [row.stats for row in self.sequences]
-        self.stats.recycled_tokens = sum(row.stats.recycled_tokens for row in self.sequences)
-        self.stats.blocks_spawned = sum(row.stats.blocks_spawned for row in self.sequences)
+        self.stats.per_sequence = [row.stats for row in self.rows]
+        self.stats.recycled_tokens = sum(row.stats.recycled_tokens for row in self.rows)
+        self.stats.blocks_spawned = sum(row.stats.blocks_spawned for row in self.rows)
         return JacobiOutput(
             sequences=sequences,
-            scores=self._columns([row.scores for row in self.sequences]) if self.wants_scores else None,
-            logits=self._columns([row.logits for row in self.sequences]) if self.wants_logits else None,
+            scores=self._columns([row.scores for row in self.rows]) if self.wants_scores else None,
+            logits=self._columns([row.logits for row in self.rows]) if self.wants_logits else None,
             jacobi_stats=self.stats,
-            trajectory=[row.trajectory for row in self.sequences] if self.records else None,
+            trajectory=[row.trajectory for row in self.rows] if self.records else None,
             **{CACHE: self.home},
         )
 
@@ -292,10 +288,10 @@ class DecodeCall:
         Returns:
             whether that took a forward: all rows may be of one length.
         """
-        ends = [row.prompt_length + row.stats.new_tokens - 1 for row in self.sequences]
+        ends = [row.prompt_length + row.stats.new_tokens - 1 for row in self.rows]
         if min(ends) == length - 1:
             return False
-        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
-        trees = [TokenTree(tokens[end : length - 1] or [0]) for tokens, end in zip(padded, ends)]
-        self._score(trees, [end + self.slot_shift for end in ends])
+        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.rows]
+        drafts = [Draft(tokens[end : length - 1] or [0]) for tokens, end in zip(padded, ends)]
+        self._score(drafts, [end + self.slot_shift for end in ends])
         return True

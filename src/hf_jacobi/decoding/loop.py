@@ -70,9 +70,9 @@ def run_to_end(call: DecodeCall, streamer=None, synced_gpus: bool = False) -> No
         if call.finished:
             call.idle_forward()
             continue
-        trees = call.propose()
-        logits = call.forward(trees)
-        call.accept(trees, logits)
+        drafts = call.propose()
+        logits = call.forward(drafts)
+        call.accept(drafts, logits)
         call.stream(streamer)
     if streamer is not None:
         streamer.end()

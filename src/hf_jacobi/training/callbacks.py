@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import TrainerCallback
 
-from ..decoding.blocks import agreement
+from ..decoding.drafting import agreement
 from ..decoding.mixin import enable, unwrap
 from .forward import outside_training
 

@@ -184,8 +184,8 @@ class Collector:
         run_to_end(call)
         rows = {}
         blocks: list[Block] = []
-        for prompt, sequence in zip(batch, call.sequences):
-            text = sequence.tokens[sequence.prompt_length :][: sequence.stats.new_tokens]
+        for prompt, row in zip(batch, call.rows):
+            text = row.tokens[row.prompt_length :][: row.stats.new_tokens]
             kept = clean(
                 text,
                 self.eos_tokens,
@@ -196,7 +196,7 @@ class Collector:
             )
             if kept is None:
                 continue
-            own = first_guesses(kept, sequence.row, sequence.prompt_length, prompt, self.settings)
+            own = first_guesses(kept, row.number, row.prompt_length, prompt, self.settings)
             blocks += own
             rows[prompt.number] = {
                 "prompt_id": prompt.name,

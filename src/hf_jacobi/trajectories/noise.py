@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
-from ..decoding.blocks import agreement
+from ..decoding.drafting import agreement
 from ..decoding.errors import UsageError
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 
 from ..decoding.attention import AttentionMask
-from ..decoding.blocks import agreement
 from ..decoding.call import DecodeCall
+from ..decoding.drafting import agreement
 
 
 @dataclass
