@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 
+import numpy as np
 import torch
 from transformers.generation import logits_process
+
+from .noise import GumbelNoise
 
 
 # Processors whose scores for a position depend on that position's logits alone: applied to all positions at once.
@@ -50,45 +52,6 @@ def _narrowed(processor, row: int):
     processor = copy.copy(processor)
     processor.prompt_ignore_length = per_row[row : row + 1]
     return processor
-
-
-class GumbelNoise:
-    """
-    Gumbel noise keyed by (seed, row, position): the same key gives the same noise, whatever was drawn before it.
-
-    The token argmax(log-probability + noise) is an exact sample of the distribution (the Gumbel-max trick), and one
-    that is drawn twice with the same noise tends to come out the same, so drafts converge.
-
-    Args:
-        seed: the seed.
-        keys: what stands for each row in the key of its noise, if not its index in the batch.
-    """
-
-    def __init__(self, seed: int, keys: list[str] | None = None):
-        self.seed = seed
-        self.keys = keys
-        self._drawn: dict[tuple[int, int], torch.Tensor] = {}
-
-    def at(self, row: int, position: int, like: torch.Tensor) -> torch.Tensor:
-        """The noise of a position, float32 `[vocabulary]`, on the device of `like` `[..., vocabulary]`."""
-        key = (row, position)
-        if key not in self._drawn:
-            name = f"{self.seed}/{self.keys[row] if self.keys else row}/{position}"
-            digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-            generator = torch.Generator(device=like.device).manual_seed(int.from_bytes(digest, "little", signed=True))
-            exponential = torch.empty(like.shape[-1], device=like.device).exponential_(generator=generator)
-            self._drawn[key] = -exponential.clamp_min_(torch.finfo(torch.float32).tiny).log_()
-        return self._drawn[key]
-
-    def forget(self, row: int, positions: range) -> None:
-        """Frees the noise of some positions of a row."""
-        for position in positions:
-            self._drawn.pop((row, position), None)
-
-    def forget_before(self, row: int, position: int) -> None:
-        """Frees the noise of a row's positions that are committed."""
-        for key in [key for key in self._drawn if key[0] == row and key[1] < position]:
-            del self._drawn[key]
 
 
 class TokenChooser:
@@ -141,10 +104,16 @@ class TokenChooser:
             return logits.max(-1).indices.tolist()  # what argmax gives, at a third of its time in bfloat16 on a CPU
         scores = self.scores(logits)
         if self.noise is not None:
-            for index, (row, targets) in enumerate(zip(rows, positions)):
-                for column, position in enumerate(targets):
-                    scores[index, column] += self.noise.at(row, position, scores)
+            targets = np.zeros(scores.shape[:2], dtype=np.int64)
+            for row, own in zip(targets, positions):
+                row[: len(own)] = own
+            self._add_noise(scores, rows, targets)
         return scores.max(-1).indices.tolist()
+
+    def _add_noise(self, scores: torch.Tensor, rows: list[int], positions: np.ndarray) -> torch.Tensor:
+        """Adds to `[B, Q, V]` the noise of `positions` `[B, Q]`, in place."""
+        keys = torch.from_numpy(self.noise.keys(rows, positions))
+        return self.noise.add_to(scores, keys.to(scores.device))
 
     def _processors_for(self, rows: list[int]):
         """The processors for some rows of the batch; one row by itself has its own share of what they know per row."""
@@ -171,5 +140,5 @@ class TokenChooser:
         scores = self._processors_for(rows)(input_ids, logits.to(torch.float32, copy=True))
         if self.noise is None:
             return scores.argmax(-1).tolist(), scores
-        noise = torch.stack([self.noise.at(row, position, scores) for row, position in zip(rows, positions)])
-        return (scores + noise).argmax(-1).tolist(), scores
+        noisy = self._add_noise(scores.clone()[:, None], rows, np.array(positions)[:, None])
+        return noisy[:, 0].argmax(-1).tolist(), scores

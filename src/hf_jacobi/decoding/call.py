@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from .acceptance import GumbelNoise, TokenChooser
+from .acceptance import TokenChooser
 from .attention import AttentionMask
 from .batch import Row
 from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .layout import lay_out
+from .noise import GumbelNoise
 from .slot_cache import SlotCache
 from .stats import JacobiOutput, JacobiStats
 from .stopping import StopCheck
@@ -47,7 +48,8 @@ class DecodeCall:
         seed = config.seed
         if generation_config.do_sample and seed is None:
             seed = int(torch.randint(2**62, ()))
-        self.chooser = TokenChooser(processors, GumbelNoise(seed, row_keys) if generation_config.do_sample else None)
+        names = row_keys or [str(row) for row in range(input_ids.shape[0])]
+        self.chooser = TokenChooser(processors, GumbelNoise(seed, names) if generation_config.do_sample else None)
         self.stop = StopCheck(criteria)
         self.pad_token = pad_token_of(generation_config) or 0
         padding = [0] * input_ids.shape[0]
@@ -155,8 +157,6 @@ class DecodeCall:
             if unfinished[row.number]:
                 self.cache.keep_path(row.number, start + self.slot_shift, path)
                 row.commit(draft, start, path, predictions[row.number], drafted[row.number])
-            if self.chooser.noise is not None:
-                self.chooser.noise.forget_before(row.number, row.position)
         positions = [len(draft) + len(copy or ()) for draft, copy in zip(drafts, drafted)]
         self.stats.count(sum(map(len, paths)), sum(count for count, live in zip(positions, unfinished) if live))
         self.copies = 0

@@ -122,9 +122,6 @@ def _refine_rows(call: DecodeCall, waiting: list[deque[Block]], share: int) -> i
                 count = len(block.queries)
                 block.advance(predictions[row][taken : taken + count])
                 taken += count
-                if block.done and call.chooser.noise is not None:
-                    first = block.start + call.offsets[block.row]
-                    call.chooser.noise.forget(block.row, range(first, first + len(block.final)))
             flying[row] = [block for block in blocks if not block.done]
 
 
