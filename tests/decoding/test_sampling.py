@@ -9,7 +9,7 @@ from models import padded_prompts, tiny_model, tokens_per_forward, trained_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
-from hf_jacobi.decoding.noise import GumbelNoise
+from hf_jacobi.decoding.gumbel import GumbelNoise
 
 
 CONFIGS = [

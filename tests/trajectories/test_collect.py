@@ -17,7 +17,7 @@ from models import VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import hf_jacobi
-from hf_jacobi.decoding.noise import GumbelNoise
+from hf_jacobi.decoding.gumbel import GumbelNoise
 from hf_jacobi.trajectories import TRAJECTORY_FEATURES, collect_trajectories, read_report
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers.generation import logits_process
 
-from .noise import GumbelNoise
+from .gumbel import GumbelNoise
 
 
 # Processors whose scores for a position depend on that position's logits alone: applied to all positions at once.

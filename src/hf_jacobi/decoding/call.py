@@ -10,8 +10,8 @@ from .batch import Row
 from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
+from .gumbel import GumbelNoise
 from .layout import lay_out
-from .noise import GumbelNoise
 from .slot_cache import SlotCache
 from .stats import JacobiOutput, JacobiStats
 from .stopping import StopCheck

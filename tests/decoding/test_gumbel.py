@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hf_jacobi.decoding.noise import GumbelNoise
+from hf_jacobi.decoding.gumbel import GumbelNoise
 
 
 def noise_of(positions: int, vocabulary: int, seed: int = 0, names: tuple[str, ...] = ("0",)) -> torch.Tensor:
