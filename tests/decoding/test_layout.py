@@ -8,7 +8,7 @@ from models import padded_prompts, tiny_model
 from hf_jacobi.decoding.attention import AttentionMask
 from hf_jacobi.decoding.compat import CACHE, cache_of
 from hf_jacobi.decoding.drafting import Draft
-from hf_jacobi.decoding.layout import lay_out
+from hf_jacobi.decoding.layout import Layout
 from hf_jacobi.decoding.slot_cache import SlotCache
 
 
@@ -17,6 +17,13 @@ def draft_of(chain, *branches) -> Draft:
     for branch in branches:
         draft.add_branch(list(branch))
     return draft
+
+
+def lay_out(drafts, starts, offsets) -> Layout:
+    layout = Layout(len(drafts), max(map(len, drafts)), 0, torch.device("cpu"))
+    layout.fill(drafts, starts, offsets)
+    layout.upload()
+    return layout
 
 
 def test_a_draft_scores_each_path_as_a_plain_forward_would():
@@ -30,12 +37,13 @@ def test_a_draft_scores_each_path_as_a_plain_forward_would():
     with torch.no_grad():
         home = cache_of(model(prompt, attention_mask=mask, position_ids=positions, use_cache=True))
         cache = SlotCache.from_prefill(home, 12, keep=False)
-        step = lay_out(drafts, [12] * 3, [-amount for amount in padding], mask.bool(), torch.device("cpu"))
-        cache.place(step.slots, 12, 12 + step.input_ids.shape[1])
+        step = lay_out(drafts, [12] * 3, [-amount for amount in padding])
+        cache.place(step.slots, 12, step.end)
+        slots = torch.arange(step.end)
         visible = AttentionMask(model.config, torch.float32, torch.tensor(padding))(
-            step.visible, step.places, step.key_places
+            step.visible(slots, mask.bool()), step.places, step.key_places(slots)
         )
-        logits = model(step.input_ids, attention_mask=visible, position_ids=step.position_ids, **{CACHE: cache}).logits
+        logits = model(step.ids, attention_mask=visible, position_ids=step.positions, **{CACHE: cache}).logits
         for row, draft in enumerate(drafts):
             for node in range(len(draft)):
                 path = [draft.tokens[index] for index in draft.path(node)]
@@ -44,13 +52,42 @@ def test_a_draft_scores_each_path_as_a_plain_forward_would():
 
 
 def test_one_token_without_padding_needs_no_mask():
-    step = lay_out([draft_of([1])], [12], [0], None, torch.device("cpu"))
-    assert step.visible is None and step.position_ids.tolist() == [[12]] and step.uniform
+    step = lay_out([draft_of([1])], [12], [0])
+    assert step.visible(torch.arange(13), None) is None
+    assert step.positions.tolist() == [[12]] and step.uniform and step.end == 13
 
 
 def test_rows_at_different_lengths_write_different_slots():
-    step = lay_out([draft_of([1, 2]), draft_of([3], [4])], [5, 9], [0, -2], None, torch.device("cpu"))
-    assert not step.uniform
+    step = lay_out([draft_of([1, 2]), draft_of([3], [4])], [5, 9], [0, -2])
+    assert not step.uniform and step.end == 11
     assert step.slots.tolist() == [[5, 6], [9, 10]]
-    assert step.position_ids.tolist() == [[5, 6], [7, 8]]
-    assert step.visible[0].sum(1).tolist() == [6, 7] and step.visible[1].sum(1).tolist() == [10, 11]
+    assert step.positions.tolist() == [[5, 6], [7, 8]]
+    visible = step.visible(torch.arange(11), None)
+    assert visible[0].sum(1).tolist() == [6, 7] and visible[1].sum(1).tolist() == [10, 11]
+
+
+def test_branches_share_places():
+    step = lay_out([draft_of([1, 2, 3], [4, 5], [6])], [10], [-3])
+    assert step.places.tolist() == [[10, 11, 12, 11, 12, 11]]
+    assert step.positions.tolist() == [[7, 8, 9, 8, 9, 8]]
+    assert step.key_places(torch.arange(16)).tolist() == [[*range(10), 10, 11, 12, 11, 12, 11]]
+    sees = [[node for node in range(6) if row[node]] for row in step.ancestors[0].tolist()]
+    assert sees == [[0], [0, 1], [0, 1, 2], [0, 3], [0, 3, 4], [0, 5]]
+
+
+def test_copies_of_the_chain_see_themselves_and_the_text():
+    layout = Layout(1, 5, 0, torch.device("cpu"))
+    layout.fill([draft_of([1, 2], [3])], [10], [0], copies=2)
+    assert layout.ids.tolist() == [[1, 2, 3, 1, 2]]
+    assert layout.places.tolist() == [[10, 11, 11, 10, 11]]
+    assert layout.ancestors[0, 3:].tolist() == [[False] * 3 + [True, False], [False] * 3 + [True, True]]
+
+
+def test_a_layout_can_be_filled_again():
+    layout = Layout(2, 3, 0, torch.device("cpu"))
+    layout.fill([draft_of([1, 2, 3]), draft_of([4], [5, 6])], [4, 6], [0, 0])
+    layout.fill([draft_of([7]), draft_of([8, 9])], [5, 8], [0, -1])
+    fresh = Layout(2, 3, 0, torch.device("cpu"))
+    fresh.fill([draft_of([7]), draft_of([8, 9])], [5, 8], [0, -1])
+    for name in ("ids", "positions", "slots", "places", "starts", "ancestors"):
+        assert torch.equal(getattr(layout, name), getattr(fresh, name)), name

@@ -87,33 +87,20 @@ class TokenChooser:
             scores = processor(nothing, scores)
         return scores.view(logits.shape)
 
-    def predict(self, logits: torch.Tensor, rows: list[int], positions: list[list[int]]) -> list[list[int]]:
+    def predict(self, logits: torch.Tensor, keys: torch.Tensor | None = None) -> torch.Tensor:
         """
-        The token at every position; when a processor reads context, a guess that leaves such processors out.
+        The token at every position, `[B, Q]`; when a processor reads context, a guess that leaves such processors out.
 
         Args:
             logits: `[B, Q, V]`.
-            rows: the batch index of each of the B rows, the key of its noise.
-            positions: per row, the position of the token that each node predicts, the other key of its noise.
-
-        Returns:
-            `[B][Q]` tokens, on the host. Unless processors read context, this is where a step waits for the device,
-            and the only place.
+            keys: `[2, B, Q, 1]`, of the noise of each position (`GumbelNoise.keys`), for sampled text.
         """
         if not self.context_free and self.noise is None:
-            return logits.max(-1).indices.tolist()  # what argmax gives, at a third of its time in bfloat16 on a CPU
+            return logits.max(-1).indices  # what argmax gives, at a third of its time in bfloat16 on a CPU
         scores = self.scores(logits)
         if self.noise is not None:
-            targets = np.zeros(scores.shape[:2], dtype=np.int64)
-            for row, own in zip(targets, positions):
-                row[: len(own)] = own
-            self._add_noise(scores, rows, targets)
-        return scores.max(-1).indices.tolist()
-
-    def _add_noise(self, scores: torch.Tensor, rows: list[int], positions: np.ndarray) -> torch.Tensor:
-        """Adds to `[B, Q, V]` the noise of `positions` `[B, Q]`, in place."""
-        keys = torch.from_numpy(self.noise.keys(rows, positions))
-        return self.noise.add_to(scores, keys.to(scores.device))
+            self.noise.add_to(scores, keys)
+        return scores.max(-1).indices
 
     def _processors_for(self, rows: list[int]):
         """The processors for some rows of the batch; one row by itself has its own share of what they know per row."""
@@ -140,5 +127,5 @@ class TokenChooser:
         scores = self._processors_for(rows)(input_ids, logits.to(torch.float32, copy=True))
         if self.noise is None:
             return scores.argmax(-1).tolist(), scores
-        noisy = self._add_noise(scores.clone()[:, None], rows, np.array(positions)[:, None])
-        return noisy[:, 0].argmax(-1).tolist(), scores
+        keys = torch.from_numpy(self.noise.keys(rows, np.array(positions)[:, None])).to(scores.device)
+        return self.noise.add_to(scores.clone()[:, None], keys)[:, 0].argmax(-1).tolist(), scores

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from .acceptance import TokenChooser
@@ -11,10 +12,13 @@ from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, rena
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .gumbel import GumbelNoise
-from .layout import lay_out
+from .layout import Layout
 from .slot_cache import SlotCache
 from .stats import JacobiOutput, JacobiStats
 from .stopping import StopCheck
+
+
+MOVES = 16  # accepted tokens that are moved into place in one step are laid out in multiples of this
 
 
 class DecodeCall:
@@ -69,6 +73,8 @@ class DecodeCall:
         self.draft_adapter = DraftAdapter.of(model)
         self.copies = 0  # columns at the end of the newest forward that the draft-only adapter served
         self.stats = JacobiStats()
+        self.layouts: dict[tuple[int, int], Layout] = {}
+        self.slot_numbers = torch.arange(0, device=self.device)
         self.streamed = input_ids.shape[1]
         self.shown_scores: tuple[torch.Tensor, ...] = ()
         self.wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
@@ -93,7 +99,13 @@ class DecodeCall:
         if self.key_valid is not None:
             left_padding = (self.key_valid.cumsum(1) == 0).sum(1)
         self.mask = AttentionMask(self.model.config.get_text_config(decoder=True), self.model.dtype, left_padding)
-        self.accept([Draft(row.tokens[-1:] or [0]) for row in self.rows], outputs.logits[:, -1:].to(self.device))
+        keys = None
+        if self.chooser.noise is not None:
+            positions = np.array([[row.position] for row in self.rows])
+            keys = torch.from_numpy(self.chooser.noise.keys([row.number for row in self.rows], positions))
+            keys = keys.to(self.device)
+        drafts = [Draft(row.tokens[-1:] or [0]) for row in self.rows]
+        self.accept(drafts, outputs.logits[:, -1:].to(self.device), keys)
 
     def propose(self) -> list[Draft]:
         """What every row tries next; a finished row goes along with one token that leads nowhere."""
@@ -109,13 +121,34 @@ class DecodeCall:
             return self._score(drafts, starts, self.copies)
 
     def _score(self, drafts: list[Draft], starts: list[int], copies: int = 0) -> torch.Tensor:
-        step = lay_out(drafts, starts, self.offsets, self.key_valid, self.device, copies)
-        end = max(starts) + step.input_ids.shape[1]
-        self.cache.place(step.slots, starts[0] if step.uniform else None, end)
-        mask = None
-        if step.visible is not None:
-            mask = self.mask(step.visible, step.places, step.key_places)
-        return self.run(step.input_ids, step.position_ids, mask, self.cache)
+        """Lays out, uploads and runs one step."""
+        width = max(map(len, drafts)) + copies
+        moves = -(-len(self.cache.moves) // MOVES) * MOVES
+        shape = (width, moves)
+        if shape not in self.layouts:
+            self.layouts[shape] = Layout(len(self.rows), width, moves, self.device)
+        layout = self.layout = self.layouts[shape]
+        layout.fill(drafts, starts, self.offsets, copies)
+        if moves:
+            layout.host["moves"][:] = 0  # what is left over moves a slot to where it is
+            layout.host["moves"][:, : len(self.cache.moves)] = np.array(self.cache.moves).T
+        if self.chooser.noise is not None:
+            targets = layout.host["positions"] + 1
+            layout.host["keys"][:] = self.chooser.noise.keys([row.number for row in self.rows], targets)
+        layout.upload()
+        self.cache.move(layout.moves)
+        self.cache.place(layout.slots, starts[0] if layout.uniform else None, layout.end)
+        index = self._slots(layout.end)
+        mask = layout.visible(index, self.key_valid)
+        if mask is not None:
+            mask = self.mask(mask, layout.places, layout.key_places(index) if self.mask.reads_places else None)
+        return self.run(layout.ids, layout.positions, mask, self.cache)
+
+    def _slots(self, count: int) -> torch.Tensor:
+        """`[count]`, the numbers of the first slots."""
+        if count > len(self.slot_numbers):
+            self.slot_numbers = torch.arange(2 * count, device=self.device)
+        return self.slot_numbers[:count]
 
     def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask, cache: SlotCache) -> torch.Tensor:
         """
@@ -141,35 +174,24 @@ class DecodeCall:
                 others[name] = newest if name == "token_type_ids" else torch.zeros_like(newest)
         return others
 
-    def accept(self, drafts: list[Draft], logits: torch.Tensor) -> None:
+    def accept(self, drafts: list[Draft], logits: torch.Tensor, keys: torch.Tensor | None) -> None:
         """Commits, per row, the longest path of its draft that the model would have written, and one token more."""
         starts = [row.length - 1 for row in self.rows]
-        targets = [[row.position + depth for depth in draft.depths] for row, draft in zip(self.rows, drafts)]
-        rows = [row.number for row in self.rows]
-        width = logits.shape[1] - self.copies
-        predictions = self.chooser.predict(logits[:, :width], rows, targets)
-        drafted = self._drafted(drafts, logits[:, width:], rows)
+        predictions = self.chooser.predict(logits, keys).tolist()  # where a step waits for the device
         unfinished = [not row.finished for row in self.rows]
         paths: list[list[int]] = [[] for _ in self.rows]
         for group in self.groups:
             self._walk(group, drafts, logits, predictions, paths)
+        positions = 0
         for row, draft, path, start in zip(self.rows, drafts, paths, starts):
             if unfinished[row.number]:
                 self.cache.keep_path(row.number, start + self.slot_shift, path)
-                row.commit(draft, start, path, predictions[row.number], drafted[row.number])
-        positions = [len(draft) + len(copy or ()) for draft, copy in zip(drafts, drafted)]
-        self.stats.count(sum(map(len, paths)), sum(count for count, live in zip(positions, unfinished) if live))
+                predicted = predictions[row.number]
+                drafted = predicted[-self.copies :][: draft.chain_length] if self.copies else None
+                row.commit(draft, start, path, predicted, drafted)
+                positions += len(draft) + len(drafted or ())
+        self.stats.count(sum(map(len, paths)), positions)
         self.copies = 0
-
-    def _drafted(self, drafts: list[Draft], logits: torch.Tensor, rows: list[int]) -> list[list[int] | None]:
-        """What the draft-only adapter predicts at each token of each row's draft; `None` where there is no adapter."""
-        if not self.copies:
-            return [None] * len(drafts)
-        targets = [
-            [row.position + depth for depth in range(draft.chain_length)] for row, draft in zip(self.rows, drafts)
-        ]
-        predictions = self.chooser.predict(logits, rows, targets)
-        return [tokens[: draft.chain_length] for tokens, draft in zip(predictions, drafts)]
 
     def _walk(self, group: list[Row], drafts, logits, predictions, paths) -> None:
         """

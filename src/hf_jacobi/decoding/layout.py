@@ -1,8 +1,6 @@
-"""Lays the drafts of all sequences into the rows of a batch: ids, positions, slots, visibility."""
+"""Lays the drafts of all rows side by side: one buffer of integers on the host, one copy of it on the device."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,91 +8,115 @@ import torch
 from .drafting import Draft
 
 
-@dataclass
-class StepInputs:
+class Layout:
     """
-    One forward over the drafts of all sequences. B sequences, Q nodes each (shorter drafts are padded), S slots.
+    What one step needs to know of B rows with Q nodes each (shorter drafts are padded), S slots of the cache.
 
-    Attributes:
-        input_ids: `[B, Q]`.
-        position_ids: `[B, Q]`, counted as the model does, without the left padding.
-        slots: `[B, Q]`, the cache slot of each token.
-        places: `[B, Q]`, the index in its sequence of each token.
-        visible: `[B, Q, S]` bool, which slots each token may attend to; `None` when each sees all there are (one token
-            a row, no padding, rows of equal length).
-        key_places: `[B, S]`, the index of the token in each slot; `None` with `visible`.
-        uniform: whether all sequences write the same slots.
-    """
-
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
-    slots: torch.Tensor
-    places: torch.Tensor
-    visible: torch.Tensor | None
-    key_places: torch.Tensor | None
-    uniform: bool
-
-
-def lay_out(
-    drafts: list[Draft],
-    starts: list[int],
-    offsets: list[int],
-    key_valid: torch.Tensor | None,
-    device: torch.device,
-    copies: int = 0,
-) -> StepInputs:
-    """
-    Lays one draft per sequence into the rows of a batch.
+    The fields lie in one buffer, which `fill` writes on the host and `upload` copies to the device at once. A layout
+    is used again for every step of its shape.
 
     Args:
-        drafts: one per sequence.
-        starts: the slot of each draft's node 0, which is also its index in the sequence.
-        offsets: position minus slot, per sequence (minus the left padding).
-        key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
-        device: where the tensors go.
-        copies: how many columns the drafts have that stand a second time at the end of each row; a copy sees the
-            committed text and itself, never the draft. 0 for none.
+        rows: B.
+        width: Q.
+        moves: M, how many accepted tokens of the step before can be moved into place.
+        device: where the step runs.
+
+    Attributes:
+        ids: `[B, Q]`, the token of each node.
+        positions: `[B, Q]`, as the model counts them, without the left padding.
+        slots: `[B, Q]`, where in the cache each node goes.
+        places: `[B, Q]`, the slot that each node would have if its path were all there is: its index in the sequence.
+        starts: `[B, 1]`, the slot of node 0.
+        moves: `[3, M]`: rows, slots before, slots after.
+        keys: `[2, B, Q, 1]` int32, of the noise of the token that each node predicts (`GumbelNoise.keys`).
+        ancestors: `[B, Q, Q]` bool, whether a node (second axis) sees another (third): its ancestors and itself.
+        uniform: whether all rows begin at the same slot.
+        end: S, one past the last slot that is written.
     """
-    draft_width = max(len(draft) for draft in drafts)
-    ids = [draft.tokens + [0] * (draft_width - len(draft)) for draft in drafts]
-    depths = [draft.depths + [0] * (draft_width - len(draft)) for draft in drafts]
-    if copies:
-        ids = [row + _fitted(draft.tokens[: draft.chain_length], copies) for row, draft in zip(ids, drafts)]
-        depths = [
-            row + [min(depth, draft.chain_length - 1) for depth in range(copies)] for row, draft in zip(depths, drafts)
-        ]
-    width = draft_width + copies
-    uniform = len(set(starts)) == 1
-    start = torch.tensor(starts, device=device).unsqueeze(1)
-    slots = start + torch.arange(width, device=device)
-    places = start + torch.tensor(depths, device=device)
-    positions = places + torch.tensor(offsets, device=device).unsqueeze(1)
-    visible = key_places = None
-    if width > 1 or key_valid is not None or not uniform:
-        total = max(starts) + width
-        within = torch.arange(total, device=device) - start  # [B, S], slot relative to node 0
-        ancestors = torch.from_numpy(np.stack([_ancestors(draft, draft_width, copies) for draft in drafts])).to(device)
-        in_draft = (within >= 0) & (within < width)
-        index = within.clamp(0, width - 1)
-        draft_part = ancestors.gather(2, index.unsqueeze(1).expand(-1, width, -1)) & in_draft.unsqueeze(1)
-        committed = within < 0
+
+    def __init__(self, rows: int, width: int, moves: int, device: torch.device):
+        nodes = (rows, width)
+        shapes = {
+            "ids": (torch.int64, nodes),
+            "positions": (torch.int64, nodes),
+            "slots": (torch.int64, nodes),
+            "places": (torch.int64, nodes),
+            "starts": (torch.int64, (rows, 1)),
+            "moves": (torch.int64, (3, moves)),
+            "keys": (torch.int32, (2, *nodes, 1)),
+            "ancestors": (torch.bool, (*nodes, width)),  # last, as its size need not be a multiple of 8
+        }
+        sizes = {name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape) in shapes.items()}
+        total = sum(sizes.values())
+        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._device = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+        self.host: dict[str, np.ndarray] = {}
+        first = 0
+        for name, (dtype, shape) in shapes.items():
+            part = slice(first, first := first + sizes[name])
+            self.host[name] = self._host[part].view(dtype).view(shape).numpy()
+            setattr(self, name, self._device[part].view(dtype).view(shape))
+        self.width = width
+        self.uniform = True
+        self.end = 0
+
+    def fill(self, drafts: list[Draft], starts: list[int], offsets: list[int], copies: int = 0) -> None:
+        """
+        Writes one draft per row, on the host.
+
+        Args:
+            drafts: one per row.
+            starts: the slot of each draft's node 0.
+            offsets: position minus slot, per row (minus the left padding).
+            copies: how many columns the chains have that stand a second time at the end of each row; a copy sees the
+                committed text and itself, never the draft. 0 for none.
+        """
+        host, width = self.host, self.width - copies
+        host["ids"][:] = 0
+        host["places"][:] = 0
+        host["ancestors"][:] = np.eye(self.width, dtype=bool)
+        for row, draft in enumerate(drafts):
+            count, length = len(draft), draft.chain_length
+            host["ids"][row, :count] = draft.tokens
+            host["places"][row, :count] = draft.depths
+            sees = host["ancestors"][row]
+            sees[:length, :length] = np.tri(length, dtype=bool)
+            for node in range(length, count):
+                sees[node] |= sees[draft.parents[node]]
+            if copies:
+                host["ids"][row, width : width + length] = draft.chain
+                host["places"][row, width:] = np.minimum(np.arange(copies), length - 1)
+                sees[width:, width:] = np.tri(copies, dtype=bool)
+        start = host["starts"]
+        start[:, 0] = starts
+        host["places"] += start
+        host["slots"][:] = start + np.arange(self.width)
+        host["positions"][:] = host["places"] + np.array(offsets)[:, None]
+        self.uniform = len(set(starts)) == 1
+        self.end = max(starts) + self.width
+
+    def upload(self) -> None:
+        """Copies everything to the device. The step before has been read, so the host's buffer is free again."""
+        if self._device is not self._host:
+            self._device.copy_(self._host, non_blocking=True)
+
+    def visible(self, index: torch.Tensor, key_valid: torch.Tensor | None) -> torch.Tensor | None:
+        """
+        `[B, Q, S]` bool, which slots each node may attend to; `None` when each sees all there are (one node a row, no
+        padding, rows of equal length).
+
+        Args:
+            index: `[S]`, the numbers of the slots.
+            key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
+        """
+        if self.width == 1 and key_valid is None and self.uniform:
+            return None
+        committed = index < self.starts
         if key_valid is not None:
             committed[:, : key_valid.shape[1]] &= key_valid
-        visible = draft_part | committed.unsqueeze(1)
-        key_places = torch.where(in_draft, places.gather(1, index), within + start)
-    return StepInputs(torch.tensor(ids, device=device), positions, slots, places, visible, key_places, uniform)
+        visible = committed.unsqueeze(1).repeat(1, self.width, 1)
+        return visible.scatter_(2, self.slots.unsqueeze(1).expand_as(self.ancestors), self.ancestors)
 
-
-def _fitted(tokens: list[int], length: int) -> list[int]:
-    return tokens + [0] * (length - len(tokens))
-
-
-def _ancestors(draft: Draft, width: int, copies: int = 0) -> np.ndarray:
-    """`[Q, Q]` bool, Q = width + copies: row i marks node i and its ancestors; a padding node marks itself."""
-    rows = np.eye(width + copies, dtype=bool)
-    rows[width:, width:] = np.tri(copies, dtype=bool)
-    length = draft.chain_length
-    rows[:length, :length] = np.tri(length, dtype=bool)
-    for node in range(length, len(draft)):
-        rows[node] |= rows[draft.parents[node]]
-    return rows
+    def key_places(self, index: torch.Tensor) -> torch.Tensor:
+        """`[B, S]`, the index in its sequence of the token in each of the slots `index` `[S]`."""
+        return index.repeat(self.slots.shape[0], 1).scatter_(1, self.slots, self.places)

@@ -72,7 +72,7 @@ def run_to_end(call: DecodeCall, streamer=None, synced_gpus: bool = False) -> No
             continue
         drafts = call.propose()
         logits = call.forward(drafts)
-        call.accept(drafts, logits)
+        call.accept(drafts, logits, call.layout.keys)
         call.stream(streamer)
     if streamer is not None:
         streamer.end()

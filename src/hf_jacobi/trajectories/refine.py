@@ -114,7 +114,10 @@ def _refine_rows(call: DecodeCall, waiting: list[deque[Block]], share: int) -> i
         offsets = torch.tensor([call.offsets[row] for row in rows], device=call.device).unsqueeze(1)
         positions = (step.places + offsets).clamp(min=0)  # what pads a row has none
         logits = call.run(step.ids, positions, mask(visible, step.places, step.key_places()), cache)
-        predictions = call.chooser.predict(logits, rows, (positions + 1).tolist())
+        noise, keys = call.chooser.noise, None
+        if noise is not None:
+            keys = torch.from_numpy(noise.keys(rows, (positions + 1).cpu().numpy())).to(call.device)
+        predictions = call.chooser.predict(logits, keys).tolist()
         forwards += 1
         for row, blocks in enumerate(flying):
             taken = 0
