@@ -54,12 +54,12 @@ def test_a_draft_scores_each_path_as_a_plain_forward_would():
 def test_one_token_without_padding_needs_no_mask():
     step = lay_out([draft_of([1])], [12], [0])
     assert step.visible(torch.arange(13), None) is None
-    assert step.positions.tolist() == [[12]] and step.uniform and step.end == 13
+    assert step.positions.tolist() == [[12]] and step.first == 12 and step.end == 13
 
 
 def test_rows_at_different_lengths_write_different_slots():
     step = lay_out([draft_of([1, 2]), draft_of([3], [4])], [5, 9], [0, -2])
-    assert not step.uniform and step.end == 11
+    assert step.first is None and step.end == 11
     assert step.slots.tolist() == [[5, 6], [9, 10]]
     assert step.positions.tolist() == [[5, 6], [7, 8]]
     visible = step.visible(torch.arange(11), None)

@@ -101,7 +101,7 @@ def test_states_are_those_of_the_decode_loop(permuted_copy):
             [Block(row, 20 + N * number, states[-1], [states[0]]) for number, states in enumerate(trajectory)]
             for row, trajectory in enumerate(expected)
         ]
-        refine_blocks(call, list(itertools.chain(*blocks)), positions_per_forward=64)
+        refine_blocks(call.step, list(itertools.chain(*blocks)), positions_per_forward=64)
         return [[block.states for block in row] for row in blocks]
 
     assert permuted_copy.generate(prompts, custom_generate=decode, max_new_tokens=37, do_sample=False) == expected

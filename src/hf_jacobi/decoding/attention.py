@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -38,6 +40,12 @@ class AttentionMask:
         if self.sliding_window is not None:
             return "sliding_attention"
         return "chunked_attention" if self.chunk_size is not None else "full_attention"
+
+    def of_rows(self, rows: list[int]) -> AttentionMask:
+        """Those of some rows."""
+        part = copy.copy(self)
+        part.left_padding = self.left_padding[rows]
+        return part
 
     @property
     def reads_places(self) -> bool:

@@ -30,7 +30,7 @@ class Layout:
         moves: `[3, M]`: rows, slots before, slots after.
         keys: `[2, B, Q, 1]` int32, of the noise of the token that each node predicts (`GumbelNoise.keys`).
         ancestors: `[B, Q, Q]` bool, whether a node (second axis) sees another (third): its ancestors and itself.
-        uniform: whether all rows begin at the same slot.
+        first: the slot that all rows begin at, `None` when they begin at different ones.
         end: S, one past the last slot that is written.
     """
 
@@ -57,7 +57,7 @@ class Layout:
             self.host[name] = self._host[part].view(dtype).view(shape).numpy()
             setattr(self, name, self._device[part].view(dtype).view(shape))
         self.width = width
-        self.uniform = True
+        self.first: int | None = 0
         self.end = 0
 
     def fill(self, drafts: list[Draft], starts: list[int], offsets: list[int], copies: int = 0) -> None:
@@ -92,8 +92,14 @@ class Layout:
         host["places"] += start
         host["slots"][:] = start + np.arange(self.width)
         host["positions"][:] = host["places"] + np.array(offsets)[:, None]
-        self.uniform = len(set(starts)) == 1
+        self.first = starts[0] if len(set(starts)) == 1 else None
         self.end = max(starts) + self.width
+
+    def fill_moves(self, moves: list[tuple[int, int, int]]) -> None:
+        """Writes the moves (row, slot before, slot after), on the host; what is left over moves a slot onto itself."""
+        self.host["moves"][:] = 0
+        if moves:
+            self.host["moves"][:, : len(moves)] = np.array(moves).T
 
     def upload(self) -> None:
         """Copies everything to the device. The step before has been read, so the host's buffer is free again."""
@@ -109,7 +115,7 @@ class Layout:
             index: `[S]`, the numbers of the slots.
             key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
         """
-        if self.width == 1 and key_valid is None and self.uniform:
+        if self.width == 1 and key_valid is None and self.first is not None:
             return None
         committed = index < self.starts
         if key_valid is not None:
