@@ -8,6 +8,9 @@ import torch
 from .drafting import Draft
 
 
+NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.bool: np.bool_}
+
+
 class Layout:
     """
     What one step needs to know of B rows with Q nodes each (shorter drafts are padded), S slots of the cache.
@@ -48,14 +51,21 @@ class Layout:
         }
         sizes = {name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape) in shapes.items()}
         total = sum(sizes.values())
-        self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
-        self._device = self._host if device.type == "cpu" else torch.zeros_like(self._host, device=device)
+        self._host = self._device = None  # on a CPU the step reads what is written
+        buffer = np.zeros(total, dtype=np.uint8)
+        if device.type != "cpu":
+            self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            self._device = torch.zeros_like(self._host, device=device)
+            buffer = self._host.numpy()
         self.host: dict[str, np.ndarray] = {}
         first = 0
         for name, (dtype, shape) in shapes.items():
             part = slice(first, first := first + sizes[name])
-            self.host[name] = self._host[part].view(dtype).view(shape).numpy()
-            setattr(self, name, self._device[part].view(dtype).view(shape))
+            self.host[name] = buffer[part].view(NUMPY[dtype]).reshape(shape)
+            if self._device is None:
+                setattr(self, name, torch.from_numpy(self.host[name]))
+            else:
+                setattr(self, name, self._device[part].view(dtype).view(shape))
         self.width = width
         self.first: int | None = 0
         self.end = 0
@@ -103,7 +113,7 @@ class Layout:
 
     def upload(self) -> None:
         """Copies everything to the device. The step before has been read, so the host's buffer is free again."""
-        if self._device is not self._host:
+        if self._device is not None:
             self._device.copy_(self._host, non_blocking=True)
 
     def visible(self, index: torch.Tensor, key_valid: torch.Tensor | None) -> torch.Tensor | None:

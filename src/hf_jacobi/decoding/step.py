@@ -17,7 +17,7 @@ from .slot_cache import SlotCache
 from .verify import TokenChooser
 
 
-MOVES = 16  # accepted tokens that are moved into place in one step are laid out in multiples of this
+MOVES = 64  # room for accepted tokens to be moved into place in one step; as often four times that as it takes
 
 
 class Step:
@@ -167,7 +167,10 @@ class Step:
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
 
     def _layout(self, width: int) -> Layout:
-        shape = (width, -(-len(self.cache.moves) // MOVES) * MOVES)
+        moves = MOVES
+        while moves < len(self.cache.moves):
+            moves *= 4
+        shape = (width, moves)
         if shape not in self._layouts:
             self._layouts[shape] = Layout(len(self.numbers), *shape, self.device)
         return self._layouts[shape]
