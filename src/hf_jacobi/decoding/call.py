@@ -12,7 +12,7 @@ from .outputs import Outputs
 from .stats import JacobiStats
 from .step import Step
 from .stopping import StopCheck
-from .verify import Greedy, Gumbel, TokenChooser
+from .verify import Greedy, Gumbel, TokenChooser, usable
 from .walk import Walk
 
 
@@ -74,7 +74,7 @@ class DecodeCall:
     def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
         copies, starts = self.step.copies, [row.length - 1 for row in self.rows]
         paths = self.walk(drafts, self.step.logits, predictions)
-        positions = 0
+        predictions, positions = usable(predictions), 0
         for number, path in paths.items():
             draft, predicted = drafts[number], predictions[number]
             drafted = predicted[-copies:][: draft.chain_length] if copies else None

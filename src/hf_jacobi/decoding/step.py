@@ -7,11 +7,13 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
+from transformers import Cache
 
 from .attention import AttentionMask
 from .compat import CACHE, cache_argument, cache_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
+from .errors import UsageError
 from .layout import Layout
 from .slot_cache import SlotCache
 from .verify import TokenChooser
@@ -69,6 +71,11 @@ class Step:
         """
         outputs = prefill(self.model, self.input_ids, self.generation_config, self.model_kwargs)
         self.home = cache_of(outputs)
+        if not isinstance(self.home, Cache):
+            raise UsageError(
+                f"Jacobi decoding verifies drafts against the KV cache, but {type(self.model).__name__} gave back "
+                f"{type(self.home).__name__} in place of a transformers.Cache: use decoding='ar'."
+            )
         length = self.home.get_seq_length()
         self.cache = SlotCache.from_prefill(self.home, length, keeps_home)
         self.slot_shift = length - self.input_ids.shape[1]
@@ -92,7 +99,7 @@ class Step:
             starts: index in its sequence of each draft's node 0.
 
         Returns:
-            `[B][Q]`, the token predicted at each node; those of the draft-only adapter at the chain (`copies`) last.
+            `[B][Q]`, the token predicted at each node (`verify.UNDRAWABLE` for none); those of the draft-only adapter at the chain (`copies`) last.
         """
         self.copies = max(draft.chain_length for draft in drafts) if self.draft_adapter else 0
         with self.draft_adapter.on(self.copies) if self.draft_adapter else nullcontext():

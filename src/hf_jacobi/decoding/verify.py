@@ -54,6 +54,14 @@ def _narrowed(processor, row: int):
     return processor
 
 
+UNDRAWABLE = -1  # in place of a token where scores are no distribution to draw from
+
+
+def usable(predictions: list[list[int]]) -> list[list[int]]:
+    """Predictions that can be tried: any token in place of `UNDRAWABLE`."""
+    return [[max(token, 0) for token in tokens] for tokens in predictions]
+
+
 class Greedy:
     """The token of the highest score. Any acceptance rule is a class with these members."""
 
@@ -70,8 +78,12 @@ class Gumbel(GumbelNoise):
     is_random = True
 
     def pick(self, scores: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """As `Greedy.pick`; `keys` `[2, B, Q, 1]` are those of the positions (`GumbelNoise.keys`)."""
-        return self.add_to(scores, keys).max(-1).indices
+        """
+        As `Greedy.pick`; `keys` `[2, B, Q, 1]` are those of the positions (`GumbelNoise.keys`). `UNDRAWABLE` where a
+        score is NaN or inf, or all are -inf.
+        """
+        best, tokens = self.add_to(scores, keys).max(-1)
+        return tokens.masked_fill_(best.isfinite().logical_not_(), UNDRAWABLE)
 
 
 class TokenChooser:
@@ -117,7 +129,22 @@ class TokenChooser:
         """
         if not self.context_free and not self.rule.is_random:
             return self.rule.pick(logits)
-        return self.rule.pick(self.scores(logits), keys)
+        return self.rule.pick(self._scores_of_guesses(logits), keys)
+
+    def _scores_of_guesses(self, logits: torch.Tensor) -> torch.Tensor:
+        """As `scores`; NaN for a position at which a processor raises, which may never be written."""
+        try:
+            return self.scores(logits)
+        except ValueError:  # some look at the distribution, and want one
+            if logits.shape[:-1].numel() == 1:
+                return torch.full_like(logits, torch.nan, dtype=torch.float32)
+            parts = [self._scores_of_guesses(part) for part in logits.flatten(0, -2).split(1)]
+            return torch.cat(parts).view(logits.shape)
+
+    def raise_undrawable(self, logits: torch.Tensor) -> None:
+        """Raises for logits `[V]` that nothing can be drawn from what AR raises: a processor's error, or torch's."""
+        self.scores(logits.unsqueeze(0))
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
     def _processors_for(self, rows: list[int]):
         """The processors for some rows of the batch; one row by itself has its own share of what they know per row."""
@@ -139,7 +166,7 @@ class TokenChooser:
             positions: the position of each row's next token, the key of its noise.
 
         Returns:
-            tokens (`[G]` list) and processed scores (`[G, V]` float32).
+            tokens (`[G]` list, `UNDRAWABLE` as in `Gumbel.pick`) and processed scores (`[G, V]` float32).
         """
         scores = self._processors_for(rows)(input_ids, logits.to(torch.float32, copy=True))
         if not self.rule.is_random:

@@ -8,7 +8,7 @@ from .batch import Row
 from .drafting import Draft
 from .outputs import Outputs
 from .stopping import StopCheck
-from .verify import TokenChooser
+from .verify import UNDRAWABLE, TokenChooser
 
 
 class Walk:
@@ -60,6 +60,9 @@ class Walk:
             else:
                 tokens = {row.number: predictions[row.number][nodes[row.number]] for row in live}
                 self.outputs.record(live, logits, nodes, self.chooser)
+            for row in live:
+                if tokens[row.number] == UNDRAWABLE:
+                    self.chooser.raise_undrawable(logits[row.number, nodes[row.number]])
             for row in group:
                 if row.finished and len(group) > 1:
                     row.tokens.append(self.pad_token)

@@ -9,6 +9,7 @@ import torch
 
 from ..decoding.drafting import agreement
 from ..decoding.step import Step
+from ..decoding.verify import usable
 
 
 @dataclass
@@ -108,7 +109,7 @@ def _refine_rows(step: Step, waiting: list[deque[Block]], share: int) -> int:
         positions = (layout.places + offsets).clamp(min=0)  # what pads a row has none
         visible = layout.visible(part.key_valid)
         logits = part.run(layout.ids, positions, visible, layout.places, layout.key_places())
-        predictions = part.predict(logits, (positions + 1).cpu().numpy())
+        predictions = usable(part.predict(logits, (positions + 1).cpu().numpy()))
         forwards += 1
         for row, blocks in enumerate(flying):
             taken = 0
