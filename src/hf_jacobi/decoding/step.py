@@ -99,7 +99,8 @@ class Step:
             starts: index in its sequence of each draft's node 0.
 
         Returns:
-            `[B][Q]`, the token predicted at each node (`verify.UNDRAWABLE` for none); those of the draft-only adapter at the chain (`copies`) last.
+            `[B][Q]`, the token predicted at each node (`verify.UNDRAWABLE` for none); those of the draft-only adapter
+            at the chain (`copies`) last.
         """
         self.copies = max(draft.chain_length for draft in drafts) if self.draft_adapter else 0
         with self.draft_adapter.on(self.copies) if self.draft_adapter else nullcontext():

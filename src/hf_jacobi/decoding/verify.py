@@ -83,7 +83,7 @@ class Gumbel(GumbelNoise):
         score is NaN or inf, or all are -inf.
         """
         best, tokens = self.add_to(scores, keys).max(-1)
-        return tokens.masked_fill_(best.isfinite().logical_not_(), UNDRAWABLE)
+        return torch.where(best.abs() < torch.inf, tokens, UNDRAWABLE)
 
 
 class TokenChooser:
