@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from hf_jacobi.decoding.blocks import Blocks
+from hf_jacobi.decoding.drafting import Draft, DraftRule
 
 
 QWEN_7B = {
@@ -94,20 +94,25 @@ def forced_drafts(right: float, known: Callable[[list[int], int], list[int]], vo
 
     Args:
         right: that probability.
-        known: up to so many tokens that follow a text (of one row, padding included).
+        known: up to so many tokens that follow a text (of one row, padding left out).
         vocabulary: tokens there are.
     """
     draw = random.Random(0)
-    advance = Blocks.advance
+    propose = DraftRule.propose
 
-    def forced(self, text, guesses, room):
-        advance(self, text, guesses, room)
-        for index, token in enumerate(known(text, len(self.draft) - 1), 1):
+    def forced(self, room):
+        draft = propose(self, room)
+        chain = list(draft.chain)
+        for index, token in enumerate(known(self.text, len(chain) - 1), 1):
             wrong = 0 if draw.random() < right else 1 + draw.randrange(vocabulary - 2)
-            self.draft[index] = (token + wrong) % vocabulary
+            chain[index] = (token + wrong) % vocabulary
+        self.draft = Draft(chain)
+        for candidate in self.candidates:
+            self.draft.add_branch(candidate)
+        return self.draft
 
-    Blocks.advance = forced
+    DraftRule.propose = forced
     try:
         yield
     finally:
-        Blocks.advance = advance
+        DraftRule.propose = propose

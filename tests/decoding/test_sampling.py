@@ -9,7 +9,8 @@ from models import padded_prompts, tiny_model, tokens_per_forward, trained_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
-from hf_jacobi.decoding.acceptance import GumbelNoise
+from hf_jacobi.decoding.gumbel import GumbelNoise
+from hf_jacobi.decoding.step import Step
 
 
 CONFIGS = [
@@ -115,19 +116,9 @@ def test_the_same_noise_makes_drafts_converge(permuted_copy, monkeypatch):
 
     keyed = tokens_per_forward()
     fresh = torch.Generator().manual_seed(0)
-    draw = lambda self, row, position, like: -torch.empty(like.shape[-1]).exponential_(generator=fresh).log_()  # noqa: E731
-    monkeypatch.setattr(GumbelNoise, "at", draw)
+    draw = lambda self, scores, keys: scores.sub_(torch.empty_like(scores).exponential_(generator=fresh).log_())  # noqa: E731
+    monkeypatch.setattr(GumbelNoise, "add_to", draw)
     assert keyed > tokens_per_forward()
-
-
-def test_noise_is_keyed():
-    like = torch.zeros(1000)
-    noise = GumbelNoise(7)
-    first = noise.at(0, 5, like).clone()
-    noise.forget_before(0, 9)
-    assert torch.equal(noise.at(0, 5, like), first)
-    for other in (noise.at(0, 6, like), noise.at(1, 5, like), GumbelNoise(8).at(0, 5, like)):
-        assert abs(torch.corrcoef(torch.stack([first, other]))[0, 1]) < 0.15
 
 
 def exact_two_token_distribution(model, inputs, temperature, top_k, top_p):
@@ -288,33 +279,20 @@ def test_scores_at_a_rejected_draft_do_not_matter(model, warp, monkeypatch):
     inputs, settings = padded_prompts(2), {"block_size": 8}
     expected = sample(model, inputs, settings, 3, **warp)
     text = expected.sequences
-    forward = hf_jacobi.decoding.call.DecodeCall.forward
+    score = Step.score
     spoilt = []
 
-    def spoil(call, trees):
-        logits = forward(call, trees)
-        for row, tree in zip(call.sequences, trees):
-            for node in range(len(tree)):
-                end = row.length + tree.depths[node]
-                path = [tree.tokens[one] for one in tree.path(node)]
-                if path != text[row.row, row.length - 1 : end].tolist():
-                    logits[row.row, node] = torch.nan
+    def spoil(step, drafts, starts):
+        layout = score(step, drafts, starts)
+        for row, (draft, start) in enumerate(zip(drafts, starts)):
+            for node in range(len(draft)):
+                path = [draft.tokens[one] for one in draft.path(node)]
+                if path != text[row, start : start + len(path)].tolist():
+                    step.logits[row, node] = torch.nan
                     spoilt.append(node)
-        return logits
+        return layout
 
-    monkeypatch.setattr(hf_jacobi.decoding.call.DecodeCall, "forward", spoil)
+    monkeypatch.setattr(Step, "score", spoil)
     out = sample(model, inputs, settings, 3, **warp)
     assert torch.equal(out.sequences, text) and len(spoilt) > 20
     assert tokens_per_forward(out) > 1.05
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_noise_is_float32_whatever_the_default_is(dtype):
-    like = torch.zeros(151936)
-    expected = GumbelNoise(339).at(0, 3, like)
-    torch.set_default_dtype(dtype)
-    try:
-        found = GumbelNoise(339).at(0, 3, like)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert found.dtype == torch.float32 and torch.equal(found, expected) and found.isfinite().all()

@@ -66,6 +66,7 @@ def test_an_accepted_branch_is_moved_into_place():
     for layer in range(2):
         taken.update(states, states, layer)
     taken.keep_path(1, 12, [0, 3, 5])
+    taken.move()
     for layer in taken.layers:
         assert torch.equal(layer.keys[1, :, 12:15], states[1][:, [0, 3, 5]])
         assert torch.equal(layer.keys[0, :, 12:18], states[0]), "the other row stays as it was"

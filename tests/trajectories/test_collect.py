@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image, IterableDataset, load_dataset
@@ -16,7 +17,7 @@ from models import VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import hf_jacobi
-from hf_jacobi.decoding.acceptance import GumbelNoise
+from hf_jacobi.decoding.gumbel import GumbelNoise
 from hf_jacobi.trajectories import TRAJECTORY_FEATURES, collect_trajectories, read_report
 
 
@@ -100,7 +101,7 @@ def test_states_are_those_of_the_decode_loop(permuted_copy):
             [Block(row, 20 + N * number, states[-1], [states[0]]) for number, states in enumerate(trajectory)]
             for row, trajectory in enumerate(expected)
         ]
-        refine_blocks(call, list(itertools.chain(*blocks)), positions_per_forward=64)
+        refine_blocks(call.step, list(itertools.chain(*blocks)), positions_per_forward=64)
         return [[block.states for block in row] for row in blocks]
 
     assert permuted_copy.generate(prompts, custom_generate=decode, max_new_tokens=37, do_sample=False) == expected
@@ -129,7 +130,8 @@ def test_sampled_states_follow_the_noise_of_their_positions():
         def choose(logits, position, noise=noise):
             scores = logits / 1.3
             scores = scores.masked_fill(scores < scores.topk(20).values[-1], -float("inf"))
-            return (scores + noise.at(0, position, scores)).argmax()
+            keys = torch.from_numpy(noise.keys([0], np.array([[position]])))
+            return noise.add_to(scores[None, None].clone(), keys).argmax()
 
         check_against_oracle(model, row, choose)
 
@@ -343,14 +345,6 @@ def test_one_run_at_a_time_and_broken_files_by_name(tmp_path):
         collect(tiny_model(), texts(4), output_dir=folder, shard_size=2)
     path.unlink()
     assert len(collect(tiny_model(), texts(4), output_dir=folder, shard_size=2)) == 4
-
-
-def test_the_noise_of_samples_is_forgotten(monkeypatch):
-    kept = []
-    forget = GumbelNoise.forget
-    monkeypatch.setattr(GumbelNoise, "forget", lambda self, *a: (forget(self, *a), kept.append(len(self._drawn)))[0])
-    collect(tiny_model(), texts(4), do_sample=True, positions_per_forward=16)
-    assert kept and kept[-1] == 0
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path):

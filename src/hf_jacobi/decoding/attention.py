@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -39,12 +41,23 @@ class AttentionMask:
             return "sliding_attention"
         return "chunked_attention" if self.chunk_size is not None else "full_attention"
 
+    def of_rows(self, rows: list[int]) -> AttentionMask:
+        """Those of some rows."""
+        part = copy.copy(self)
+        part.left_padding = self.left_padding[rows]
+        return part
+
+    @property
+    def reads_places(self) -> bool:
+        """Whether a kind of layer restricts what is seen by distance."""
+        return any(kind != "full_attention" for kind in self.layer_types or [self.single_kind()])
+
     def __call__(self, visible, query_places, key_places) -> torch.Tensor | dict[str, torch.Tensor]:
         """
         Args:
             visible: `[B, Q, S]` bool.
             query_places: `[B, Q]`, the index in its sequence of each token.
-            key_places: `[B, S]`, the index of the token in each slot.
+            key_places: `[B, S]`, the index of the token in each slot; may be `None` where nothing `reads_places`.
 
         Returns:
             `[B, 1, Q, S]`, boolean for sdpa and additive for eager attention, or a dict of them by layer type.
@@ -54,13 +67,13 @@ class AttentionMask:
         return masks if self.layer_types else masks[kinds[0]]
 
     def _restrict(self, visible, query_places, key_places, kind: str) -> torch.Tensor:
+        if kind == "full_attention":
+            return visible
         query, key = query_places.unsqueeze(2), key_places.unsqueeze(1)
         if kind == "sliding_attention":
             return visible & (query - key < self.sliding_window)
-        if kind == "chunked_attention":
-            start = self.left_padding.view(-1, 1, 1)
-            return visible & ((query - start) // self.chunk_size == (key - start) // self.chunk_size)
-        return visible
+        start = self.left_padding.view(-1, 1, 1)
+        return visible & ((query - start) // self.chunk_size == (key - start) // self.chunk_size)
 
     def _finish(self, visible: torch.Tensor) -> torch.Tensor:
         visible = visible.unsqueeze(1)

@@ -1,312 +1,122 @@
-"""The state of one `generate` call: its sequences, their cache, and how their tokens are chosen and stopped."""
+"""The state of one `generate` call: its rows, the step that serves them, and what is given back."""
 
 from __future__ import annotations
 
 import torch
-from transformers import Cache
 
-from .acceptance import UNDRAWABLE, GumbelNoise, TokenChooser, usable
-from .attention import AttentionMask
-from .candidates import TokenTree, lay_out
-from .compat import CACHE, cache_argument, cache_of, pad_token_of, prefill, renamed_cache
+from .batch import Row
+from .compat import pad_token_of
 from .draft_adapter import DraftAdapter
-from .errors import UsageError
-from .sequence import Sequence
-from .slot_cache import SlotCache
-from .stats import JacobiOutput, JacobiStats
+from .drafting import Draft
+from .outputs import Outputs
+from .stats import JacobiStats
+from .step import Step
 from .stopping import StopCheck
+from .verify import Greedy, Gumbel, TokenChooser, usable
+from .walk import Walk
 
 
 class DecodeCall:
     """
-    One call. Its arguments are those of `jacobi_decode`; `records` says whether to keep every draft, `row_keys` under
-    which names rows draw their noise.
+    One call. Its arguments are those of `jacobi_decode`.
 
-    Rows are served one by one, each accepting as many tokens as it can. Where a processor, a stopping criterion or the
-    absence of an end-of-sequence token makes rows depend on each other, all rows form one group that moves in step.
+    Args:
+        records: whether to keep every draft.
+        drafts: whether the model's draft-only adapter, if it has one, takes part.
+        row_names: under which names rows draw their noise; their numbers if left out.
     """
 
     def __init__(
         self,
         model,
-        input_ids,
+        input_ids: torch.Tensor,
         processors,
         criteria,
         generation_config,
         config,
-        model_kwargs,
-        records=False,
-        fills_cache=False,
-        row_keys=None,
+        model_kwargs: dict,
+        *,
+        records: bool = False,
+        fills_cache: bool = False,
+        streamer=None,
+        drafts: bool = True,
+        row_names: list[str] | None = None,
     ):
-        self.model = model
-        self.input_ids = input_ids
-        self.device = input_ids.device
-        self.cache_name = cache_argument(model)
-        self.generation_config = generation_config
-        self.model_kwargs = model_kwargs
-        seed = config.seed
-        if generation_config.do_sample and seed is None:
-            seed = int(torch.randint(2**62, ()))
-        self.chooser = TokenChooser(processors, GumbelNoise(seed, row_keys) if generation_config.do_sample else None)
-        self.stop = StopCheck(criteria)
-        self.pad_token = pad_token_of(generation_config) or 0
-        padding = [0] * input_ids.shape[0]
-        if (valid := model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
-            padding = (valid[:, valid.shape[1] - input_ids.shape[1] :] == 0).sum(1).tolist()
-        table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        self.prompt_ends = model_kwargs["position_ids"][:, -1].expand(input_ids.shape[0]).tolist()
-        self.sequences = []
-        for row, tokens in enumerate(input_ids.tolist()):
-            last_index = None if table is None else len(tokens) - 1 + table - 1 - self.prompt_ends[row]
-            self.sequences.append(
-                Sequence(row, tokens, padding[row], config, self.stop.max_length, last_index, records)
-            )
-        self.pads_ended_rows = self.stop.has_eos or len(self.sequences) == 1
-        by_row = self.chooser.is_row_wise and self.stop.is_row_wise and self.pads_ended_rows
-        self.groups = [[sequence] for sequence in self.sequences] if by_row else [self.sequences]
-        self.records = records
-        self.keeps_home = generation_config.return_dict_in_generate or fills_cache
-        self.draft_adapter = DraftAdapter.of(model)
-        self.copies = 0  # columns at the end of the newest forward that the draft-only adapter served
+        rule = Greedy()
+        if generation_config.do_sample:
+            seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+            rule = Gumbel(seed, row_names or [str(number) for number in range(input_ids.shape[0])])
+        chooser = TokenChooser(processors, rule)
+        stop = StopCheck(criteria)
+        self.step = Step(model, input_ids, generation_config, model_kwargs, chooser)
+        self.step.draft_adapter = DraftAdapter.of(model) if drafts else None
+        self.rows = _rows(self.step, config, stop.max_length, records)
+        pad_token = pad_token_of(generation_config) or 0
+        self.outputs = Outputs(self.rows, generation_config, pad_token, streamer, records)
+        self.walk = Walk(self.rows, chooser, stop, self.outputs, pad_token)
         self.stats = JacobiStats()
-        self.streamed = input_ids.shape[1]
-        self.shown_scores: tuple[torch.Tensor, ...] = ()
-        self.wants_scores = generation_config.return_dict_in_generate and generation_config.output_scores
-        self.wants_logits = generation_config.return_dict_in_generate and generation_config.output_logits
+        self.keeps_home = self.outputs.as_dict or fills_cache
 
     @property
     def finished(self) -> bool:
-        return all(sequence.finished for sequence in self.sequences)
+        return all(row.finished for row in self.rows)
 
     def prefill(self) -> None:
-        """Runs the prompt through transformers' own prefill, takes its cache over, and commits the first token."""
-        kwargs = self.model_kwargs
-        outputs = prefill(self.model, self.input_ids, self.generation_config, kwargs)
-        self.home = cache_of(outputs)
-        if not isinstance(self.home, Cache):
-            raise UsageError(
-                f"Jacobi decoding verifies drafts against the KV cache, but {type(self.model).__name__} gave back "
-                f"{type(self.home).__name__} in place of a transformers.Cache: use decoding='ar'."
-            )
-        length = self.home.get_seq_length()
-        self.cache = SlotCache.from_prefill(self.home, length, self.keeps_home)
-        self.slot_shift = length - self.input_ids.shape[1]
-        self.offsets = [position - (length - 1) for position in self.prompt_ends]
-        mask = kwargs.get("attention_mask")
-        self.key_valid = None if mask is None or bool(mask.all()) else mask.bool().to(self.device)
-        left_padding = torch.zeros(len(self.sequences), dtype=torch.long, device=self.device)
-        if self.key_valid is not None:
-            left_padding = (self.key_valid.cumsum(1) == 0).sum(1)
-        self.mask = AttentionMask(self.model.config.get_text_config(decoder=True), self.model.dtype, left_padding)
-        self.accept(
-            [TokenTree(row.tokens[-1:] or [0]) for row in self.sequences], outputs.logits[:, -1:].to(self.device)
-        )
+        """Runs the prompt, and commits the first token of every row."""
+        drafts = [Draft(row.tokens[-1:] or [0]) for row in self.rows]
+        self._commit(drafts, self.step.prefill(self.keeps_home))
 
-    def propose(self) -> list[TokenTree]:
-        """What every row tries next; a finished row goes along with one token that leads nowhere."""
-        return [TokenTree([0]) if row.finished else row.propose() for row in self.sequences]
+    def advance(self) -> None:
+        """Drafts, one forward, and the tokens that it brings."""
+        drafts = [row.propose() for row in self.rows]
+        self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.rows]))
 
-    def forward(self, trees: list[TokenTree]) -> torch.Tensor:
-        """Scores all trees in one forward: logits `[B, Q, V]`. Their keys and values lie in the cache after it."""
-        starts = [row.length - 1 + self.slot_shift for row in self.sequences]
-        if self.draft_adapter is None:
-            return self._score(trees, starts)
-        self.copies = max(tree.draft_length for tree in trees)
-        with self.draft_adapter.on(self.copies):
-            return self._score(trees, starts, self.copies)
-
-    def _score(self, trees: list[TokenTree], starts: list[int], copies: int = 0) -> torch.Tensor:
-        step = lay_out(trees, starts, self.offsets, self.key_valid, self.device, copies)
-        end = max(starts) + step.input_ids.shape[1]
-        self.cache.place(step.slots, starts[0] if step.uniform else None, end)
-        mask = None
-        if step.visible is not None:
-            mask = self.mask(step.visible, step.places, step.key_places)
-        return self.run(step.input_ids, step.position_ids, mask, self.cache)
-
-    def run(self, input_ids: torch.Tensor, position_ids: torch.Tensor, mask, cache: SlotCache) -> torch.Tensor:
-        """
-        One forward: logits `[B, Q, V]` of `input_ids` and `position_ids` `[B, Q]`, whose keys and values go where
-        `cache` was told to `place` them; `mask` as `AttentionMask` makes it, or `None`.
-        """
-        inputs = self.model.prepare_inputs_for_generation(
-            input_ids,
-            attention_mask=mask,
-            position_ids=position_ids,
-            **{CACHE: cache},
-            **self._other_kwargs(input_ids.shape[1]),
-        )
-        return self.model(**renamed_cache(inputs, self.cache_name), return_dict=True).logits.to(self.device)
-
-    def _other_kwargs(self, width: int) -> dict:
-        """What else the caller gave the model; token types of new tokens are those that AR would give them."""
-        ours = (CACHE, "position_ids", "attention_mask", "inputs_embeds", "logits_to_keep")
-        others = {name: value for name, value in self.model_kwargs.items() if name not in ours}
-        for name in ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids"):
-            if others.get(name) is not None:
-                newest = others[name][:, -1:].expand(-1, width)
-                others[name] = newest if name == "token_type_ids" else torch.zeros_like(newest)
-        return others
-
-    def accept(self, trees: list[TokenTree], logits: torch.Tensor) -> None:
-        """Commits, per row, the longest path of its tree that the model would have written, and one token more."""
-        starts = [row.length - 1 for row in self.sequences]
-        targets = [
-            [row.length - row.padding + depth for depth in tree.depths] for row, tree in zip(self.sequences, trees)
-        ]
-        rows = [row.row for row in self.sequences]
-        width = logits.shape[1] - self.copies
-        predictions = self.chooser.predict(logits[:, :width], rows, targets)
-        drafted = self._drafted(trees, logits[:, width:], rows)
-        unfinished = [not row.finished for row in self.sequences]
-        paths: list[list[int]] = [[] for _ in self.sequences]
-        for group in self.groups:
-            self._walk(group, trees, logits, predictions, paths)
-        predictions = usable(predictions)
-        for row, tree, path, start in zip(self.sequences, trees, paths, starts):
-            if unfinished[row.row]:
-                self.cache.keep_path(row.row, start + self.slot_shift, path)
-                row.commit(tree, start, path, predictions[row.row], drafted[row.row])
-            if self.chooser.noise is not None:
-                self.chooser.noise.forget_before(row.row, row.length - row.padding)
-        positions = [len(tree) + len(copy or ()) for tree, copy in zip(trees, drafted)]
-        self.stats.count(sum(map(len, paths)), sum(count for count, live in zip(positions, unfinished) if live))
-        self.copies = 0
-
-    def _drafted(self, trees: list[TokenTree], logits: torch.Tensor, rows: list[int]) -> list[list[int] | None]:
-        """What the draft-only adapter predicts at each token of each row's draft; `None` where there is no adapter."""
-        if not self.copies:
-            return [None] * len(trees)
-        targets = [
-            [row.length - row.padding + depth for depth in range(tree.draft_length)]
-            for row, tree in zip(self.sequences, trees)
-        ]
-        predictions = usable(self.chooser.predict(logits, rows, targets))
-        return [tokens[: tree.draft_length] for tokens, tree in zip(predictions, trees)]
-
-    def _walk(self, group: list[Sequence], trees, logits, predictions, paths) -> None:
-        """
-        Appends tokens to the rows of a group, one position at a time, until a row's token is not in its tree.
-
-        Processors and stopping criteria see every position once, in order, with the text that it would have had.
-        """
-        live = [row for row in group if not row.finished]
-        nodes = {row.row: 0 for row in live}
-        while live:
-            if self.chooser.reads_context:
-                tokens = self._choose(group, logits, nodes)
-            else:
-                tokens = {row.row: predictions[row.row][nodes[row.row]] for row in live}
-                self._record(live, logits, nodes)
-            for row in live:
-                if tokens[row.row] == UNDRAWABLE:
-                    self.chooser.raise_undrawable(logits[row.row, nodes[row.row]])
-            for row in group:
-                if row.finished and len(group) > 1:
-                    row.tokens.append(self.pad_token)
-            for row in live:
-                row.tokens.append(tokens[row.row])
-                paths[row.row].append(nodes[row.row])
-            rows = group if len(group) > 1 else live
-            for row, stop in zip(rows, self.stop([row.tokens for row in rows], self.device, self._scores_so_far())):
-                row.stopped = row.stopped or stop
-            over = all(row.stopped for row in group)
-            for row in live:
-                row.finished = over or (row.stopped and self.pads_ended_rows)
-            live = [row for row in live if not row.finished]
-            children = {row.row: trees[row.row].children[nodes[row.row]].get(tokens[row.row]) for row in live}
-            if None in children.values():
-                return
-            nodes |= children
-
-    def _choose(self, group: list[Sequence], logits, nodes: dict[int, int]) -> dict[int, int]:
-        """Lets every processor see the text so far, and chooses the next token of each row of a group."""
-        rows = [row.row for row in group]
-        input_ids = torch.tensor([row.tokens for row in group], dtype=torch.long, device=self.device)
-        raw = logits[rows, [nodes.get(row, 0) for row in rows]]
-        tokens, scores = self.chooser.choose(input_ids, raw, rows, [row.length - row.padding for row in group])
-        self._keep(group, raw, scores)
-        return dict(zip(rows, tokens))
-
-    def _record(self, live: list[Sequence], logits, nodes: dict[int, int]) -> None:
-        if self.wants_scores or self.wants_logits:
-            raw = logits[[row.row for row in live], [nodes[row.row] for row in live]]
-            self._keep(live, raw, self.chooser.scores(raw))
-
-    def _keep(self, rows: list[Sequence], raw: torch.Tensor, scores: torch.Tensor) -> None:
-        for row, row_logits, row_scores in zip(rows, raw, scores):
-            if not row.finished:
-                if self.wants_logits:
-                    row.logits.append(row_logits.float().clone())
-                if self.wants_scores:
-                    row.scores.append(row_scores.clone())
-
-    def _scores_so_far(self) -> tuple[torch.Tensor, ...] | None:
-        """What AR passes to criteria of the user's as `scores`; they are asked about all rows at once."""
-        if self.stop.is_row_wise or not self.wants_scores:
-            return None
-        rows = [row.scores for row in self.sequences]
-        self.shown_scores += self._columns(rows, len(self.shown_scores))
-        return self.shown_scores
-
-    def _columns(self, rows: list[list[torch.Tensor]], first: int = 0) -> tuple[torch.Tensor, ...]:
-        """Per position from `first` on `[B, V]`; zeros where a row had ended."""
-        like = next(row[0] for row in rows if row)
-        nothing = torch.zeros_like(like)
-        length = max(map(len, rows))
-        return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(first, length))
-
-    def stream(self, streamer) -> None:
-        """Puts every position that all rows have reached, one `[B]` tensor each, as AR does."""
-        if streamer is None:
-            return
-        reached = min((row.length for row in self.sequences if not row.finished), default=None)
-        if reached is None:
-            reached = max(row.length for row in self.sequences)
-        for position in range(self.streamed, reached):
-            tokens = [row.tokens[position] if position < row.length else self.pad_token for row in self.sequences]
-            streamer.put(torch.tensor(tokens))
-        self.streamed = reached
-
-    def idle_forward(self) -> None:
-        """A forward without use, for the other processes of a sharded model that are not done yet."""
-        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
+    def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
+        copies, starts = self.step.copies, [row.length - 1 for row in self.rows]
+        paths = self.walk(drafts, self.step.logits, predictions)
+        predictions, positions = usable(predictions), 0
+        for number, path in paths.items():
+            draft, predicted = drafts[number], predictions[number]
+            drafted = predicted[-copies:][: draft.chain_length] if copies else None
+            self.step.keep_path(number, starts[number], path)
+            self.rows[number].commit(draft, starts[number], path, predicted, drafted)
+            positions += len(draft) + len(drafted or ())
+        self.stats.count(sum(map(len, paths.values())), positions)
 
     def output(self, synced_gpus: bool):
-        """Pads the rows to one length and returns them, with what else the caller asked for."""
-        length = max(row.length for row in self.sequences)
+        """What `generate` returns; `synced_gpus` as in `jacobi_decode`."""
         if self.keeps_home:
-            if not self._settle(length) and synced_gpus:
-                self.idle_forward()  # in place of the forward that another process may need
-            self.cache.export(self.home, length - 1 + self.slot_shift)
-        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
-        sequences = torch.tensor(padded, dtype=torch.long, device=self.device)
-        if not self.generation_config.return_dict_in_generate:
-            return sequences
-        self.stats.per_sequence = [row.stats for row in self.sequences]
-        self.stats.recycled_tokens = sum(row.stats.recycled_tokens for row in self.sequences)
-        self.stats.blocks_spawned = sum(row.stats.blocks_spawned for row in self.sequences)
-        return JacobiOutput(
-            sequences=sequences,
-            scores=self._columns([row.scores for row in self.sequences]) if self.wants_scores else None,
-            logits=self._columns([row.logits for row in self.sequences]) if self.wants_logits else None,
-            jacobi_stats=self.stats,
-            trajectory=[row.trajectory for row in self.sequences] if self.records else None,
-            **{CACHE: self.home},
-        )
+            if not self._settle() and synced_gpus:
+                self.step.idle()  # in place of the forward that another process may need
+            self.step.export(self.outputs.length - 1)
+        return self.outputs.result(self.stats, self.step.home, self.step.device)
 
-    def _settle(self, length: int) -> bool:
+    def _settle(self) -> bool:
         """
-        Caches what AR would have cached behind the end of shorter rows, so that whoever goes on finds it whole.
+        Caches what AR would have cached after the end of shorter rows, so that whoever goes on finds it whole.
 
         Returns:
             whether that took a forward: all rows may be of one length.
         """
-        ends = [row.prompt_length + row.stats.new_tokens - 1 for row in self.sequences]
-        if min(ends) == length - 1:
+        ends = [row.prompt_length + row.stats.new_tokens - 1 for row in self.rows]
+        last = self.outputs.length - 1
+        if min(ends) == last:
             return False
-        padded = [row.tokens + [self.pad_token] * (length - row.length) for row in self.sequences]
-        trees = [TokenTree(tokens[end : length - 1] or [0]) for tokens, end in zip(padded, ends)]
-        self._score(trees, [end + self.slot_shift for end in ends])
+        self.step.copies = 0
+        drafts = [Draft(tokens[end:last] or [0]) for tokens, end in zip(self.outputs.padded(), ends)]
+        self.step.score(drafts, ends)
         return True
+
+
+def _rows(step: Step, config, max_length: int | None, records: bool) -> list[Row]:
+    """The rows of a batch, with what is known of their padding and of the positions that the model has."""
+    prompts = step.input_ids.tolist()
+    padding = [0] * len(prompts)
+    if (valid := step.model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
+        padding = (valid[:, valid.shape[1] - step.input_ids.shape[1] :] == 0).sum(1).tolist()
+    table = getattr(step.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    rows = []
+    for number, (tokens, end) in enumerate(zip(prompts, step.prompt_ends)):
+        last = None if table is None else len(tokens) - 1 + table - 1 - end
+        rows.append(Row(number, tokens, padding[number], config, max_length, last, records))
+    return rows

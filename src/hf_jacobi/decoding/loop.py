@@ -60,23 +60,21 @@ def jacobi_decode(
         model_kwargs,
         records=output_trajectory,
         fills_cache=fills_cache,
+        streamer=streamer,
     )
-    with call.draft_adapter.listening() if call.draft_adapter else nullcontext():
-        run_to_end(call, streamer, synced_gpus)
+    with call.step.draft_adapter.listening() if call.step.draft_adapter else nullcontext():
+        run_to_end(call, synced_gpus)
         return call.output(synced_gpus)
 
 
-def run_to_end(call: DecodeCall, streamer=None, synced_gpus: bool = False) -> None:
-    """Decodes until every row has finished; the arguments are those of `jacobi_decode`."""
+def run_to_end(call: DecodeCall, synced_gpus: bool = False) -> None:
+    """Decodes until every row has finished; `synced_gpus` as in `jacobi_decode`."""
     call.prefill()
-    call.stream(streamer)
-    while go_on(call.model, call.finished, synced_gpus, call.device):
+    call.outputs.stream()
+    while go_on(call.step.model, call.finished, synced_gpus, call.step.device):
         if call.finished:
-            call.idle_forward()
+            call.step.idle()
             continue
-        trees = call.propose()
-        logits = call.forward(trees)
-        call.accept(trees, logits)
-        call.stream(streamer)
-    if streamer is not None:
-        streamer.end()
+        call.advance()
+        call.outputs.stream()
+    call.outputs.end_stream()

@@ -54,10 +54,10 @@ class SlotLayer(CacheLayerMixin):
             self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
 
-    def move(self, row: int, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Copies the slots `source` of a row to the slots `target`."""
-        self.keys[row, :, target] = self.keys[row, :, source]
-        self.values[row, :, target] = self.values[row, :, source]
+    def move(self, rows: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
+        """Copies slots to others, `[N]` each, all at once."""
+        self.keys[rows, :, targets] = self.keys[rows, :, sources]
+        self.values[rows, :, targets] = self.values[rows, :, sources]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.plan.end, 0
@@ -88,6 +88,7 @@ class SlotCache(Cache):
 
     def __init__(self, layers: int):
         self.plan = SlotPlan()
+        self.moves: list[tuple[int, int, int]] = []
         super().__init__(layers=[SlotLayer(self.plan) for _ in range(layers)])
 
     @classmethod
@@ -119,6 +120,7 @@ class SlotCache(Cache):
 
     def of_rows(self, rows: list[int], length: int) -> SlotCache:
         """A cache of its own that holds the first `length` slots of some rows."""
+        self.move()
         part = SlotCache(len(self.layers))
         for source, target in zip(self.layers, part.layers):
             if source.is_initialized:
@@ -141,20 +143,32 @@ class SlotCache(Cache):
     def keep_path(self, row: int, start: int, path: list[int]) -> None:
         """
         Keeps the accepted nodes of a row: node i was written to slot `start + i`, and the j-th node of `path` belongs
-        into slot `start + j`. Nothing moves when the draft itself was accepted.
+        into slot `start + j`. Nothing moves when the chain itself was accepted.
+
+        What is to be moved is noted, and moved with the next step: `moves`, `move`.
         """
-        moves = [(start + node, start + index) for index, node in enumerate(path) if node != index]
-        if not moves:
-            return
-        on_device: dict[torch.device, torch.Tensor] = {}
-        for layer in self.layers:
-            if layer.is_initialized:
-                if layer.device not in on_device:
-                    on_device[layer.device] = torch.tensor(moves, device=layer.device)
-                layer.move(row, *on_device[layer.device].T)
+        self.moves += [(row, start + node, start + index) for index, node in enumerate(path) if node != index]
+
+    def move(self, moves: torch.Tensor | None = None) -> None:
+        """
+        Moves what was noted.
+
+        Args:
+            moves: `[3, N]`, rows, slots before and slots after, where they have been uploaded already.
+        """
+        if self.moves:
+            moves = torch.tensor(self.moves).T if moves is None else moves
+            on_device: dict[torch.device, torch.Tensor] = {}
+            for layer in self.layers:
+                if layer.is_initialized:
+                    if layer.device not in on_device:
+                        on_device[layer.device] = moves.to(layer.device)
+                    layer.move(*on_device[layer.device].unbind())
+        self.moves.clear()
 
     def export(self, cache: Cache, length: int) -> Cache:
         """Writes the first `length` slots back into `cache`, the `DynamicCache` that the prefill filled."""
+        self.move()
         for source, target in zip(self.layers, cache.layers):
             if not source.is_initialized:
                 continue

@@ -10,8 +10,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from ..decoding.blocks import agreement
 from ..decoding.compat import without_router_logits
+from ..decoding.drafting import agreement
 from ..decoding.errors import UsageError
 from ..decoding.mixin import enable, unwrap
 from .forward import outside_training

@@ -203,7 +203,7 @@ class Collector:
         refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
         # Token by token: at these batch sizes a forward is busy without drafts.
         config = JacobiConfig(block_size=1, pool_size=0, seed=self.settings.seed)
-        keys = [str(prompt.number) for prompt in batch]
+        names = [str(prompt.number) for prompt in batch]
         call = DecodeCall(
             model,
             input_ids,
@@ -212,14 +212,14 @@ class Collector:
             generation_config,
             config,
             model_kwargs,
-            row_keys=keys,
+            drafts=False,
+            row_names=names,
         )
-        call.draft_adapter = None  # nothing is drafted
         run_to_end(call)
         rows = {}
         blocks: list[Block] = []
-        for prompt, sequence in zip(batch, call.sequences):
-            text = sequence.tokens[sequence.prompt_length :][: sequence.stats.new_tokens]
+        for prompt, row in zip(batch, call.rows):
+            text = row.tokens[row.prompt_length :][: row.stats.new_tokens]
             kept = clean(
                 text,
                 self.eos_tokens,
@@ -230,7 +230,7 @@ class Collector:
             )
             if kept is None:
                 continue
-            own = first_guesses(kept, sequence.row, sequence.prompt_length, prompt, self.settings)
+            own = first_guesses(kept, row.number, row.prompt_length, prompt, self.settings)
             blocks += own
             rows[prompt.number] = {
                 "prompt_id": prompt.name,
@@ -240,7 +240,7 @@ class Collector:
                 "trajectories": [block.states for block in own],
                 "ended": kept[-1] in self.eos_tokens,
             }
-        refine_blocks(call, blocks, self.positions_per_forward)
+        refine_blocks(call.step, blocks, self.positions_per_forward)
         counts.update(
             sequences=len(rows),
             tokens=sum(len(block.final) for block in blocks),

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from numbers import Real
 
-from ..decoding.blocks import agreement
+from ..decoding.drafting import agreement
 from ..decoding.errors import UsageError
 from .checks import check_whole
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..decoding.acceptance import usable
-from ..decoding.attention import AttentionMask
-from ..decoding.blocks import agreement
-from ..decoding.call import DecodeCall
+from ..decoding.drafting import agreement
+from ..decoding.step import Step
+from ..decoding.verify import usable
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Block:
             self.right += 1
 
 
-def refine_blocks(call: DecodeCall, blocks: list[Block], positions_per_forward: int) -> int:
+def refine_blocks(step: Step, blocks: list[Block], positions_per_forward: int) -> int:
     """
     Runs Jacobi iterations on blocks of sequences that have been decoded, until every one has converged.
 
@@ -69,7 +68,7 @@ def refine_blocks(call: DecodeCall, blocks: list[Block], positions_per_forward: 
     and itself, as if it were alone.
 
     Args:
-        call: a call that has finished; its cache, mask and way of choosing tokens are used.
+        step: that of a call that has finished; its cache, mask and way of choosing tokens are used.
         blocks: the blocks, which get their states.
         positions_per_forward: how many tokens a forward may score, beyond one block per row.
 
@@ -86,18 +85,15 @@ def refine_blocks(call: DecodeCall, blocks: list[Block], positions_per_forward: 
         longest = sum(len(block.final) for block in by_row[rows[0]])
         count = max(1, positions_per_forward // longest)
         group, rows = rows[:count], rows[count:]
-        forwards += _refine_rows(call, [by_row[row] for row in group], positions_per_forward // len(group))
+        forwards += _refine_rows(step, [by_row[row] for row in group], positions_per_forward // len(group))
     return forwards
 
 
-def _refine_rows(call: DecodeCall, waiting: list[deque[Block]], share: int) -> int:
+def _refine_rows(step: Step, waiting: list[deque[Block]], share: int) -> int:
     """Refines the blocks of some rows, at most `share` tokens of each at a time."""
     rows = [blocks[0].row for blocks in waiting]
     length = max(blocks[-1].start + len(blocks[-1].final) for blocks in waiting) - 1
-    cache = call.cache.of_rows(rows, length)
-    mask = AttentionMask(
-        call.model.config.get_text_config(decoder=True), call.model.dtype, call.mask.left_padding[rows]
-    )
+    part = step.of_rows(rows, length)
     flying: list[list[Block]] = [[] for _ in rows]
     forwards = 0
     while True:
@@ -106,16 +102,14 @@ def _refine_rows(call: DecodeCall, waiting: list[deque[Block]], share: int) -> i
                 blocks.append(queue.popleft())
         if not any(flying):
             return forwards
-        step = lay_out_blocks(flying, length, call.device)
-        valid = None if call.key_valid is None else call.key_valid[rows]
-        visible = step.visible(valid)
-        end = length + step.ids.shape[1]
-        slots = torch.arange(length, end, device=call.device).expand(len(rows), -1)
-        cache.place(slots, length, end)
-        offsets = torch.tensor([call.offsets[row] for row in rows], device=call.device).unsqueeze(1)
-        positions = (step.places + offsets).clamp(min=0)  # what pads a row has none
-        logits = call.run(step.ids, positions, mask(visible, step.places, step.key_places()), cache)
-        predictions = usable(call.chooser.predict(logits, rows, (positions + 1).tolist()))
+        layout = lay_out_blocks(flying, length, step.device)
+        end = length + layout.ids.shape[1]
+        part.cache.place(torch.arange(length, end, device=step.device).expand(len(rows), -1), length, end)
+        offsets = torch.tensor(part.offsets, device=step.device).unsqueeze(1)
+        positions = (layout.places + offsets).clamp(min=0)  # what pads a row has none
+        visible = layout.visible(part.key_valid)
+        logits = part.run(layout.ids, positions, visible, layout.places, layout.key_places())
+        predictions = usable(part.predict(logits, (positions + 1).cpu().numpy()))
         forwards += 1
         for row, blocks in enumerate(flying):
             taken = 0
@@ -123,9 +117,6 @@ def _refine_rows(call: DecodeCall, waiting: list[deque[Block]], share: int) -> i
                 count = len(block.queries)
                 block.advance(predictions[row][taken : taken + count])
                 taken += count
-                if block.done and call.chooser.noise is not None:
-                    first = block.start + call.offsets[block.row]
-                    call.chooser.noise.forget(block.row, range(first, first + len(block.final)))
             flying[row] = [block for block in blocks if not block.done]
 
 

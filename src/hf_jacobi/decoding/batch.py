@@ -1,0 +1,104 @@
+"""One row of the batch: its text, its status, its draft rule, and what was counted of it."""
+
+from __future__ import annotations
+
+from .config import JacobiConfig
+from .drafting import Draft, DraftRule
+from .stats import JacobiStats, Trajectory, TrajectoryStep
+
+
+class Row:
+    """
+    One row of the batch.
+
+    Args:
+        number: its place in the batch.
+        tokens: the prompt, padding included.
+        padding: how many of them are padding.
+        config: the settings.
+        max_length: length beyond which nothing is tried, `None` if there is none.
+        last_position: the last index that the model has a position for, `None` if there is none. Text may go beyond
+            it if the model lets it, but drafts do not, as they may be cut short before.
+        records: whether to keep every draft.
+
+    Attributes:
+        tokens: the text so far, padding included.
+        stopped: a criterion has said stop.
+        finished: nothing more is decoded: it stopped, and `generate` pads rows that did.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        tokens: list[int],
+        padding: int,
+        config: JacobiConfig,
+        max_length: int | None,
+        last_position: int | None = None,
+        records: bool = False,
+    ):
+        self.number = number
+        self.tokens = list(tokens)
+        self.prompt_length = len(tokens)
+        self.padding = padding
+        self.max_length = max_length
+        self.last_position = last_position
+        self.stopped = False
+        self.finished = False
+        self.rule = DraftRule(config, self.tokens[padding:], f"{config.seed or 0}/{number}")
+        self.stats = JacobiStats()
+        self.trajectory = Trajectory(self.prompt_length) if records else None
+        self.scores: list = []
+        self.logits: list = []
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, padding included."""
+        return len(self.tokens)
+
+    @property
+    def position(self) -> int:
+        """Position of the next token, padding left out."""
+        return self.length - self.padding
+
+    @property
+    def room(self) -> int:
+        """How many tokens may be tried next, the newest committed one included."""
+        newest = self.length - 1
+        rooms = [self.max_length - self.length] if self.max_length is not None else []
+        if self.last_position is not None and newest <= self.last_position:
+            rooms.append(self.last_position - newest + 1)
+        return max(1, min(rooms, default=self.rule.size * self.rule.config.max_blocks))
+
+    def propose(self) -> Draft:
+        """The nodes to score next; a finished row goes along with one token that leads nowhere."""
+        return Draft([0]) if self.finished else self.rule.propose(self.room)
+
+    def commit(
+        self, draft: Draft, start: int, path: list[int], predictions: list[int], drafted: list[int] | None = None
+    ) -> None:
+        """
+        Takes in what a forward brought, after its tokens were appended.
+
+        Args:
+            draft: what was scored.
+            start: index in the sequence of node 0.
+            path: the accepted nodes, node 0 first; one token was appended for each.
+            predictions: the model's prediction at each node.
+            drafted: what a draft-only adapter predicted at each token of the chain, if there is one.
+        """
+        accepted = self.tokens[start + 1 : start + 1 + len(path)]
+        recycled = sum(node >= draft.chain_length for node in path)
+        self.stats.count(len(path), len(draft) + len(drafted or ()))
+        self.stats.recycled_tokens += recycled
+        if self.trajectory:
+            predicted = predictions[: draft.chain_length]
+            self.trajectory.steps.append(TrajectoryStep(start, draft.chain, predicted, accepted, recycled))
+            self.trajectory.tokens += accepted
+        if self.finished:
+            return
+        if self.stats.forwards == 1:  # the prefill, which nothing was drafted for
+            self.rule.begin(accepted[0])
+        else:
+            self.rule.observe(accepted, predictions, path, drafted)
+        self.stats.blocks_spawned = self.rule.spawned

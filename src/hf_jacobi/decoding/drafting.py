@@ -1,0 +1,349 @@
+"""
+What one sequence tries next: where guesses come from (`DraftSource`), and the rule that puts them together.
+
+Nothing here knows a model or a tensor: `DraftRule` is told which tokens were accepted and what the model predicted
+beside them, and answers with the next `Draft`. A new source is a class here and its name in `FIRST_GUESSES` and
+`JacobiConfig.draft_init`.
+"""
+
+from __future__ import annotations
+
+import random
+
+from .adaptive import MEMORY, AdaptiveReach, AdaptiveWindow
+from .config import JacobiConfig
+from .ngram_pool import CONTEXT_LENGTHS, NgramPool
+
+
+CONTEXT = max(CONTEXT_LENGTHS)  # tokens that n-grams are looked up by, at most
+
+
+def agreement(guess: list[int], text: list[int]) -> int:
+    """How many tokens of a guess, from its first on, are those of the text."""
+    count = 0
+    for guessed, token in zip(guess, text):
+        if guessed != token:
+            break
+        count += 1
+    return count
+
+
+class Draft:
+    """
+    The tokens one forward scores for one sequence: a chain, and branches off it.
+
+    Node 0 is the newest committed token, whose keys and values are not cached yet; the others are guesses. A branch
+    shares the nodes of the chain that it begins with.
+
+    Args:
+        chain: the newest committed token and the guesses after it.
+
+    Attributes:
+        tokens: the token of each node; the chain comes first.
+        parents: the node before each node, -1 for node 0; always a lower number.
+        depths: the distance of each node from node 0.
+        children: for each node, token to node of those after it.
+        chain_length: how many nodes the chain has.
+    """
+
+    def __init__(self, chain: list[int]):
+        self.tokens: list[int] = []
+        self.parents: list[int] = []
+        self.depths: list[int] = []
+        self.children: list[dict[int, int]] = []
+        for index, token in enumerate(chain):
+            self._append(token, index - 1)
+        self.chain_length = len(chain)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def chain(self) -> list[int]:
+        """The tokens of the chain."""
+        return self.tokens[: self.chain_length]
+
+    def _append(self, token: int, parent: int) -> int:
+        node = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1 if parent >= 0 else 0)
+        self.children.append({})
+        if parent >= 0:
+            self.children[parent][token] = node
+        return node
+
+    def add_branch(self, tokens: list[int]) -> None:
+        """Adds a candidate continuation of node 0, sharing the nodes already there."""
+        node = 0
+        for token in tokens:
+            child = self.children[node].get(token)
+            node = self._append(token, node) if child is None else child
+
+    def path(self, node: int) -> list[int]:
+        """The nodes from node 0 to `node`, both included."""
+        nodes = []
+        while node >= 0:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    def predictions_beyond(self, node: int, predictions: list[int]) -> list[int]:
+        """
+        The model's own predictions for the positions beyond the token predicted at `node`: its next draft.
+
+        They are read off the nodes below `node`, then off the chain where those end.
+
+        Args:
+            node: the last accepted one.
+            predictions: the token predicted at each node.
+        """
+        found: list[int] = []
+        depth = self.depths[node]
+        while below := self.children[node]:
+            node = below.get(predictions[node], next(iter(below.values())))
+            found.append(predictions[node])
+        return found + predictions[depth + 1 + len(found) : self.chain_length]
+
+
+class DraftSource:
+    """
+    Where guesses come from.
+
+    Args:
+        prompt: the tokens of the prompt, without padding.
+        pool: the n-grams of the sequence.
+        draw: where anything random is drawn from.
+    """
+
+    leads = False  # whether its guess may come before the model's own while it turns out right further
+
+    def __init__(self, prompt: list[int], pool: NgramPool, draw: random.Random):
+        self.prompt, self.pool, self.draw = prompt, pool, draw
+
+    def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
+        """
+        Up to `count` tokens that go on.
+
+        Args:
+            text: all committed tokens.
+            drafted: guesses of other sources for the positions after them.
+            count: how many tokens are wanted at most.
+        """
+        raise NotImplementedError
+
+    def observe(self, accepted: list[int], predicted: list[int]) -> None:
+        """
+        Takes in what a forward brought.
+
+        Args:
+            accepted: the tokens that were committed.
+            predicted: the model's own predictions for the positions after them, in order.
+        """
+
+
+class OwnPredictions(DraftSource):
+    """What the model itself predicted beyond the accepted tokens: Jacobi iteration."""
+
+    def __init__(self, *known):
+        super().__init__(*known)
+        self.predicted: list[int] = []
+
+    def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
+        return self.predicted[len(drafted) : len(drafted) + count]
+
+    def observe(self, accepted: list[int], predicted: list[int]) -> None:
+        self.predicted = predicted
+
+
+class Ngrams(DraftSource):
+    """What followed the last tokens when they stood in the text or in a rejected draft before."""
+
+    leads = True
+
+    def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
+        context = (text[-CONTEXT:] + drafted[-CONTEXT:])[-CONTEXT:]
+        guess: list[int] = []
+        while len(guess) < count:
+            found = self.pool.continuations((context + guess)[-CONTEXT:], count - len(guess), 1)
+            if not found:
+                break
+            guess += found[0]
+        return guess
+
+
+class PromptTokens(DraftSource):
+    """Tokens drawn from the prompt: the paper's first guess."""
+
+    def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
+        return self.draw.choices(self.prompt, k=count) if self.prompt else []
+
+
+class RepeatLast(DraftSource):
+    """The last token again."""
+
+    def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
+        return [(drafted or text)[-1]] * count
+
+
+# `JacobiConfig.draft_init` -> the sources of positions that the model has not predicted yet, tried in order.
+FIRST_GUESSES: dict[str, tuple[type[DraftSource], ...]] = {
+    "ngram": (Ngrams, PromptTokens, RepeatLast),
+    "prompt": (PromptTokens, RepeatLast),
+    "repeat": (RepeatLast,),
+}
+
+
+class Lead:
+    """
+    Which source comes first: the model's own predictions, or another one that leads while it is right further.
+
+    All are compared with every token that is committed, tried or not, in a running mean. A model trained to decode in
+    parallel is drafted by itself, another one by what repeats.
+    """
+
+    def __init__(self, sources: list[DraftSource]):
+        self.sources = sources  # the first one leads until another has earned it
+        self.said: list[list[int]] = [[] for _ in sources]
+        self.ahead = [0.0] * len(sources)
+
+    def observe(self, accepted: list[int]) -> None:
+        """Compares what each source said last with the tokens that came instead."""
+        right = [agreement(said, accepted) for said in self.said]
+        self.ahead = [MEMORY * ahead + (1 - MEMORY) * (count - right[0]) for ahead, count in zip(self.ahead, right)]
+
+    def propose(self, text: list[int], count: int) -> list[int]:
+        """Up to `count` tokens after the text: those of the source ahead, then of the others where it ends."""
+        self.said = [source.propose(text, [], count) for source in self.sources]
+        order = sorted(range(len(self.sources)), key=lambda index: -self.ahead[index])  # stable
+        drafted = self.said[order[0]]
+        for index in order[1:]:
+            drafted = drafted + self.sources[index].propose(text, drafted, count - len(drafted))
+        return drafted
+
+
+class DraftRule:
+    """
+    The draft of one sequence: one real-active block and up to `max_blocks` - 1 pseudo-active ones after it.
+
+    As attention is causal, one chain holds all blocks: a later block is refined on the unverified tokens before it,
+    and when those turn out right its own right tokens are accepted in the same forward, on the true prefix.
+
+    Args:
+        config: the settings.
+        prompt: the tokens of the prompt, without padding.
+        seed: of what is drawn.
+
+    Attributes:
+        start, end: the blocks in flight cover these positions, counted from the first token of the prompt; the token
+            at `start` is the newest committed one.
+        draft: what was proposed last.
+        spawned: how many pseudo-active blocks there were.
+    """
+
+    def __init__(self, config: JacobiConfig, prompt: list[int], seed: str):
+        self.config = config
+        self.size = config.size
+        self.text = list(prompt)
+        self.pool = NgramPool()
+        if config.pool_prompt:
+            self.pool.extend(prompt)
+        known = (list(prompt), self.pool, random.Random(seed))
+        self.first_guesses = [source(*known) for source in FIRST_GUESSES[config.draft_init]]
+        self.own = OwnPredictions(*known)
+        self.lead = Lead([self.own, *(source for source in self.first_guesses if source.leads)])
+        self.window = AdaptiveWindow(self.size, config.position_cost) if config.adapts else None
+        self.reach = AdaptiveReach(self.size) if config.adapts else None
+        self.start = self.end = len(prompt)
+        self.draft = Draft([])
+        self.candidates: list[list[int]] = []
+        self.spawned = 0
+
+    def begin(self, token: int) -> None:
+        """Takes in the token that the prefill brought, before anything is proposed."""
+        if self.window:
+            self.window.update(0)
+        self.text.append(token)
+        self.pool.extend([token])
+        self._move([])
+
+    def propose(self, room: int) -> Draft:
+        """
+        The tokens to score next: the chain, and candidates out of the pool as branches.
+
+        Args:
+            room: how many tokens a path may have at most, the newest committed one included.
+        """
+        length = min(self.end - self.start, room)
+        guesses = self.lead.propose(self.text, length - 1)
+        for source in self.first_guesses:
+            if len(guesses) < length - 1:
+                guesses = guesses + source.propose(self.text, guesses, length - 1 - len(guesses))
+        self.draft = Draft([self.text[-1], *guesses])
+        reach = self.reach.tokens if self.reach else self.config.ngram_size
+        limit = min(self.config.pool_size, self.reach.tokens) if self.reach else self.config.pool_size
+        self.candidates = self.pool.continuations(self.text[-CONTEXT:], min(reach, room - 1), limit)
+        for candidate in self.candidates:
+            self.draft.add_branch(candidate)
+        return self.draft
+
+    def observe(
+        self, accepted: list[int], predictions: list[int], path: list[int], drafted: list[int] | None = None
+    ) -> None:
+        """
+        Takes in what the forward over the last proposal brought.
+
+        Args:
+            accepted: the committed tokens: one for each node of `path`, predicted there.
+            predictions: the model's prediction at each node of the draft.
+            path: the accepted nodes, node 0 first.
+            drafted: what a draft-only adapter predicted at each token of the chain, if there is one: the next draft
+                is read off that instead.
+        """
+        if drafted is not None:
+            predicted = drafted[len(path) :]
+        else:
+            predicted = self.draft.predictions_beyond(path[-1], predictions)
+        if self.reach:
+            longest = max(map(len, self.candidates), default=0)
+            self.reach.update(longest, max((agreement(tokens, accepted) for tokens in self.candidates), default=0))
+        if self.window:
+            self.window.update(agreement(self.draft.chain[1:], accepted))
+        self.lead.observe(accepted)
+        for source in (self.own, *self.first_guesses):
+            source.observe(accepted, predicted)
+        self.text += accepted
+        self.pool.extend(accepted)
+        self.pool.recycle(predicted)
+        self._move(predicted)
+
+    def _move(self, predicted: list[int]) -> None:
+        """Moves the blocks in flight on to the newest committed token, and spawns the next one."""
+        before = dict(enumerate(self.draft.chain, self.start))
+        self.start = len(self.text) - 1
+        converged = self._newest_converged(before, [self.text[-1], *predicted])
+        if self.window and self.window.size < self.size:
+            self.end, converged = self.start + self.window.size, False
+        elif self.config.window == "sliding":
+            self.end = max(self.end, self.start + self.size)
+        while self.end <= self.start:
+            self.end += self.size
+        if converged and self._in_flight() < self.config.max_blocks:
+            self.end += self.size
+            self.spawned += 1
+
+    def _in_flight(self) -> int:
+        return -(-(self.end - self.start) // self.size)
+
+    def _newest_converged(self, before: dict[int, int], chain: list[int]) -> bool:
+        """Whether the share of the newest block that is committed, or that the last forward left as it was, is r."""
+        if not before:
+            return False
+        first = self.end - self.size
+        position = max(first, self.start + 1)
+        while position < self.end:
+            index = position - self.start
+            if index >= len(chain) or before.get(position) != chain[index]:
+                break
+            position += 1
+        return position - first >= self.config.spawn_ratio * self.size

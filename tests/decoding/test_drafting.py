@@ -1,0 +1,241 @@
+"""What one sequence tries next: nodes, sources of guesses, blocks in flight, the adaptive window."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import subprocess
+import sys
+
+import pytest
+
+from hf_jacobi import JacobiConfig
+from hf_jacobi.decoding import config as settings
+from hf_jacobi.decoding.adaptive import FIRST_REST, PROBE, AdaptiveReach, AdaptiveWindow
+from hf_jacobi.decoding.drafting import FIRST_GUESSES, Draft, DraftRule, DraftSource, Lead, Ngrams
+from hf_jacobi.decoding.ngram_pool import NgramPool
+
+
+NOTHING = {"draft_init": "repeat", "pool_size": 0}
+
+
+def rule_of(**config) -> DraftRule:
+    """After the prompt 9, 9, 9 and the first token, 10."""
+    rule = DraftRule(JacobiConfig(**NOTHING | config), [9, 9, 9], "seed")
+    rule.begin(10)
+    return rule
+
+
+def chain_of(rule: DraftRule, room: int = 99) -> tuple[int, int, list[int]]:
+    return rule.start, rule.end, rule.propose(room).chain
+
+
+def accept(rule: DraftRule, accepted: list[int], predicted: list[int], room: int = 99) -> tuple[int, int, list[int]]:
+    """One forward that accepts the first nodes of the chain and predicts `accepted`, then `predicted`."""
+    rule.observe(accepted, accepted + predicted, list(range(len(accepted))), drafted=[0] * len(accepted) + predicted)
+    return chain_of(rule, room)
+
+
+def draft_of(chain, *branches) -> Draft:
+    draft = Draft(list(chain))
+    for branch in branches:
+        draft.add_branch(list(branch))
+    return draft
+
+
+def test_the_rules_of_drafting_need_no_torch():
+    code = "import sys, hf_jacobi.decoding.drafting; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_branches_share_what_they_have_in_common():
+    draft = draft_of([1, 2, 3], [2, 3], [2, 4], [5, 6], [5, 7])
+    assert draft.tokens == [1, 2, 3, 4, 5, 6, 7]
+    assert draft.parents == [-1, 0, 1, 1, 0, 4, 4]
+    assert draft.depths == [0, 1, 2, 2, 1, 2, 2]
+    assert draft.chain == [1, 2, 3] and len(draft) == 7
+    assert [draft.tokens[node] for node in draft.path(6)] == [1, 5, 7]
+
+
+def test_own_predictions_are_read_below_the_accepted_node_then_off_the_chain():
+    draft = draft_of([1, 2, 3, 4, 5], [8, 9])
+    predictions = [8, 20, 30, 40, 50, 60, 70]
+    assert draft.predictions_beyond(0, predictions) == [60, 70, 40, 50]
+    assert draft.predictions_beyond(1, predictions) == [30, 40, 50]
+    assert draft.predictions_beyond(5, predictions) == [70, 40, 50]
+    assert draft.predictions_beyond(4, predictions) == []
+
+
+def test_a_block_starts_as_one_committed_token_and_first_guesses():
+    for window in ("block", "sliding"):
+        assert chain_of(rule_of(block_size=4, window=window)) == (3, 7, [10, 10, 10, 10])
+
+
+def test_a_block_shrinks_until_it_has_converged_then_the_next_one_starts():
+    rule = rule_of(block_size=4, window="block")
+    chain_of(rule)
+    assert accept(rule, [11], [21, 22, 23]) == (4, 7, [11, 21, 22])
+    assert accept(rule, [12, 13], [31]) == (6, 7, [13])
+    assert accept(rule, [14], []) == (7, 11, [14, 14, 14, 14])
+
+
+def test_a_branch_that_ends_inside_the_next_block_leaves_the_grid_as_it_was():
+    rule = rule_of(block_size=4, window="block")
+    assert accept(rule, [11, 12, 13, 14, 15], []) == (8, 11, [15, 15, 15])
+
+
+def test_a_sliding_window_is_refilled():
+    rule = rule_of(block_size=4, window="sliding")
+    assert accept(rule, [11, 12], [22, 23]) == (5, 9, [12, 22, 23, 23])
+
+
+@pytest.mark.parametrize("window", ["block", "sliding"])
+def test_a_block_is_spawned_once_the_newest_has_converged_far_enough(window):
+    rule = rule_of(block_size=4, window=window, max_blocks=2, spawn_ratio=0.75)
+    chain_of(rule)
+    accept(rule, [11], [21, 22])
+    assert rule.spawned == 0
+    accept(rule, [12], [22] if window == "block" else [22, 22, 22])
+    assert rule.spawned == 1
+    assert rule.end - rule.start > 4
+
+
+def test_no_more_than_max_blocks_are_in_flight():
+    rule = rule_of(block_size=2, window="block", max_blocks=3, spawn_ratio=0.5)
+    for token in range(50):
+        accept(rule, [token], [0] * 10)
+        assert rule.end - rule.start <= 3 * 2
+    assert rule.spawned > 0
+
+
+@pytest.mark.parametrize("kind", settings.DRAFT_INITS)
+def test_first_guesses(kind):
+    def guesses():
+        rule = DraftRule(JacobiConfig(block_size=6, draft_init=kind, pool_size=0), [5, 6, 7, 8], "seed")
+        rule.begin(6)
+        return rule.propose(99).chain[1:]
+
+    guess = guesses()
+    assert len(guess) == 5
+    if kind == "repeat":
+        assert guess == [6] * 5
+    else:
+        assert set(guess) <= {5, 6, 7, 8}
+    if kind == "ngram":
+        assert guess[:2] == [7, 8]
+    assert guesses() == guess, "the same seed guesses the same"
+
+
+def test_first_guesses_without_a_prompt():
+    for kind in settings.DRAFT_INITS:
+        rule = DraftRule(JacobiConfig(block_size=3, draft_init=kind), [], "seed")
+        rule.begin(4)
+        assert rule.propose(99).chain == [4, 4, 4]
+
+
+def test_a_source_is_a_class_and_a_name(monkeypatch):
+    class Count(DraftSource):
+        def propose(self, text, drafted, count):
+            last = (drafted or text)[-1]
+            return list(range(last + 1, last + 1 + count))
+
+    monkeypatch.setitem(FIRST_GUESSES, "count", (Count,))
+    monkeypatch.setattr(settings, "DRAFT_INITS", (*settings.DRAFT_INITS, "count"))
+    rule = rule_of(block_size=4, draft_init="count")
+    assert rule.propose(99).chain == [10, 11, 12, 13]
+    assert accept(rule, [11, 12], [20]) == (5, 9, [12, 20, 21, 22])
+
+
+def test_every_name_has_its_sources():
+    assert set(FIRST_GUESSES) == set(settings.DRAFT_INITS)
+
+
+def test_a_draft_is_never_longer_than_there_is_room_for():
+    assert chain_of(rule_of(block_size=10**9), room=5)[2] == [10] * 5
+    rule = DraftRule(JacobiConfig(block_size=8, pool_size=4, ngram_size=8), [1, 2, 3, 4, 5, 6, 1], "seed")
+    rule.begin(2)
+    draft = rule.propose(3)
+    assert draft.tokens == [2, 3, 4] and max(draft.depths) == 2
+
+
+class Says(DraftSource):
+    def __init__(self, *tokens: int):
+        self.tokens = list(tokens)
+
+    def propose(self, text, drafted, count):
+        return self.tokens[len(drafted) : len(drafted) + count]
+
+
+def test_the_source_that_was_right_further_comes_first():
+    own, other = Says(1, 2, 3), Says(7)
+    lead = Lead([own, other])
+    assert lead.propose([], 3) == [1, 2, 3], "the model's own where nothing is known"
+    lead.observe([7])
+    assert lead.propose([], 3) == [7, 2, 3]
+    for _ in range(3):
+        lead.observe([1, 2, 9])
+        lead.propose([], 3)
+    assert lead.propose([], 3) == [1, 2, 3]
+
+
+def test_the_sources_behind_go_on_where_the_one_ahead_ends():
+    lead = Lead([Says(4), Says(5, 6)])
+    assert lead.propose([], 2) == [4, 6]
+    lead.observe([5])
+    assert lead.propose([], 2) == [5, 6]
+
+
+def test_n_grams_go_on_from_the_text_or_from_what_is_drafted():
+    pool = NgramPool()
+    pool.extend([5, 6, 7, 8, 5])
+    ngrams = Ngrams([5], pool, random.Random(0))
+    assert ngrams.propose([5], [], 3) == [6, 7, 8]
+    assert ngrams.propose([1], [6], 2) == [7, 8]
+    assert ngrams.propose([1], [], 2) == []
+
+
+def test_adaptive_window_grows_with_acceptance():
+    window = AdaptiveWindow(64, 0.05)
+    sizes = []
+    for _ in range(12):
+        window.update(accepted=window.size - 1)
+        sizes.append(window.size)
+    assert sizes == sorted(sizes) and sizes[-1] == 64
+
+
+def test_adaptive_window_rests_and_probes_ever_more_rarely():
+    window = AdaptiveWindow(16, 0.05)
+    assert window.size == PROBE
+    drafting = []
+    for step in range(400):
+        if window.size > 1:
+            drafting.append(step)
+        window.update(accepted=0)
+    assert len(drafting) < 20
+    pauses = [b - a for a, b in itertools.pairwise(drafting) if b - a > 1]
+    assert pauses[0] > FIRST_REST and pauses == sorted(pauses) and len(pauses) >= 2
+    for _ in range(1000):
+        window.update(accepted=4)
+    assert window.size == 16, "a probe that succeeds ends the rest"
+    assert AdaptiveWindow(2, 0.05).size == 2 < PROBE
+
+
+@pytest.mark.parametrize(("cost", "size"), [(0.2, 2), (0.05, 8), (0.02, 32), (0.0, 64)])
+def test_where_positions_cost_less_the_window_grows_further(cost, size):
+    window = AdaptiveWindow(64, cost)
+    for _ in range(50):
+        window.update(accepted=min(1.9, window.size - 1))
+    assert window.size == size
+
+
+def test_reach_follows_the_candidates():
+    reach = AdaptiveReach(16)
+    for _ in range(5):
+        reach.update(tried=reach.tokens, accepted=reach.tokens)
+    assert reach.tokens == 16
+    reach.update(tried=16, accepted=3)
+    reach.update(tried=0, accepted=0)
+    assert reach.tokens == 16, "neither a part nor no candidate at all is a failure"
+    for _ in range(6):
+        reach.update(tried=reach.tokens, accepted=0)
+    assert reach.tokens == 1
