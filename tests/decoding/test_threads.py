@@ -65,7 +65,7 @@ def same(one, other) -> bool:
 
 def accepting_adapter(rank: int = 4):
     """A model whose adapter changes what is drafted, and is right often enough to be accepted."""
-    return with_adapter(base=trained_model, scale=0.12 * (4 / rank) ** 0.25, rank=rank)
+    return with_adapter(base=trained_model, scale=0.12 * (rank / 4) ** 0.25, rank=rank)
 
 
 def check_four_threads(model, count: int) -> None:
