@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_jacobi
+from hf_jacobi.decoding.errors import UsageError
 from hf_jacobi.hub.files import choose
 
 
@@ -418,4 +419,46 @@ def test_a_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(hf_jacobi.UsageError, match="other weights"):
         source = checkpoint(tmp_path / "out")
         change(source / "config.json", transformers_weights="other.safetensors")
+        choose(source)
+
+
+@pytest.mark.parametrize("where", ["/home/you/code", "../code", "~/code", "./code", ""])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_place_of_this_machine_is_refused(tmp_path, where, name):
+    source = checkpoint(tmp_path / "model")
+    change(source / name, auto_map={"AutoConfig": f"{where}--keys.K"})
+    with pytest.raises(UsageError, match="which others cannot load"):
+        choose(source)
+    change(source / name, auto_map={"AutoConfig": "someone/code--keys.K"})
+    assert not any(file.endswith(".py") for file in choose(source).files)
+
+
+def test_a_name_of_code_without_a_class_is_told_as_such(tmp_path):
+    source = checkpoint(tmp_path / "model")
+    change(source / "config.json", auto_map={"AutoConfig": "keys"})
+    with pytest.raises(UsageError, match=r'"MODULE.CLASS", and holds .keys'):
+        choose(source)
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "aB3" * 12,
+        "ghp_" + "a1B2" * 9,
+        "github_pat_" + "a1_" * 20,
+        "AKIA" + "ABCD" * 4,
+        "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "mine.py", "chat_template.jinja", "LICENSE", "jacobi_forcing.json"])
+def test_a_file_that_holds_a_secret_is_refused_with_the_line(tmp_path, secret, name):
+    source = checkpoint(tmp_path / "model")
+    (source / "mine.py").write_text("class K: ...\n")
+    change(source / "config.json", auto_map={"AutoConfig": "mine.K"})
+    choose(source)
+    if name.endswith(".json"):
+        change(source / name, hub_token=secret)
+    else:
+        (source / name).write_text(f"# one\n# {secret}\n")
+    with pytest.raises(UsageError, match=rf"{name}, line [12] holds what looks like an access token"):
         choose(source)

@@ -477,3 +477,30 @@ def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path
     assert blob.read_text() == before and not file.is_symlink() and "'block_size': 3" in file.read_text()
     file.write_text("SOMEONE = 'else'\n")
     assert not rewrite_settings(folder, write_settings(folder)) and file.read_text() == "SOMEONE = 'else'\n"
+
+
+@pytest.mark.parametrize("given", [{"model": None}, {"model": 5}, {"tokenizer": 5}, {"tokenizer": ["a"]}], ids=str)
+def test_what_is_no_model_or_tokenizer_is_refused_at_once(tmp_path, given):
+    given = {"model": tiny_model(), "tokenizer": tiny_tokenizer()} | given
+    with pytest.raises(ValueError, match="must be the name of a folder or what has `save_pretrained`"):
+        hf_jacobi.publish(given["model"], "someone/fast", given["tokenizer"], tmp_path / "pushed", dry_run=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["", None, ["llama"], 5])
+def test_a_config_that_names_no_kind_of_model_is_refused(tmp_path, kind):
+    source = checkpoint(tmp_path / "model")
+    change(source / "config.json", model_type=kind)
+    with pytest.raises(ValueError, match=r"config.json names no `model_type`"):
+        publish(source, tmp_path / "pushed", tokenizer=None)
+
+
+def test_the_list_of_what_stays_can_be_read_whatever_files_are_called(tmp_path):
+    source = checkpoint(tmp_path / "model")
+    for name in ("a\n  9 B  model.bin", "\x1b[31mred", " tokenizer.json", "-rf", "é"):
+        (source / name).touch()
+    said = []
+    publish(source, source / "out", tokenizer=None, tell=said.append)
+    assert said[-1] == (rf"what stays in {source}: '\x1b[31mred', ' tokenizer.json', -rf, 'a\n  9 B  model.bin', é"), (
+        "one line, nothing for the terminal, and no folder of the push's own"
+    )

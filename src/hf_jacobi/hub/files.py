@@ -20,6 +20,7 @@ from safetensors import safe_open
 from ..decoding.errors import MissingFile, UsageError
 from ..decoding.files import parse_json, read_json, refuse_pointer
 from .card import EVALUATION, NOTE
+from .places import is_on_hub
 
 
 # In the order in which transformers and PEFT look for them; the first that is there is the one that they load.
@@ -86,6 +87,11 @@ LICENSES = tuple(name + end for name in ("LICENSE", "LICENCE", "NOTICE", "COPYIN
     "USE_POLICY.md",
 )
 RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import\b|import\s+\.(\S+)\s*$)", re.MULTILINE)
+TEXTS = {".json", ".py", ".jinja", ".txt", ".md"}
+SECRET = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{40,}|\bAKIA[0-9A-Z]{16}\b"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a file in the Hub's cache
 
 
@@ -229,6 +235,7 @@ def _check_weights(file: Path, safe: bool) -> set[str]:
 
 def _check_content(file: Path) -> None:
     _refuse_hollow(file)
+    refuse_secrets(file)
     if file.suffix == ".json":
         (read_json if file.name in (*CONFIGS, *NAMING_CODE, NOTE, EVALUATION) else parse_json)(file)
 
@@ -261,6 +268,7 @@ def _own_code(source: Path, here: set[str], configs: dict[str, dict[str, Any]]) 
             raise UsageError(f"{who} {name} for the model's own code, which is no file beside it: put it there.")
         files[name] = _plain_file(source, name)
         _refuse_hollow(files[name])
+        refuse_secrets(files[name])
         code = files[name].read_text(encoding="utf-8", errors="replace")
         found = {first or second for first, second in RELATIVE_IMPORT.findall(code)}
         wanted |= {one: f"{source / name} imports" for one in found if f"{one}.py" not in files}
@@ -274,8 +282,29 @@ def _modules(file: Path, config: dict[str, Any]) -> Iterator[str]:
         for reference in [value] if isinstance(value, str) else value if isinstance(value, list) else [0]:
             if reference is not None and not isinstance(reference, str):
                 raise UsageError(f'{file}: `auto_map` should hold texts like "MODULE.CLASS", and holds {value!r}.')
-            if reference and "--" not in reference:
-                yield reference.rpartition(".")[0]
+            repository, elsewhere, _ = (reference or "").partition("--")
+            if elsewhere and not is_on_hub(repository):
+                raise UsageError(
+                    f"{file}: `auto_map` names code in {repository}, which others cannot load: put the code beside it, "
+                    'and name it "MODULE.CLASS".'
+                )
+            if reference and not elsewhere:
+                module, dot, _ = reference.rpartition(".")
+                if not dot:
+                    raise UsageError(
+                        f'{file}: `auto_map` should hold texts like "MODULE.CLASS", and holds {reference!r}.'
+                    )
+                yield module
+
+
+def refuse_secrets(file: Path) -> None:
+    """Refuses a text that holds what opens an account or a machine; `file` may be of any kind."""
+    if file.suffix not in TEXTS and file.name not in LICENSES:
+        return
+    content = file.read_bytes()
+    if found := SECRET.search(content):
+        line = content.count(b"\n", 0, found.start()) + 1
+        raise UsageError(f"{file}, line {line} holds what looks like an access token or a private key: take it out.")
 
 
 def _refuse_same_but_for_case(files: dict[str, Path]) -> None:
