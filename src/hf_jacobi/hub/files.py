@@ -285,8 +285,8 @@ def _modules(file: Path, config: dict[str, Any]) -> Iterator[str]:
             repository, elsewhere, _ = (reference or "").partition("--")
             if elsewhere and not is_on_hub(repository):
                 raise UsageError(
-                    f"{file}: `auto_map` names code in {repository}, which others cannot load: put the code beside it, "
-                    'and name it "MODULE.CLASS".'
+                    f"{file}: `auto_map` names code in {repository!r}, which others cannot load: put the code beside "
+                    'it, and name it "MODULE.CLASS".'
                 )
             if reference and not elsewhere:
                 module, dot, _ = reference.rpartition(".")
