@@ -438,27 +438,3 @@ def test_a_name_of_code_without_a_class_is_told_as_such(tmp_path):
     change(source / "config.json", auto_map={"AutoConfig": "keys"})
     with pytest.raises(UsageError, match=r'"MODULE.CLASS", and holds .keys'):
         choose(source)
-
-
-@pytest.mark.parametrize(
-    "secret",
-    [
-        "hf_" + "aB3" * 12,
-        "ghp_" + "a1B2" * 9,
-        "github_pat_" + "a1_" * 20,
-        "AKIA" + "ABCD" * 4,
-        "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
-    ],
-)
-@pytest.mark.parametrize("name", ["config.json", "mine.py", "chat_template.jinja", "LICENSE", "jacobi_forcing.json"])
-def test_a_file_that_holds_a_secret_is_refused_with_the_line(tmp_path, secret, name):
-    source = checkpoint(tmp_path / "model")
-    (source / "mine.py").write_text("class K: ...\n")
-    change(source / "config.json", auto_map={"AutoConfig": "mine.K"})
-    choose(source)
-    if name.endswith(".json"):
-        change(source / name, hub_token=secret)
-    else:
-        (source / name).write_text(f"# one\n# {secret}\n")
-    with pytest.raises(UsageError, match=rf"{name}, line [12] holds what looks like an access token"):
-        choose(source)

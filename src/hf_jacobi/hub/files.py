@@ -235,7 +235,6 @@ def _check_weights(file: Path, safe: bool) -> set[str]:
 
 def _check_content(file: Path) -> None:
     _refuse_hollow(file)
-    refuse_secrets(file)
     if file.suffix == ".json":
         (read_json if file.name in (*CONFIGS, *NAMING_CODE, NOTE, EVALUATION) else parse_json)(file)
 
@@ -268,7 +267,6 @@ def _own_code(source: Path, here: set[str], configs: dict[str, dict[str, Any]]) 
             raise UsageError(f"{who} {name} for the model's own code, which is no file beside it: put it there.")
         files[name] = _plain_file(source, name)
         _refuse_hollow(files[name])
-        refuse_secrets(files[name])
         code = files[name].read_text(encoding="utf-8", errors="replace")
         found = {first or second for first, second in RELATIVE_IMPORT.findall(code)}
         wanted |= {one: f"{source / name} imports" for one in found if f"{one}.py" not in files}
@@ -297,14 +295,14 @@ def _modules(file: Path, config: dict[str, Any]) -> Iterator[str]:
                 yield module
 
 
-def refuse_secrets(file: Path) -> None:
-    """Refuses a text that holds what opens an account or a machine; `file` may be of any kind."""
-    if file.suffix not in TEXTS and file.name not in LICENSES:
-        return
-    content = file.read_bytes()
-    if found := SECRET.search(content):
-        line = content.count(b"\n", 0, found.start()) + 1
-        raise UsageError(f"{file}, line {line} holds what looks like an access token or a private key: take it out.")
+def refuse_secrets(folder: Path) -> None:
+    """Refuses a folder with a text that holds what opens an account or a machine, wherever it came from."""
+    for file in sorted(folder.rglob("*")):
+        if (file.suffix in TEXTS or file.name in LICENSES) and (found := SECRET.search(file.read_bytes())):
+            raise UsageError(
+                f"{file.relative_to(folder)} holds what looks like an access token or a private key "
+                f"({found[0][:8].decode('ascii')}...): take it out."
+            )
 
 
 def _refuse_same_but_for_case(files: dict[str, Path]) -> None:

@@ -36,6 +36,7 @@ from .files import (
     choose,
     is_template,
     is_weights,
+    refuse_secrets,
 )
 from .network import talking_to_the_hub
 from .places import is_on_hub, without_local_paths
@@ -107,6 +108,7 @@ def publish(
         doubts = _doubts_of_base(chosen, base, source) if dry_run else _check_base(api, chosen, base, source)
         folder = Path(place) / "pushed"
         doubts += _write_folder(chosen, folder, repo_id, base, source, tokenizer, evaluation)
+        refuse_secrets(folder)
         for doubt in doubts:
             (tell or logger.warning)(doubt)
         left = () if in_memory else [name for name in chosen.left if name != Path(place).name]
@@ -354,6 +356,10 @@ def _write_tokenizer(folder: Path, tokenizer, base: str | None) -> None:
 def _load_tokenizer(place: str | Path):
     """The tokenizer of a folder or a Hub id."""
     path = Path(place).expanduser()
+    if path.is_file():
+        raise UsageError(f"{place} is a file: name the folder that holds the tokenizer.")
+    if not path.is_dir() and not is_on_hub(str(place)):
+        raise MissingFile(f"there is no folder {place}, to read a tokenizer from, nor can it be a name on the Hub.")
     try:
         return AutoTokenizer.from_pretrained(path if path.is_dir() else place, trust_remote_code=False)
     except Exception as error:  # tokenizers raises `Exception` itself; nothing but the place can be at fault
