@@ -92,8 +92,8 @@ def _without_debug(rest: list[str]) -> tuple[list[str], bool]:
 
 def _print_any_text() -> None:
     """Lets streams escape what their encoding lacks, rather than fail in the middle of a text, or be closed."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # `None` where the caller closed it
-    sys.stderr = sys.stderr or open(os.devnull, "w")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- `None` where the caller closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
