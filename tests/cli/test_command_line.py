@@ -270,3 +270,9 @@ def test_an_error_after_a_progress_bar_begins_on_a_line_of_its_own(monkeypatch, 
     assert cli.main(["demo"]) == 2
     err = capsys.readouterr().err
     assert "1/9" in err and "\nhf-jacobi demo: a sentence\n" in err
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
+def test_a_stream_may_be_closed(closed):
+    done = subprocess.run(f"{sys.executable} -m hf_jacobi {closed}", shell=True, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, "the status that the command has without one"

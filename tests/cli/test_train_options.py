@@ -68,7 +68,10 @@ def test_a_typing_error_is_answered_at_once(typed, said, monkeypatch, capsys):
         ["--config", "training.yaml"],
     ],
 )
-def test_what_can_run_goes_on_to_the_parser(typed, monkeypatch, capsys):
+def test_what_can_run_goes_on_to_the_parser(typed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "training.yaml").write_text("bf16: true")
+
     def parse(self, args):
         raise ValueError(f"parsed {args}")
 

@@ -89,8 +89,10 @@ def test_the_evaluation_is_what_publish_takes_and_nothing_holds_a_way_to_a_folde
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
     files = [tmp_path / "evaluation.json", tmp_path / "found.json"]
     options = ["--evaluation", str(files[0]), "--output", str(files[1])]
-    assert cli.main(command_of(place, *options, "--gen-kwargs", "block_size=6")) == 0
+    gen_kwargs = "block_size=6,do_sample=true,temperature=0.5"
+    assert cli.main(command_of(place, *options, "--gen-kwargs", gen_kwargs)) == 0
     evaluation = json.loads(files[0].read_text())
+    assert evaluation["measured_on"].endswith("; do_sample=True, temperature=0.5"), "figures of sampled text say so"
     assert checked(evaluation) == evaluation and evaluation["model"] == "model"
     assert evaluation["settings"] == {"decoding": "jacobi", "jacobi": JacobiConfig(block_size=6).to_dict()}
     (row,) = evaluation["results"]

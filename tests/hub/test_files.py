@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_jacobi
+from hf_jacobi.decoding.errors import UsageError
 from hf_jacobi.hub.files import choose
 
 
@@ -418,4 +419,22 @@ def test_a_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(hf_jacobi.UsageError, match="other weights"):
         source = checkpoint(tmp_path / "out")
         change(source / "config.json", transformers_weights="other.safetensors")
+        choose(source)
+
+
+@pytest.mark.parametrize("where", ["/home/you/code", "../code", "~/code", "./code", ""])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_in_a_place_of_this_machine_is_refused(tmp_path, where, name):
+    source = checkpoint(tmp_path / "model")
+    change(source / name, auto_map={"AutoConfig": f"{where}--keys.K"})
+    with pytest.raises(UsageError, match="which others cannot load"):
+        choose(source)
+    change(source / name, auto_map={"AutoConfig": "someone/code--keys.K"})
+    assert not any(file.endswith(".py") for file in choose(source).files)
+
+
+def test_a_name_of_code_without_a_class_is_told_as_such(tmp_path):
+    source = checkpoint(tmp_path / "model")
+    change(source / "config.json", auto_map={"AutoConfig": "keys"})
+    with pytest.raises(UsageError, match=r'"MODULE.CLASS", and holds .keys'):
         choose(source)

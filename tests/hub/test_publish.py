@@ -477,3 +477,69 @@ def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path
     assert blob.read_text() == before and not file.is_symlink() and "'block_size': 3" in file.read_text()
     file.write_text("SOMEONE = 'else'\n")
     assert not rewrite_settings(folder, write_settings(folder)) and file.read_text() == "SOMEONE = 'else'\n"
+
+
+@pytest.mark.parametrize("given", [{"model": None}, {"model": 5}, {"tokenizer": 5}, {"tokenizer": ["a"]}], ids=str)
+def test_what_is_no_model_or_tokenizer_is_refused_at_once(tmp_path, given):
+    given = {"model": tiny_model(), "tokenizer": tiny_tokenizer()} | given
+    with pytest.raises(ValueError, match="must be the name of a folder or what has `save_pretrained`"):
+        hf_jacobi.publish(given["model"], "someone/fast", given["tokenizer"], tmp_path / "pushed", dry_run=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["", None, ["llama"], 5])
+def test_a_config_that_names_no_kind_of_model_is_refused(tmp_path, kind):
+    source = checkpoint(tmp_path / "model")
+    change(source / "config.json", model_type=kind)
+    with pytest.raises(ValueError, match=r"config.json names no `model_type`"):
+        publish(source, tmp_path / "pushed", tokenizer=None)
+
+
+def test_the_list_of_what_stays_can_be_read_whatever_files_are_called(tmp_path):
+    source = checkpoint(tmp_path / "model")
+    for name in ("a\n  9 B  model.bin", "\x1b[31mred", " tokenizer.json", "-rf", "é"):
+        (source / name).touch()
+    said = []
+    publish(source, source / "out", tokenizer=None, tell=said.append)
+    assert said[-1] == (rf"what stays in {source}: '\x1b[31mred', ' tokenizer.json', -rf, 'a\n  9 B  model.bin', é"), (
+        "one line, nothing for the terminal, and no folder of the push's own"
+    )
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        "hf_" + "aB3" * 12,
+        "ghp_" + "a1B2" * 9,
+        "github_pat_" + "a1_" * 20,
+        "AKIA" + "ABCD" * 4,
+        "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
+    ],
+)
+@pytest.mark.parametrize("name", ["config.json", "mine.py", "chat_template.jinja", "LICENSE", "evaluation.json"])
+def test_a_secret_is_not_published_whatever_file_holds_it(tmp_path, secret, name):
+    source = checkpoint(tmp_path / "model")
+    (source / "mine.py").write_text("class K: ...\n")
+    change(source / "config.json", auto_map={"AutoConfig": "mine.K"})
+    evaluation = {"measured_on": "x", "results": []}
+    publish(source, tmp_path / "before", tokenizer=None, evaluation=evaluation)
+    if name == "evaluation.json":
+        evaluation["host"] = secret
+    elif name == "config.json":
+        change(source / name, hub_token=secret)
+    else:
+        (source / name).write_text(f"# one\n# {secret}\n")
+    with pytest.raises(ValueError, match=f"{name} holds what looks like an access token"):
+        publish(source, tmp_path / "pushed", tokenizer=None, evaluation=evaluation)
+    assert not (tmp_path / "pushed").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [("/no/such", "there is no folder /no/such"), ("./no", "there is no folder ./no"), ("FILE", "is a file: name")],
+)
+def test_a_tokenizer_that_is_nowhere_is_told_as_such(tmp_path, place, said):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    place = place.replace("FILE", str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=said):
+        publish(tiny_model(), tmp_path / "pushed", tokenizer=place)

@@ -12,6 +12,8 @@ import errno
 import os
 import sys
 import traceback
+import warnings
+from contextlib import contextmanager
 
 from .. import __version__
 from ..decoding.errors import UsageError
@@ -21,6 +23,7 @@ from .options import Parser
 
 COMMANDS = (demo, collect, pack, train, bench, tune, eval, push)
 DEBUG = "--debug"
+PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -34,7 +37,8 @@ def main(argv: list[str] | None = None) -> int:
     _print_any_text()
     arguments, debug = _parse(argv)
     try:
-        status = arguments.run(arguments)
+        with _own_warnings_in_a_line():
+            status = arguments.run(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever read this has read enough
@@ -87,10 +91,28 @@ def _without_debug(rest: list[str]) -> tuple[list[str], bool]:
 
 
 def _print_any_text() -> None:
-    """Lets streams escape what their encoding lacks, rather than fail in the middle of a text."""
+    """Lets streams escape what their encoding lacks, rather than fail in the middle of a text, or be closed."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- `None` where the caller closed it
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _own_warnings_in_a_line():
+    """Shows warnings of this package without the place in its source, which tells the user nothing."""
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+
+        def show(message, category, filename, *rest, **settings) -> None:
+            if filename.startswith(PACKAGE) and category is UserWarning:
+                print(f"hf-jacobi: {message}", file=sys.stderr)
+            else:
+                others(message, category, filename, *rest, **settings)
+
+        warnings.showwarning = show
+        yield
 
 
 def _for_the_user(error: Exception) -> str | None:
@@ -102,6 +124,8 @@ def _for_the_user(error: Exception) -> str | None:
             return f"{os.fsdecode(error.filename)}: {error.strerror}"
         if error.errno in NO_ROOM:
             return str(error.strerror)
+    if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
+        return "a name begins with `~` and a user that is not known here: write the folder out."
     if "huggingface_hub" in sys.modules:
         from ..hub.network import is_of_network, sentence_of
 

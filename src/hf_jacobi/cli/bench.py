@@ -53,6 +53,9 @@ def run(arguments) -> int:
     """Runs the command."""
     if arguments.evaluation and arguments.config:
         raise UsageError("--evaluation is of the checkpoint's own settings: drop --config, or write them with `tune`.")
+    given = [named(config) for config in arguments.config or []]
+    if len(set(given)) < len(given):
+        raise UsageError(f"--config is there twice with {max(given, key=given.count)}: give it once.")
     check_places(arguments.output, arguments.plot, arguments.evaluation)
     prompts = Prompts(arguments)
     found = find(arguments.model, arguments.adapter)

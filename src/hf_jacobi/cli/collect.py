@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
+from itertools import islice
 
 from .demo_model import DEMO_MODEL
 from .models import load
-from .options import add_dtype, positive
+from .options import add_dtype, check_folder, path, positive
 
 
 # Arguments that `collect_trajectories` does not take.
@@ -24,7 +24,7 @@ def add_parser(commands) -> None:
         "--dataset", required=True, help="a JSON, JSONL, Parquet, CSV or text file, a folder, or a Hub id"
     )
     parser.add_argument(
-        "--output-dir", required=True, help="where it is written; a run that was interrupted goes on there"
+        "--output-dir", type=path, required=True, help="where it is written; a run that was interrupted goes on there"
     )
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
     add_dtype(parser)
@@ -78,16 +78,18 @@ def run(arguments) -> int:
 
     from ..trajectories.collect import collect_trajectories, process_state, read_report
     from ..trajectories.collector import CollectSettings
-    from ..trajectories.prompts import open_prompts
+    from ..trajectories.prompts import open_prompts, prompt_column
 
     logging.set_verbosity_error()
     settings = {name: value for name, value in vars(arguments).items() if name not in OTHERS}
     CollectSettings(**{one.name: settings[one.name] for one in dataclasses.fields(CollectSettings)})
-    Path(arguments.output_dir).expanduser().mkdir(parents=True, exist_ok=True)
+    check_folder(arguments.output_dir)
     processes = process_state()
     rows = open_prompts(arguments.dataset, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))
+    for row in islice(rows, 1):  # before a model is loaded
+        prompt_column(row, arguments.prompt_column)
     model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
     try:
         collect_trajectories(model, tokenizer, rows, **settings)

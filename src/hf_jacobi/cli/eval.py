@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..decoding.errors import MissingFile, MissingPackage, UsageError, of_usage
 from .models import MODEL, find, reading, settings_beside
-from .options import add_dtype, check_places, path, positive, write_json
+from .options import add_dtype, check_places, named, path, positive, write_json
 
 
 def add_parser(commands) -> None:
@@ -156,6 +156,10 @@ def _write_evaluation(arguments, found, model, results: dict, given: dict) -> No
     config = dataclasses.replace(own, **changes)
     settings = {"decoding": given.get("decoding", "jacobi"), "jacobi": config.to_dict()}
     questions = f"{arguments.limit} questions of each task" if arguments.limit else "all questions"
+    others = {name: value for name, value in given.items() if name not in (*SETTINGS, "decoding")}
+    if arguments.num_fewshot is not None:
+        others["num_fewshot"] = arguments.num_fewshot
     setup = f"{described(setup_of(model.model))}; batches of {arguments.batch_size}, {questions}"
+    setup += f"; {named(others)}" if others else ""
     name = found.adapter_name or found.name
     write_json(arguments.evaluation, checked(evaluation_of(results, model.stats, name, settings, setup)))

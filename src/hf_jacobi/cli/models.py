@@ -28,6 +28,8 @@ DEMO_ADAPTER = CHECKPOINTS / "smollm2-135m-draft"  # trained by benchmarks/smoll
 MINIATURE = CHECKPOINTS / "miniature"  # trained by benchmarks/miniature
 MODEL = f"a local folder or a Hub id, of a model or an adapter (default: {DEMO_MODEL})"  # how MODEL is described
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ENDS = ("_config.json", ".json", ".model")  # of `tokenizer`, in names of files
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "tekken.json", "*.tiktoken")  # one of which there must be
 TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*")
@@ -136,9 +138,10 @@ def find(model: str | os.PathLike | None, adapter: str | os.PathLike | None = No
 def _on_its_base(typed: str, place: str, config: dict[str, Any]) -> Found:
     """An adapter on the model that its config names, or that lies in the same folder."""
     name = config.get("base_model_name_or_path")
-    if (Path(place) / "config.json").exists():  # transformers prefers it to the name
-        name = place
-    if not name:
+    weights = (file for pattern in MODEL_WEIGHTS for file in Path(place).glob(pattern))
+    if (Path(place) / "config.json").exists() and any(weights):
+        name = place  # transformers prefers it to the name
+    if not isinstance(name, str) or not name.strip():
         raise UsageError(f"{typed} does not say which model it is for: name the model, and {typed} with --adapter.")
     try:
         base = place_of(name)
@@ -338,13 +341,20 @@ def _settings_of(content: dict[str, Any]) -> dict[str, Any]:
 
     settings = content.get("jacobi")
     config = JacobiConfig.coerce(settings)
-    return {"config": config, "decoding": content.get("decoding") or "jacobi", "tuned": settings is not None}
+    decoding = content.get("decoding") or "jacobi"
+    if decoding not in ("jacobi", "ar"):
+        raise UsageError(f"`decoding` must be 'jacobi' or 'ar', got {decoding!r}.")
+    return {"config": config, "decoding": decoding, "tuned": settings is not None}
 
 
 def settings_beside(adapter: Path) -> dict[str, Any]:
     """How the generation config in the folder of an adapter says that it decodes, as arguments of `Adapted`."""
     file = adapter / "generation_config.json"
-    return _settings_of(read_json(file) if file.exists() else {})
+    content = read_json(file) if file.exists() else {}
+    try:
+        return _settings_of(content)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
 
 
 def with_adapter(model, folder: Path) -> Adapted:
@@ -367,11 +377,16 @@ def with_adapter(model, folder: Path) -> Adapted:
     if not (folder / ADAPTER_CONFIG).exists():
         raise MissingFile(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote.")
     try:
-        from peft import PeftConfig, PeftModel
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
     except ModuleNotFoundError as error:
         raise MissingPackage(f"adapters need {error.name}: pip install peft") from error
 
     settings = settings_beside(folder)
+    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UsageError(f"{folder / ADAPTER_CONFIG}: `peft_type` is {kind!r}, which this PEFT does not know.")
+    if not any((folder / name).exists() for name in ADAPTER_WEIGHTS):
+        raise MissingFile(f"{folder} holds neither {' nor '.join(ADAPTER_WEIGHTS)}: add the adapter's weights.")
     with reading(str(folder)):
         adapter = PeftConfig.from_pretrained(folder)
     drafts = is_draft_only(adapter)

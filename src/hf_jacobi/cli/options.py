@@ -22,6 +22,10 @@ from ..evaluation.prompts import CHAT
 from .models import encode, refusing_bad_templates
 
 
+OF_PROMPTS = ("dataset_name", "dataset_split", "prompt_column", "as_chat")
+LARGEST = 2**31 - 1  # of what is counted
+
+
 class Parser(argparse.ArgumentParser):
     """A parser of a command: takes the names of its options with hyphens and with underscores alike."""
 
@@ -51,10 +55,15 @@ def wrapped(text: str) -> str:
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1."""
-    value = int(text)
+    """An integer of at least 1, and no more than torch can count."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    if value > LARGEST:
+        raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {value}")
     return value
 
 
@@ -62,7 +71,10 @@ def path(text: str) -> Path:
     """A file or a folder; `~` is the user's."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is in the home of a user that is not known here") from None
 
 
 def settings(text: str) -> dict[str, Any]:
@@ -71,6 +83,8 @@ def settings(text: str) -> dict[str, Any]:
         found = json.loads(text)
         from ..decoding.config import JacobiConfig  # which takes seconds
 
+        if found is None:
+            raise UsageError('give an object, such as {"block_size": 16}')
         JacobiConfig.coerce(found)
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
@@ -120,6 +134,18 @@ def check_places(output: Path | None, picture: Path | None = None, *others: Path
         raise UsageError(f"{picture} is no picture that can be drawn: end its name in one of {', '.join(known)}.")
 
 
+def check_folder(folder: Path) -> None:
+    """
+    Makes a folder, and tries whether files can be written there.
+
+    Raises:
+        `UsageError`: it is a file, or cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: name a folder.")
+    check_place(folder / "any")
+
+
 def check_place(file: Path) -> None:
     """
     Tries whether a file can be written: makes its folder, and a file in it for a moment.
@@ -138,7 +164,9 @@ def check_place(file: Path) -> None:
         if file.exists() and not os.access(file, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
-        raise MissingFile(f"{file} cannot be written ({error.strerror or error}): name another place.") from error
+        above = next((place for place in file.parents if place.is_file()), None)
+        reason = f"{above} is a file" if above else error.strerror or error
+        raise MissingFile(f"{file} cannot be written ({reason}): name another place.") from error
 
 
 def write(file: Path, content: str | bytes) -> None:
@@ -192,6 +220,10 @@ class Prompts:
         self.arguments = arguments
         source = arguments.dataset if arguments.prompts is None else arguments.prompts
         if source is None:
+            unused = [name for name in OF_PROMPTS if getattr(arguments, name) not in (None, False)]
+            if unused:
+                option = f"--{unused[0].replace('_', '-')}"
+                raise UsageError(f"{option} is for prompts of your own: name them with --prompts or --dataset.")
             self.name, self.rows = "short questions", None
             return
         if not source.strip():

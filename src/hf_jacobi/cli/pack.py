@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
-from .options import check_places, positive
+from .options import check_folder, check_places, path, positive
 
 
 def add_parser(commands) -> None:
@@ -14,7 +13,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("pack", help=about, description=about)
     parser.add_argument("--trajectories", required=True, help="what `hf-jacobi collect` wrote, or a data set like it")
     parser.add_argument("--split", default="train", help="the split of them (default: train)")
-    parser.add_argument("--output-dir", required=True, help="where it is written")
+    parser.add_argument("--output-dir", type=path, required=True, help="where it is written")
     parser.add_argument("--window-size", type=positive, default=16, help="blocks of a window (default: 16; 1 is CLLM)")
     parser.add_argument(
         "--noise-schedule",
@@ -28,7 +27,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--pack-samples", action="store_true", help="several samples a row, up to --max-length")
     parser.add_argument("--seed", type=int, default=0, help="of the random schedule (default: 0)")
     parser.add_argument("--shard-size", type=positive, default=256, help="trajectories per file (default: 256)")
-    parser.add_argument("--plot", help="draw the noise levels into this PNG file")
+    parser.add_argument("--plot", type=path, help="draw the noise levels into this PNG file")
     parser.set_defaults(run=run)
 
 
@@ -41,8 +40,8 @@ def run(arguments) -> int:
 
     others = ("trajectories", "split", "plot", "command", "run", "rest")
     settings = {name: value for name, value in vars(arguments).items() if name not in others}
-    settings["output_dir"] = Path(arguments.output_dir).expanduser()
-    picture = Path(arguments.plot).expanduser() if arguments.plot else None
+    picture = arguments.plot
+    check_folder(arguments.output_dir)
     check_places(None, picture)
     try:
         pack_trajectories(open_prompts(arguments.trajectories, arguments.split), **settings, progress=True)

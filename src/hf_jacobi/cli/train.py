@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..decoding.errors import MissingPackage, UsageError, of_usage
+from ..decoding.errors import MissingFile, MissingPackage, UsageError, of_usage
+from .options import check_folder
 from .train_options import check
 
 
@@ -29,6 +30,35 @@ def add_parser(commands) -> None:
     parser.set_defaults(run=run)
 
 
+def with_config_checked(typed: list[str]) -> list[str]:
+    """
+    The options with `--config FILE` as TRL reads it, once the file is known to be one that it can read.
+
+    Raises:
+        `UsageError`: there is no such file, it is no YAML, or holds something else than names and values.
+    """
+    typed = [part for one in typed for part in (one.split("=", 1) if one.startswith("--config=") else [one])]
+    if "--config" not in typed:
+        return typed
+    place = typed.index("--config") + 1
+    if typed.count("--config") > 1:
+        raise UsageError("--config is there twice: give one file.")
+    if place == len(typed) or typed[place].startswith("--") or not typed[place].strip():
+        raise UsageError("--config names no file: name the YAML file with the options.")
+    from yaml import YAMLError, safe_load
+
+    file = Path(typed[place]).expanduser()
+    try:
+        content = safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingFile(f"{file} cannot be read ({error.strerror}): name a YAML file with options.") from error
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f"{file} is no YAML that can be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"{file} must hold options, one `name: value` a line.")
+    return [*typed[:place], str(file), *typed[place + 1 :]]
+
+
 def run(arguments) -> int:
     """Runs the command."""
     check(arguments.rest, ABOUT)
@@ -41,9 +71,10 @@ def run(arguments) -> int:
     from ..trajectories.prompts import open_prompts
 
     parser = TrlParser((DataArguments, JacobiForcingConfig, ModelConfig), prog="hf-jacobi train")
+    typed = with_config_checked(arguments.rest)
     with of_usage(ValueError, OSError):
-        data, training, model = parser.parse_args_and_config(args=arguments.rest)
-    if model.model_name_or_path is None:
+        data, training, model = parser.parse_args_and_config(args=typed)
+    if not (model.model_name_or_path or "").strip():
         raise UsageError("name the model: --model_name_or_path, a folder or a Hub id.")
     settings = {
         "revision": model.model_revision,
@@ -55,6 +86,10 @@ def run(arguments) -> int:
     training.model_init_kwargs = {name: value for name, value in settings.items() if value is not None} | (
         training.model_init_kwargs or {}
     )
+    if data.eval_rows < 0:
+        raise UsageError(f"eval_rows={data.eval_rows}: a number of rows is at least 0.")
+    if training.output_dir is not None:
+        check_folder(Path(training.output_dir))
     train = open_prompts(data.train_dataset)
     held_out = None
     if data.eval_dataset is not None:

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from ..decoding.errors import MissingFile, UsageError
 from ..decoding.files import parse_json, read_json, refuse_pointer
 from .card import EVALUATION, NOTE
+from .places import is_on_hub
 
 
 # In the order in which transformers and PEFT look for them; the first that is there is the one that they load.
@@ -86,6 +87,11 @@ LICENSES = tuple(name + end for name in ("LICENSE", "LICENCE", "NOTICE", "COPYIN
     "USE_POLICY.md",
 )
 RELATIVE_IMPORT = re.compile(r"^\s*(?:from\s+\.(\S+)\s+import\b|import\s+\.(\S+)\s*$)", re.MULTILINE)
+TEXTS = {".json", ".py", ".jinja", ".txt", ".md"}
+SECRET = re.compile(
+    rb"\bhf_[A-Za-z0-9]{30,}\b|\bgh[pousr]_[A-Za-z0-9]{36,}\b|\bgithub_pat_\w{40,}|\bAKIA[0-9A-Z]{16}\b"
+    rb"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+)
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a file in the Hub's cache
 
 
@@ -274,8 +280,29 @@ def _modules(file: Path, config: dict[str, Any]) -> Iterator[str]:
         for reference in [value] if isinstance(value, str) else value if isinstance(value, list) else [0]:
             if reference is not None and not isinstance(reference, str):
                 raise UsageError(f'{file}: `auto_map` should hold texts like "MODULE.CLASS", and holds {value!r}.')
-            if reference and "--" not in reference:
-                yield reference.rpartition(".")[0]
+            repository, elsewhere, _ = (reference or "").partition("--")
+            if elsewhere and not is_on_hub(repository):
+                raise UsageError(
+                    f"{file}: `auto_map` names code in {repository!r}, which others cannot load: put the code beside "
+                    'it, and name it "MODULE.CLASS".'
+                )
+            if reference and not elsewhere:
+                module, dot, _ = reference.rpartition(".")
+                if not dot:
+                    raise UsageError(
+                        f'{file}: `auto_map` should hold texts like "MODULE.CLASS", and holds {reference!r}.'
+                    )
+                yield module
+
+
+def refuse_secrets(folder: Path) -> None:
+    """Refuses a folder with a text that holds what opens an account or a machine, wherever it came from."""
+    for file in sorted(folder.rglob("*")):
+        if (file.suffix in TEXTS or file.name in LICENSES) and (found := SECRET.search(file.read_bytes())):
+            raise UsageError(
+                f"{file.relative_to(folder)} holds what looks like an access token or a private key "
+                f"({found[0][:8].decode('ascii')}...): take it out."
+            )
 
 
 def _refuse_same_but_for_case(files: dict[str, Path]) -> None:

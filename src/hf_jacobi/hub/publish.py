@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +36,7 @@ from .files import (
     choose,
     is_template,
     is_weights,
+    refuse_secrets,
 )
 from .network import talking_to_the_hub
 from .places import is_on_hub, without_local_paths
@@ -91,12 +92,13 @@ def publish(
             is not on the Hub, or there is no way to the Hub.
     """
     _check_names(model_or_dir=model_or_dir, tokenizer=tokenizer, output_dir=output_dir, evaluation=evaluation)
+    in_memory = not isinstance(model_or_dir, (str, Path))
+    _check_kinds(model_or_dir, tokenizer)
     _check_repo(repo_id)
     target = _target(output_dir, dry_run)
     evaluation = _read_evaluation(evaluation)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
-        in_memory = not isinstance(model_or_dir, (str, Path))
         source = _save(model_or_dir, Path(place) / "saved") if in_memory else Path(model_or_dir).expanduser()
         chosen = choose(source, with_tokenizer=tokenizer is None)
         base = _base_of(chosen, name_of(unwrap(model_or_dir)) if in_memory else None)
@@ -106,9 +108,11 @@ def publish(
         doubts = _doubts_of_base(chosen, base, source) if dry_run else _check_base(api, chosen, base, source)
         folder = Path(place) / "pushed"
         doubts += _write_folder(chosen, folder, repo_id, base, source, tokenizer, evaluation)
+        refuse_secrets(folder)
         for doubt in doubts:
             (tell or logger.warning)(doubt)
-        for line in _listing(folder, repo_id, source, () if in_memory else chosen.left):
+        left = () if in_memory else [name for name in chosen.left if name != Path(place).name]
+        for line in _listing(folder, repo_id, source, left):
             (tell or logger.info)(line)
         if target is not None:  # at once: what failed leaves nothing
             if target.exists():
@@ -122,6 +126,15 @@ def _check_names(**given) -> None:
     for name, value in given.items():
         if isinstance(value, str) and not value.strip():
             raise UsageError(f"`{name}` is empty: give it a name (is a variable not set?).")
+
+
+def _check_kinds(model, tokenizer) -> None:
+    for what, given in {"model_or_dir": model, "tokenizer": tokenizer}.items():
+        left_out = given is None and what == "tokenizer"
+        if not (left_out or isinstance(given, (str, Path)) or hasattr(given, "save_pretrained")):
+            raise UsageError(
+                f"`{what}` must be the name of a folder or what has `save_pretrained`, got {given!r:.80}."
+            )
 
 
 def _check_repo(repo_id: str) -> None:
@@ -173,6 +186,8 @@ def _check_decodable(chosen: Chosen) -> None:
         return
     config = read_json(chosen.files["config.json"])
     name = config.get("model_type")
+    if "auto_map" not in config and not (isinstance(name, str) and name):
+        raise UsageError(f"{chosen.files['config.json']} names no `model_type`, so that nobody can load the model.")
     model = None if "auto_map" in config or not isinstance(name, str) else causal_lm_of(name)
     if is_stateful(model) or config.get("is_encoder_decoder"):
         raise UsageError(
@@ -341,6 +356,10 @@ def _write_tokenizer(folder: Path, tokenizer, base: str | None) -> None:
 def _load_tokenizer(place: str | Path):
     """The tokenizer of a folder or a Hub id."""
     path = Path(place).expanduser()
+    if path.is_file():
+        raise UsageError(f"{place} is a file: name the folder that holds the tokenizer.")
+    if not path.is_dir() and not is_on_hub(str(place)):
+        raise MissingFile(f"there is no folder {place}, to read a tokenizer from, nor can it be a name on the Hub.")
     try:
         return AutoTokenizer.from_pretrained(path if path.is_dir() else place, trust_remote_code=False)
     except Exception as error:  # tokenizers raises `Exception` itself; nothing but the place can be at fault
@@ -359,12 +378,17 @@ def _check_tokenizer(folder: Path) -> None:
             raise UsageError(f"the tokenizer does not load from the files that would go: {said}") from error
 
 
-def _listing(folder: Path, repo_id: str, source: Path, left: tuple[str, ...]) -> list[str]:
+def _listing(folder: Path, repo_id: str, source: Path, left: Iterable[str]) -> list[str]:
     """What goes, with its size, and what stays."""
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     lines = [f"{_size(file.stat().st_size):>9}  {file.relative_to(folder).as_posix()}" for file in files]
-    stays = [name for name in left if name not in (CARD, CARRIED)]
+    stays = [_printable(name) for name in left if name not in (CARD, CARRIED)]
     return [f"what goes to {repo_id}:", *lines, *([f"what stays in {source}: {', '.join(stays)}"] if stays else [])]
+
+
+def _printable(name: str) -> str:
+    """A name as it is, unless it would do something to the terminal or look like other lines."""
+    return name if name.isprintable() and name == name.strip() else repr(name)
 
 
 def _size(count: int) -> str:

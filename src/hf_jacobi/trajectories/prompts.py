@@ -98,10 +98,16 @@ def _is_no_prompt(row: Any) -> bool:
 
 
 def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, Any]]:
+    if not source.strip():
+        raise UsageError("the name of the data is empty: name a file, a folder or a data set on the Hub.")
     path = Path(source).expanduser()
-    if path.is_file() and path.suffix not in BUILDERS:
+    if path.exists() and name:
+        raise UsageError(f"{source} is here, and has no configurations: drop {name!r}, which is for the Hub.")
+    if path.is_file() and split != "train":
+        raise UsageError(f"{source} is a file, which has no split {split!r}: leave the split out.")
+    if path.is_file() and path.suffix.lower() not in BUILDERS:
         raise UsageError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
-    if not path.exists() and (source.startswith(("/", ".", "~")) or path.suffix in BUILDERS):
+    if not path.exists() and (source.startswith(("/", ".", "~")) or path.suffix.lower() in BUILDERS):
         raise MissingFile(f"there is no file or folder {source}.")
     try:
         if path.is_file():
@@ -115,14 +121,15 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
         kind = MissingFile if isinstance(error, OSError) else UsageError
         for file in _files_of(path):
             _name_damage(file)
-        raise kind(f"{source} could not be read: {_reason(error)}") from error
+        where = source if path.exists() else f"there is no file or folder {source} here, and on the Hub it"
+        raise kind(f"{where} could not be read: {_reason(error)}") from error
 
 
 def _open_file(path: Path) -> Dataset:
     if not path.stat().st_size:
         raise UsageError(f"{path} is empty: there is not one row in it.")
     # The absolute path, as what `datasets` puts before a relative one may hold `[`, too.
-    return load_dataset(BUILDERS[path.suffix], data_files=glob.escape(os.path.abspath(path)), split="train")
+    return load_dataset(BUILDERS[path.suffix.lower()], data_files=glob.escape(os.path.abspath(path)), split="train")
 
 
 def _open_folder(path: Path, split: str) -> Dataset:
@@ -138,11 +145,11 @@ def _open_folder(path: Path, split: str) -> Dataset:
         return load_dataset(str(path), split=split)
     # `datasets` would take the name for a pattern: it is handed the files instead, in the splits that it sees in them.
     base = glob.escape(os.path.abspath(path))
-    kind = Counter(BUILDERS[file.suffix] for file in files).most_common(1)[0][0]
+    kind = Counter(BUILDERS[file.suffix.lower()] for file in files).most_common(1)[0][0]
     splits = {}
     for found, patterns in get_data_patterns(base).items():
         there = DataFilesList.from_patterns(patterns, base_path=base)
-        splits[str(found)] = [glob.escape(file) for file in there if BUILDERS.get(Path(file).suffix) == kind]
+        splits[str(found)] = [glob.escape(file) for file in there if BUILDERS.get(Path(file).suffix.lower()) == kind]
     return load_dataset(kind, data_files=splits, split=split)
 
 
@@ -152,14 +159,14 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
     shown = (file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts))
-    return sorted(file for file in shown if file.suffix in BUILDERS)
+    return sorted(file for file in shown if file.suffix.lower() in BUILDERS)
 
 
 def _name_damage(path: Path) -> None:
     """Raises `UsageError` for a file that cannot be read by itself: with its name, and the row if one is to blame."""
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         check_file(path)
-    elif path.suffix in (".json", ".jsonl"):
+    elif path.suffix.lower() in (".json", ".jsonl"):
         _check_json(path)
     try:
         _open_file(path)
@@ -174,6 +181,9 @@ def _check_json(path: Path) -> None:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             return  # `datasets` itself says where an array breaks
         file.seek(0)
+        if _is_one_object(file.read()):
+            raise UsageError(f"{path} holds one JSON object over several lines: prompts are a line each, or an array.")
+        file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
@@ -181,6 +191,13 @@ def _check_json(path: Path) -> None:
                 raise UsageError(f"{path}, line {number} is no JSON: {error}.") from None
             if not isinstance(row, dict):
                 raise UsageError(f"{path}, line {number} is no object with columns: {row!r:.60}.")
+
+
+def _is_one_object(content: bytes) -> bool:
+    try:
+        return b"\n" in content.strip() and isinstance(json.loads(content.decode("utf-8-sig")), dict)
+    except ValueError:
+        return False
 
 
 def _reason(error: BaseException) -> str:
