@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hf_jacobi.decoding import gumbel
 from hf_jacobi.decoding.gumbel import GumbelNoise
 
 
@@ -86,3 +87,22 @@ def test_it_takes_at_most_20_operations(rows):
     with Operations() as operations:
         noise.add_to(scores, keys)
     assert 0 < operations.count <= 20
+
+
+def test_it_comes_in_parts_where_scores_are_many(monkeypatch):
+    expected = noise_of(7, 100, names=("a", "b", "c"))
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if "log" in str(function):
+                sizes.append(result.numel())
+            return result
+
+    monkeypatch.setattr(gumbel, "AT_ONCE", 450)
+    with Sizes():
+        found = noise_of(7, 100, names=("a", "b", "c"))
+    assert torch.equal(found, expected) and max(sizes) == 400
+    monkeypatch.setattr(gumbel, "AT_ONCE", 50)
+    assert torch.equal(noise_of(7, 100, names=("a", "b", "c")), expected), "one position is the least"

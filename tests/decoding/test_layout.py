@@ -91,3 +91,11 @@ def test_a_layout_can_be_filled_again():
     fresh.fill([draft_of([7]), draft_of([8, 9])], [5, 8], [0, -1])
     for name in ("ids", "positions", "slots", "places", "starts", "ancestors"):
         assert torch.equal(getattr(layout, name), getattr(fresh, name)), name
+
+
+def test_a_default_device_of_torchs_is_not_where_the_host_writes():
+    with torch.device("meta"):
+        layout = Layout(1, 2, 1, torch.device("meta"))
+        layout.fill([Draft([5, 6])], [3], [0])
+        layout.upload()
+    assert layout.host["slots"].tolist() == [[3, 4]] and layout.slots.device.type == "meta"

@@ -238,3 +238,22 @@ def test_trajectories_of_a_batch_are_those_of_its_texts(processors, seed):
 
 def test_no_trajectory_unless_asked_for():
     assert jacobi(hf_jacobi.enable(tiny_model()), padded_prompts(1)).trajectory is None
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_default_device_of_torchs_changes_nothing(do_sample):
+    model, inputs, put = hf_jacobi.enable(trained_model()), padded_prompts(1), []
+
+    class Streamer:
+        put = staticmethod(lambda tokens: put.extend(tokens.flatten().tolist()))
+        end = staticmethod(lambda: None)
+
+    settings = {"max_new_tokens": 40, "do_sample": do_sample, "decoding": "jacobi", "return_dict_in_generate": True}
+    settings |= {"jacobi_config": {"block_size": 4, "pool_size": 8}}
+    torch.manual_seed(0)
+    expected = model.generate(**inputs, **settings)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        out = model.generate(**inputs, **settings, streamer=Streamer())
+    assert torch.equal(out.sequences, expected.sequences) and put == out.sequences[0].tolist()
+    assert tokens_per_forward(out) > 1 and (do_sample or out.jacobi_stats.recycled_tokens > 0)

@@ -9,6 +9,7 @@ from models import padded_prompts, tiny_model, tokens_per_forward, trained_model
 from transformers import LogitsProcessor, LogitsProcessorList
 
 import hf_jacobi
+from hf_jacobi.decoding.drafting import PromptTokens
 from hf_jacobi.decoding.gumbel import GumbelNoise
 from hf_jacobi.decoding.step import Step
 
@@ -296,3 +297,47 @@ def test_scores_at_a_rejected_draft_do_not_matter(model, warp, monkeypatch):
     out = sample(model, inputs, settings, 3, **warp)
     assert torch.equal(out.sequences, text) and len(spoilt) > 20
     assert tokens_per_forward(out) > 1.05
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": False},
+        {"do_sample": False, "repetition_penalty": 1.1},
+        {"do_sample": False, "suppress_tokens": [0, 77]},
+        {"temperature": 0.7},
+        {"remove_invalid_values": True},
+        {"top_h": 0.5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_draft_at_which_the_model_overflows_spoils_no_text(settings, attention, monkeypatch):
+    """A masked key that is NaN makes every sum NaN that it takes part in, with a weight of 0."""
+    model = hf_jacobi.enable(trained_model(attention=attention))
+    model.model.embed_tokens.weight.data[77] = torch.nan
+    model.lm_head.weight.data[77] = 0  # so that no text has it
+    inputs, tried = padded_prompts(3), []
+    settings = {"max_new_tokens": 30, "return_dict_in_generate": True, "do_sample": True} | settings
+
+    def propose(source, text, drafted, count):
+        tried.append(count)
+        return [77] * count
+
+    monkeypatch.setattr(PromptTokens, "propose", propose)
+    plain = {"block_size": 1, "pool_size": 0, "seed": 3}
+    expected = model.generate(**inputs, **settings, decoding="jacobi", jacobi_config=plain)
+    tried.clear()
+    drafts = {"block_size": 8, "pool_size": 0, "seed": 3, "draft_init": "prompt"}
+    out = model.generate(**inputs, **settings, decoding="jacobi", jacobi_config=drafts)
+    assert torch.equal(out.sequences, expected.sequences)
+    assert sum(tried) > 10 and tokens_per_forward(out) > 1.05
+
+
+def test_text_of_a_float64_model_ties_where_ar_ties():
+    model = hf_jacobi.enable(trained_model(dtype=torch.float64))
+    head = model.lm_head.weight.data
+    head[48:] = head[:48] * (1 + 1e-12)
+    inputs, settings = padded_prompts(3), {"max_new_tokens": 30, "do_sample": False, "return_dict_in_generate": True}
+    out = model.generate(**inputs, **settings, decoding="jacobi", jacobi_config={"block_size": 8})
+    assert torch.equal(out.sequences, model.generate(**inputs, **settings).sequences) and tokens_per_forward(out) > 1

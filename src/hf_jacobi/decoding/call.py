@@ -44,7 +44,7 @@ class DecodeCall:
     ):
         rule = Greedy()
         if generation_config.do_sample:
-            seed = int(torch.randint(2**62, ())) if config.seed is None else config.seed
+            seed = int(torch.randint(2**62, (), device="cpu")) if config.seed is None else config.seed
             rule = Gumbel(seed, row_names or [str(number) for number in range(input_ids.shape[0])])
         chooser = TokenChooser(processors, rule)
         stop = StopCheck(criteria)

@@ -11,6 +11,7 @@ import torch
 SPREADS_TOKENS = -1640531527  # 2**32 over the golden ratio, odd, as a signed integer
 MULTIPLIERS = (2146121005, -2073254261)  # those of the hash "lowbias32", signed
 LARGEST = 1 - 2**-24  # the float32 before 1
+AT_ONCE = 2**23  # scores that get their noise at a time: that takes three times their memory
 
 
 class GumbelNoise:
@@ -59,6 +60,12 @@ class GumbelNoise:
         if self._tokens is None or (self._tokens.shape[0], self._tokens.device) != (scores.shape[-1], scores.device):
             tokens = torch.arange(scores.shape[-1], dtype=torch.int32, device=scores.device)
             self._tokens = tokens * SPREADS_TOKENS
+        if scores.numel() > AT_ONCE and scores.shape[:2] != (1, 1):
+            positions = max(1, AT_ONCE // scores.shape[-1])
+            parts = scores.view(1, -1, scores.shape[-1]).split(positions, 1)
+            for part, own in zip(parts, keys.view(2, 1, -1, 1).split(positions, 2)):
+                self.add_to(part, own)
+            return scores
         first, second = keys.unbind()
         bits = self._tokens + first
         bits ^= bits >> 16

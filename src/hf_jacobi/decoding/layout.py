@@ -54,7 +54,7 @@ class Layout:
         self._host = self._device = None  # on a CPU the step reads what is written
         buffer = np.zeros(total, dtype=np.uint8)
         if device.type != "cpu":
-            self._host = torch.zeros(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+            self._host = torch.zeros(total, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
             self._device = torch.zeros_like(self._host, device=device)
             buffer = self._host.numpy()
         self.host: dict[str, np.ndarray] = {}

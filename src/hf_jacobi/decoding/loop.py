@@ -69,6 +69,7 @@ def jacobi_decode(
 
 def run_to_end(call: DecodeCall, synced_gpus: bool = False) -> None:
     """Decodes until every row has finished; `synced_gpus` as in `jacobi_decode`."""
+    call.step.mends_drafts = not synced_gpus
     call.prefill()
     call.outputs.stream()
     while go_on(call.step.model, call.finished, synced_gpus, call.step.device):

@@ -67,7 +67,7 @@ class Outputs:
             reached = max(row.length for row in self.rows)
         for index in range(self.streamed, reached):
             tokens = [row.tokens[index] if index < row.length else self.pad_token for row in self.rows]
-            self.streamer.put(torch.tensor(tokens))
+            self.streamer.put(torch.tensor(tokens, device="cpu"))
         self.streamed = reached
 
     def end_stream(self) -> None:

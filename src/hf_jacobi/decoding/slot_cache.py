@@ -42,6 +42,8 @@ class SlotLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         plan = self.plan
+        if plan.mends_drafts:
+            key_states, value_states = _with_finite_drafts(key_states), _with_finite_drafts(value_states)
         self.reserve(plan.end)
         if plan.first is not None:
             self.keys[:, :, plan.first : plan.end] = key_states
@@ -69,10 +71,19 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
+def _with_finite_drafts(states: torch.Tensor) -> torch.Tensor:
+    """Keys or values `[batch, heads, query, head size]`, with zeros for what is no number at all nodes but node 0."""
+    return torch.cat([states[:, :, :1], states[:, :, 1:].nan_to_num(0.0, 0.0, 0.0)], dim=2)
+
+
 class SlotPlan:
-    """Where the next forward writes: `slots` `[batch, query]`, or `first` to `end` when all rows write the same."""
+    """
+    Where the next forward writes: `slots` `[batch, query]`, or `first` to `end` when all rows write the same; and
+    whether it `mends_drafts`, as a masked slot that holds a NaN spoils whoever attends beside it.
+    """
 
     def __init__(self):
+        self.mends_drafts = False
         self.slots: torch.Tensor | None = None
         self.first: int | None = 0
         self.end = 0
@@ -157,7 +168,7 @@ class SlotCache(Cache):
             moves: `[3, N]`, rows, slots before and slots after, where they have been uploaded already.
         """
         if self.moves:
-            moves = torch.tensor(self.moves).T if moves is None else moves
+            moves = torch.tensor(self.moves, device="cpu").T if moves is None else moves
             on_device: dict[torch.device, torch.Tensor] = {}
             for layer in self.layers:
                 if layer.is_initialized:

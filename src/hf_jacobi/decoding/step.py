@@ -16,7 +16,7 @@ from .drafting import Draft
 from .errors import UsageError
 from .layout import Layout
 from .slot_cache import SlotCache
-from .verify import TokenChooser
+from .verify import UNDRAWABLE, TokenChooser
 
 
 MOVES = 64  # room for accepted tokens to be moved into place in one step; as often four times that as it takes
@@ -37,6 +37,7 @@ class Step:
         offsets: position minus slot, per row.
         key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
         copies: how many columns at the end of the newest forward the draft-only adapter served; 0 without one.
+        mends_drafts: whether a forward that a draft spoilt is run again; not where processes share each forward.
     """
 
     def __init__(self, model, input_ids: torch.Tensor, generation_config, model_kwargs: dict, chooser: TokenChooser):
@@ -51,6 +52,8 @@ class Step:
         self.draft_adapter: DraftAdapter | None = None
         self.copies = 0
         self.key_valid: torch.Tensor | None = None
+        self.mends_drafts = True
+        self._token_of_nan: int | None = None
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._slots = torch.arange(0, device=self.device)
 
@@ -103,9 +106,33 @@ class Step:
             at the chain (`copies`) last.
         """
         self.copies = max(draft.chain_length for draft in drafts) if self.draft_adapter else 0
+        predictions = self._predictions(drafts, starts)
+        if self.mends_drafts and self._are_spoilt(predictions):
+            self.cache.plan.mends_drafts = True
+            predictions = self._predictions(drafts, starts)
+            self.cache.plan.mends_drafts = False
+        return predictions
+
+    def _predictions(self, drafts: list[Draft], starts: list[int]) -> list[list[int]]:
         with self.draft_adapter.on(self.copies) if self.draft_adapter else nullcontext():
             layout = self.score(drafts, starts)
         return self.chooser.predict(self.logits, layout.keys).tolist()  # the one wait for the device
+
+    def _are_spoilt(self, predictions: list[list[int]]) -> bool:
+        """
+        Whether a draft at which the model overflows may have spoilt what is predicted at a node 0: its logits are NaN
+        then. They are looked at where the token is the one that such logits give, or where that is any.
+        """
+        if len(predictions[0]) == 1:
+            return False
+        if self._token_of_nan is None:
+            nan = torch.full_like(self.logits[:1, :1], torch.nan)
+            keys = torch.zeros(2, 1, 1, 1, dtype=torch.int32, device=self.device)
+            self._token_of_nan = self.chooser.predict(nan, keys).item()
+        is_known = not self.chooser.rule.is_random or self._token_of_nan == UNDRAWABLE
+        if is_known and all(tokens[0] != self._token_of_nan for tokens in predictions):
+            return False
+        return bool(self.logits[:, 0].isnan().any())
 
     def score(self, drafts: list[Draft], starts: list[int]) -> Layout:
         """Lays out, uploads and runs a forward, which leaves `logits`."""

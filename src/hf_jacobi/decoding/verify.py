@@ -128,7 +128,8 @@ class TokenChooser:
             keys: `[2, B, Q, 1]`, of the noise of each position (`GumbelNoise.keys`), for sampled text.
         """
         if not self.context_free and not self.rule.is_random:
-            return self.rule.pick(logits)
+            # AR compares in float32, where float64 logits may tie.
+            return self.rule.pick(logits.float() if logits.dtype == torch.float64 else logits)
         return self.rule.pick(self._scores_of_guesses(logits), keys)
 
     def _scores_of_guesses(self, logits: torch.Tensor) -> torch.Tensor:
