@@ -275,3 +275,22 @@ def test_the_command_takes_tools_and_settings_and_is_strict_if_asked(tmp_path, c
         with pytest.raises(SystemExit):
             main([*command, str(tmp_path / "n"), "--chat-template-kwargs", wrong])
         assert "JSON" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    tokenizer = tiny_tokenizer()
+    for name in ("one.txt", "folder/two.txt"):
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes("\ufeffw5 w6\nw7\n".encode())
+        rows = open_prompts(str(file if name == "one.txt" else file.parent))
+        assert [encode_prompt(number, row, None, tokenizer, False).ids for number, row in enumerate(rows)] == [
+            [5, 6],
+            [7],
+        ]
+
+
+def test_a_file_of_blank_lines_is_empty(tmp_path):
+    (tmp_path / "blank.jsonl").write_text("\n \n")
+    with pytest.raises(hf_jacobi.UsageError, match=r"blank\.jsonl is empty"):
+        open_prompts(str(tmp_path / "blank.jsonl"))

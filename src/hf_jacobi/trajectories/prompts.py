@@ -40,6 +40,7 @@ PROMPT_COLUMNS = (
 )
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what the template is given beside the messages
 ID_COLUMNS = ("prompt_id", "id", "data_id", "task_id", "question_id")
+BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with; it is no text
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}  # ShareGPT's names
 
 
@@ -126,10 +127,17 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
 
 
 def _open_file(path: Path) -> Dataset:
-    if not path.stat().st_size:
+    kind = BUILDERS[path.suffix.lower()]
+    if not path.stat().st_size or (kind == "json" and not _holds_text(path)):
         raise UsageError(f"{path} is empty: there is not one row in it.")
     # The absolute path, as what `datasets` puts before a relative one may hold `[`, too.
-    return load_dataset(BUILDERS[path.suffix.lower()], data_files=glob.escape(os.path.abspath(path)), split="train")
+    return load_dataset(kind, data_files=glob.escape(os.path.abspath(path)), split="train")
+
+
+def _holds_text(path: Path) -> bool:
+    """Whether anything but blanks stands in a file."""
+    with open(path, "rb") as file:
+        return any(line.strip() for line in file)
 
 
 def _open_folder(path: Path, split: str) -> Dataset:
@@ -266,6 +274,8 @@ def encode_prompt(
         `ValueError`: no row could be used so: there is no such column, or no chat template.
     """
     value = row[prompt_column(row, column)]
+    if isinstance(value, str):
+        value = value.removeprefix(BYTE_ORDER_MARK)
     name = name_of_prompt(number, row)
     if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, list) and not value):
         return Prompt(number, name, [])
