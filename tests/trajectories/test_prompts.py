@@ -17,7 +17,7 @@ from hf_jacobi import UsageError
 from hf_jacobi.cli import main
 from hf_jacobi.trajectories import collect_trajectories, read_report
 from hf_jacobi.trajectories.encoding import encode_messages, encode_text
-from hf_jacobi.trajectories.prompts import open_prompts
+from hf_jacobi.trajectories.prompts import encode_prompt, open_prompts
 
 
 TEMPLATE = (
@@ -284,13 +284,11 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
         file.parent.mkdir(exist_ok=True)
         file.write_bytes("\ufeffw5 w6\nw7\n".encode())
         rows = open_prompts(str(file if name == "one.txt" else file.parent))
-        assert [encode_prompt(number, row, None, tokenizer, False).ids for number, row in enumerate(rows)] == [
-            [5, 6],
-            [7],
-        ]
+        ids = [encode_prompt(number, row, None, tokenizer, False).ids for number, row in enumerate(rows)]
+        assert ids == [[5, 6], [7]]
 
 
 def test_a_file_of_blank_lines_is_empty(tmp_path):
     (tmp_path / "blank.jsonl").write_text("\n \n")
-    with pytest.raises(hf_jacobi.UsageError, match=r"blank\.jsonl is empty"):
+    with pytest.raises(UsageError, match=r"blank\.jsonl is empty"):
         open_prompts(str(tmp_path / "blank.jsonl"))
