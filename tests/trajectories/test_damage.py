@@ -90,7 +90,7 @@ FILES = {
     "list.jsonl": (b'{"prompt": "w3"}\n[1]\n', r"list\.jsonl, line 2 is no object"),
     "empty.jsonl": (b"", r"empty\.jsonl is empty"),
     "empty.csv": (b"", r"empty\.csv is empty"),
-    "blank.jsonl": (b"\n", r"blank\.jsonl could not be read: \S"),
+    "blank.jsonl": (b"\n", r"blank\.jsonl is empty"),
     "cut.json": (b'[{"prompt": "w3"}, {"prompt"', r"cut\.json could not be read: \S"),
     "bytes.txt": (b"w3\xff\nw4", r"bytes\.txt could not be read: .*position 2"),
     "wide.csv": (b"prompt,b\n1,2\n3,4,5\n", r"wide\.csv could not be read: .*line 3"),
