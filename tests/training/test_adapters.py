@@ -144,3 +144,22 @@ def test_the_best_of_an_adapter_of_another_name_is_refused(tmp_path):
     settings = {"eval_dataset": rows(2), "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
     with pytest.raises(ValueError, match=r"named 'default' alone, but \['mine'\]"):
         trainer_of(named, tmp_path, load_best_model_at_end=True, eval_steps=1, **settings)
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["embed_tokens"]}, {"init_lora_weights": "mica"}])
+def test_what_peft_cannot_combine_with_a_draft_only_adapter_is_said(tmp_path, settings):
+    with pytest.raises(hf_jacobi.UsageError, match=r"PEFT cannot make a draft-only adapter .*linear layers"):
+        trainer_of(tiny_model(), tmp_path, adapter_scope="draft", peft_config=config(**settings))
+
+
+def test_an_activated_adapter_for_all_tokens_is_refused(tmp_path):
+    with pytest.raises(hf_jacobi.UsageError, match="adapter_scope='draft' alone"):
+        trainer_of(tiny_model(), tmp_path, peft_config=config(**DRAFT_ONLY))
+
+
+def test_agreement_is_with_the_base_whatever_an_adapter_begins_with(tmp_path):
+    adapter = config(init_lora_weights=False, lora_alpha=400)
+    trainer = trainer_of(
+        tiny_model(), tmp_path, peft_config=adapter, eval_dataset=rows(2), eval_prompts=2, eval_max_new_tokens=16
+    )
+    assert trainer.evaluate()["eval_agreement"] < 1.0

@@ -26,6 +26,8 @@ def test_context_and_sequence_parallelism_are_refused(tmp_path, monkeypatch, siz
     """accelerate would put a causal mask in the place of ours, without a word. `accelerate launch` sets variables."""
     with pytest.raises(UsageError, match=rf"\({size}=2\) would put a causal mask"):
         trainer_of(tiny_model(), tmp_path, parallelism_config=ParallelismConfig(**{size: 2}))
+    with pytest.raises(UsageError, match=rf"\({size}=2\) would put a causal mask"):
+        trainer_of(tiny_model(), tmp_path, parallelism_config={size: 2})
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setenv(f"PARALLELISM_CONFIG_{size.upper()}", "2")
     with pytest.raises(UsageError, match=rf"\({size}=2\) would put a causal mask"):
@@ -80,6 +82,21 @@ def test_a_model_with_a_broken_weight_is_named_as_such(tmp_path, value):
         trainer_of(model, tmp_path)
 
 
+def test_logits_that_come_to_nan_or_infinity_are_named_as_such(tmp_path):
+    def large(model):
+        model.lm_head.weight.data *= 1e38
+
+    def overflowing(model):
+        model.model.norm.weight.data *= 1e30
+        model.lm_head.weight.data *= 1e30
+
+    for spoil in (large, overflowing):
+        model = tiny_model()
+        spoil(model)
+        with pytest.raises(UsageError, match=r"the logits of LlamaForCausalLM in torch\.float32 are NaN or infinite"):
+            trainer_of(model, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -90,6 +107,13 @@ def test_a_model_with_a_broken_weight_is_named_as_such(tmp_path, value):
         ({"model_init_kwargs": "{bad"}, "an argument is no JSON: '{bad'"),
         ({"jacobi_config": "not json"}, "`jacobi_config` must be"),
         ({"fp16": True}, "`fp16` needs a GPU"),
+        ({"learning_rate": -1}, "`learning_rate` must be from 0 to inf, got -1"),
+        ({"learning_rate": "abc"}, "`learning_rate` must be a finite number, got 'abc'"),
+        ({"label_smoothing_factor": 2.0}, "`label_smoothing_factor` must be from 0 to 1"),
+        ({"adam_beta1": 1.0}, r"`adam_beta1` must be from 0 to 0\.9"),
+        ({"per_device_eval_batch_size": 0}, "`per_device_eval_batch_size` must be at least 1"),
+        ({"gradient_accumulation_steps": 0}, "`gradient_accumulation_steps` must be at least 1"),
+        ({"eval_strategy": "nope"}, "nope is not a valid IntervalStrategy"),
     ],
 )
 def test_other_arguments_are_refused_in_a_sentence(tmp_path, settings, message):

@@ -77,6 +77,17 @@ def test_each_row_counts_once_on_any_number_of_processes(tmp_path, monkeypatch, 
     assert on_processes(processes, "figures", tmp_path) == pytest.approx(alone, abs=1e-6, rel=1e-6)
 
 
+def test_rows_that_training_drops_are_evaluated(tmp_path, monkeypatch):
+    """`dataloader_drop_last` is for batches of one size in training; an evaluation of no batch had a loss of 0."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    some = {"eval_dataset": rows(5, seed=1), "per_device_eval_batch_size": 2}
+    whole = trainer_of(tiny_model(), tmp_path, **some).evaluate()["eval_loss"]
+    trainer = trainer_of(tiny_model(), tmp_path, dataloader_drop_last=True, **some)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(whole, rel=1e-6)
+    assert trainer.predict(rows(5, seed=1)).metrics["test_loss"] == pytest.approx(whole, rel=1e-6)
+    assert trainer.args.dataloader_drop_last
+
+
 def weights_after(folder) -> list[list[float]]:
     """Sums over the weights of all processes after a training behind an evaluation."""
     import torch

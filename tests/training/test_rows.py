@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
+import pyarrow
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
@@ -11,6 +13,7 @@ from models import tiny_model
 from packed_rows import packed
 from test_trainer import rows, trainer_of
 
+from hf_jacobi import UsageError
 from hf_jacobi.trajectories.packing import COLUMNS, PACKED_FEATURES
 
 
@@ -63,6 +66,12 @@ EDITS = {
     "empty": (empty, "is empty"),
     "a column of nothing": (lambda row: row.update(labels=None), "labels that are no list"),
     "a token of nothing": (put("input_ids", 3, None), "input_ids that are no list"),
+    "a list for a token": (put("input_ids", 3, [3]), "input_ids that are no list"),
+    "a tensor for a twin": (put("twin_ids", -1, torch.tensor([3])), "twin_ids that are no list"),
+    "a twin beyond all numbers": (
+        lambda row: row.update(twin_ids=[2**63] * len(row["twin_ids"])),
+        "twin_ids that are no list",
+    ),
     "a negative token": (put("input_ids", 3, -1), "holds token -1"),
     "another vocabulary": (put("input_ids", 3, 96), "holds token 96"),
     "too far": (put("position_ids", 3, 256), "has position 256"),
@@ -75,6 +84,9 @@ EDITS = {
 }
 
 
+NOT_IN_ARROW = ("a list for a token", "a tensor for a twin", "a twin beyond all numbers")
+
+
 @pytest.mark.parametrize("kind", ["list", "dataset", "shuffled"])
 @pytest.mark.parametrize("edit", EDITS)
 def test_a_row_that_was_edited_is_named_at_construction(tmp_path, edit, kind):
@@ -82,9 +94,9 @@ def test_a_row_that_was_edited_is_named_at_construction(tmp_path, edit, kind):
     data = copy.deepcopy(packed(70))
     change(data[WRONG])
     number = WRONG
-    if kind != "list":
+    if kind != "list" and edit not in NOT_IN_ARROW:
         data = Dataset.from_list(data, features=PACKED_FEATURES)
-    if kind == "shuffled":
+    if kind == "shuffled" and isinstance(data, Dataset):
         order = [*range(1, 70), 0]
         data, number = data.select(order), order.index(WRONG)
     with pytest.raises(ValueError, match=rf"row {number} of `train_dataset` .*{message}"):
@@ -138,3 +150,43 @@ def test_other_data_for_an_evaluation_are_looked_at(tmp_path):
             evaluate(wrong)
     with pytest.raises(ValueError, match="row 1 of `eval_dataset`"):
         trainer.evaluate({"a": rows(2), "b": wrong})
+
+
+@pytest.mark.parametrize("row", [None, [1, 2], "text"])
+def test_what_is_no_row_is_named(tmp_path, row):
+    with pytest.raises(UsageError, match="row 1 of `train_dataset` has no columns"):
+        trainer_of(tiny_model(), tmp_path, data=[packed(1)[0], row])
+
+
+def test_columns_of_unsigned_numbers_are_looked_at_beside_others(tmp_path):
+    """Mixed with signed numbers, NumPy makes them floats."""
+    plain, unsigned = packed(2)
+    unsigned["input_ids"] = np.array(unsigned["input_ids"], dtype=np.uint64)
+    trainer_of(tiny_model(), tmp_path, data=[plain, unsigned]).train()
+    kinds = {key: pyarrow.uint64() if key == "twin_ids" else pyarrow.int64() for key in COLUMNS}
+    values = {key: [[2**64 - 1] * 9 if key == "twin_ids" else [0] * 9] for key in COLUMNS}
+    wide = Dataset(pyarrow.table({key: pyarrow.array(values[key], pyarrow.list_(kinds[key])) for key in COLUMNS}))
+    with pytest.raises(UsageError, match="row 0 of `train_dataset` has twin_ids that are no list of whole numbers"):
+        trainer_of(tiny_model(), tmp_path, data=wide)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"data": 5}, "`train_dataset` must be what pack_trajectories returns, got int"),
+        ({"processing_class": "name"}, "`processing_class` must be a tokenizer, got 'name'"),
+        ({"peft_config": {"r": 4}}, "`peft_config` must be a configuration of PEFT, got dict"),
+    ],
+)
+def test_arguments_of_another_kind_are_named(tmp_path, arguments, message):
+    with pytest.raises(UsageError, match=message):
+        trainer_of(tiny_model(), tmp_path, **arguments)
+
+
+def test_evaluation_sets_that_are_not_there_are_named(tmp_path):
+    trainer = trainer_of(tiny_model(), tmp_path, eval_dataset={"a": rows(2)})
+    with pytest.raises(UsageError, match=r"no evaluation set 'b': the names are \['a'\]"):
+        trainer.evaluate("b")
+    with pytest.raises(UsageError, match="`test_dataset` is missing"):
+        trainer.predict(None)
+    assert "eval_loss" in trainer.evaluate("a")

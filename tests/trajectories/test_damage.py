@@ -54,6 +54,26 @@ def test_a_shard_damaged_in_its_middle_is_named_by_all_who_read_it(tmp_path, byt
     assert len(collect(folder)) == 4
 
 
+def test_no_bit_of_a_shard_that_is_flipped_is_passed_over(tmp_path):
+    """In a page that is stored as it is, others read another token without a word; in a name, they miss a column."""
+    folder = tmp_path / "out"
+    expected = collect(folder).to_list()
+    shard = folder / "trajectories-00001.parquet"
+    whole = shard.read_bytes()
+    name = whole.index(b"completion_ids")
+    noticed = 0
+    for place in [*range(190, 560, 23), *range(name, name + 14, 5)]:
+        flip(shard, place, place + 1)
+        for read in (collect, lambda folder: open_prompts(folder)):
+            try:
+                assert read(folder).to_list() == expected
+            except UsageError as error:
+                noticed += 1
+                assert shard.name in str(error) or "other data" in str(error)
+        shard.write_bytes(whole)
+    assert noticed > 20
+
+
 def test_a_damaged_packed_shard_is_named(tmp_path):
     folder = tmp_path / "packed"
     pack_trajectories([ROW] * 4, 2, output_dir=folder, shard_size=2)

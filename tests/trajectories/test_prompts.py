@@ -17,7 +17,7 @@ from hf_jacobi import UsageError
 from hf_jacobi.cli import main
 from hf_jacobi.trajectories import collect_trajectories, read_report
 from hf_jacobi.trajectories.encoding import encode_messages, encode_text
-from hf_jacobi.trajectories.prompts import encode_prompt, open_prompts
+from hf_jacobi.trajectories.prompts import digest_of, encode_prompt, open_prompts
 
 
 TEMPLATE = (
@@ -63,6 +63,7 @@ def ids_of(*arguments, **settings):
 def test_tools_reach_the_template():
     assert ids_of([{"messages": ASKED, "tools": [TOOL]}]) == [[9, 8, 8, 3]]
     assert ids_of([{"messages": ASKED, "tools": json.dumps([TOOL])}]) == [[9, 8, 8, 3]], "as JSON"
+    assert ids_of([{"messages": ASKED, "tools": [json.dumps(TOOL)]}]) == [[9, 8, 8, 3]], "each as JSON"
     for nothing in (None, [], "", "[]"):
         assert ids_of([{"messages": ASKED, "tools": nothing}]) == [[3]]
     assert ids_of([{"prompt": "w3", "tools": [TOOL]}], as_chat=True) == [[9, 8, 8, 3]]
@@ -95,6 +96,17 @@ def test_settings_that_are_for_something_else_are_refused():
         collect([{"messages": ASKED}], chat_template_kwargs="off")
     with pytest.raises(UsageError, match="are for messages, but prompt 0 is text"):
         collect(["w3"], chat_template_kwargs={"enable_thinking": False})
+
+
+def test_settings_that_the_template_does_not_have_are_refused():
+    with pytest.raises(UsageError, match="has no setting enable_thinkin: leave it out"):
+        collect([{"messages": ASKED}], chat_template_kwargs={"enable_thinkin": False})
+
+
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_messages_may_be_json(column):
+    assert ids_of([{column: json.dumps(ASKED)}]) == [[3]]
+    assert ids_of([{column: "w3"}]) == [[3]], "a text stays one"
 
 
 def test_tools_and_settings_are_part_of_what_a_folder_was_begun_with(tmp_path):
@@ -178,6 +190,8 @@ BAD = [
     ({"messages": ASKED, "chat_template_kwargs": {"tokenize": False}}, "prompt 1: .*drop tokenize"),
     ({"prompt": "w3", "tools": [TOOL]}, "prompt 1: it is text, but has tools"),
     ({"prompt": "w3 " * 300}, "prompt 1 has 300 tokens, more than 248"),
+    ({"other": "w3"}, r"prompt 1: none of the columns \['other'\] looks like a prompt"),
+    ({"messages": ASKED, "tools": ["{bad"]}, "prompt 1: its tools are text, but no JSON"),
     ({"id": "seven", "prompt": 3}, "prompt seven: a prompt must be"),
 ]
 
@@ -233,6 +247,33 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_any_work(
     assert len(collect(["w3", "w4 w5 w6"], using, model)) == 2, "what pads is none of the model's tokens"
 
 
+def test_a_column_that_no_row_has_is_refused_before_any_work(tmp_path):
+    with pytest.raises(UsageError, match="has no column 'question'"):
+        collect([{"prompt": "w3"}] * 2, prompt_column="question", output_dir=tmp_path / "out")
+    with pytest.raises(UsageError, match="none of the columns"):
+        collect(Dataset.from_dict({"a": ["w3"]}), output_dir=tmp_path / "out")
+    assert not list(tmp_path.glob("out/*.parquet"))
+
+
+def test_arguments_that_are_none_are_named():
+    with pytest.raises(UsageError, match="there are no prompts"):
+        collect([])
+    with pytest.raises(UsageError, match=r"`seed` must be a whole number or None, got 1\.5"):
+        collect(["w3"], seed=1.5)
+    with pytest.raises(UsageError, match="`tokenizer` must be a tokenizer of transformers, got None"):
+        collect_trajectories(tiny_model(), None, ["w3"], 4, 8)
+
+
+def test_long_arrays_of_ids_are_told_apart_by_a_folder(tmp_path):
+    """NumPy prints the ends of a long array alone."""
+    long = np.arange(1200) % 90 + 3
+    other = long.copy()
+    other[600] = 5
+    rows = [[{"prompt_ids": ids}] for ids in (long, other)]
+    assert digest_of(rows[0], None) != digest_of(rows[1], None)
+    assert digest_of(rows[0], None) == digest_of([{"prompt_ids": long.tolist()}], None)
+
+
 def test_a_broken_model_is_named_as_such():
     model = tiny_model()
     model.model.layers[0].mlp.up_proj.weight.data[0, 0] = float("nan")
@@ -247,6 +288,17 @@ def test_scores_that_come_to_nan_are_named_as_such(tmp_path):
     with pytest.raises(UsageError, match=r"the scores of LlamaForCausalLM in torch\.float32 are NaN"):
         collect(["w3"], model=model, output_dir=tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.parquet"))
+
+
+def test_infinite_scores_and_buffers_of_nan_are_named_as_such():
+    model = tiny_model()
+    model.lm_head.weight.data *= 1e38
+    with pytest.raises(UsageError, match="are NaN or infinite, so there is no likeliest token"):
+        collect(["w3"], model=model)
+    model = tiny_model()
+    model.model.rotary_emb.inv_freq[0] = float("nan")
+    with pytest.raises(UsageError, match=r"model\.rotary_emb\.inv_freq holds NaN"):
+        collect(["w3"], model=model)
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_p"])

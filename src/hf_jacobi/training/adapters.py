@@ -13,7 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, decoder_layers, forget_offsets
 from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
-from ..decoding.errors import UsageError, of_usage
+from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
 from .forward import outside_training
@@ -50,13 +50,20 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
         if args.adapter_scope == "draft":
             _check_made(model)
         return model
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
 
+    if not isinstance(peft_config, PeftConfig):
+        raise UsageError(f"`peft_config` must be a configuration of PEFT, got {type(peft_config).__name__}.")
     if present:
         raise UsageError("the model carries an adapter already: leave `peft_config` out, or pass the base model.")
     if peft_config.is_prompt_learning:
         raise UsageError(
             f"Jacobi Forcing knows no virtual tokens, as of {peft_config.peft_type.value}: use a LoraConfig."
+        )
+    if args.adapter_scope != "draft" and getattr(peft_config, INVOCATION, None):
+        raise UsageError(
+            f"`{INVOCATION}` are of an activated LoRA, which learns with adapter_scope='draft' alone: drop them, or "
+            "pass that."
         )
     if args.adapter_scope == "draft":
         if not isinstance(peft_config, LoraConfig):
@@ -76,8 +83,15 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
     elif args.activation_checkpointing:
         model.enable_input_require_grads()
     before = _checksums(unwrap(model)) if args.adapter_scope == "draft" else {}
-    with of_usage(ValueError):  # of what PEFT's own checks say about the configuration
+    try:
         adapted = get_peft_model(model, peft_config)
+    except ValueError as error:  # of PEFT's own checks of the configuration
+        if INVOCATION not in str(error):
+            raise UsageError(str(error)) from error
+        raise UsageError(
+            f"PEFT cannot make a draft-only adapter of this configuration ({error}): use a plain LoraConfig with "
+            "target_modules that are linear layers, such as those of the attention."
+        ) from error
     if args.adapter_scope == "draft":
         _check_base(adapted, before, peft_config)
         _check_layers(adapted)
@@ -123,12 +137,6 @@ def _check_made(model) -> None:
             f"a draft-only adapter must leave the base model as it is, but the model has {layers} layers where its "
             f"configuration says {named}: load the base model anew."
         )
-
-
-def changes_base(config) -> bool:
-    """Whether an adapter of a configuration may come with another base model than it is put on."""
-    way = getattr(config, "init_lora_weights", True)
-    return bool(getattr(config, "layer_replication", None)) or (isinstance(way, str) and way.lower() not in HARMLESS)
 
 
 def _of_adapter(name: str) -> bool:

@@ -45,6 +45,8 @@ class RowCheck:
             `ValueError`: names the row that is wrong.
         """
         name = f"`{name}`"
+        if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__"):
+            raise UsageError(f"{name} must be what pack_trajectories returns, got {type(dataset).__name__}.")
         is_stream = not hasattr(dataset, "__len__")
         head = list(islice(iter_rows(dataset), LOOKED_AT if is_stream else 1))
         self._check_kind(name, head)
@@ -87,6 +89,8 @@ class RowCheck:
 def check_tokenizer(tokenizer: Any, model) -> None:
     """Raises `ValueError` for a tokenizer of another model: one with many tokens that the model does not have."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if isinstance(tokenizer, str) or not hasattr(tokenizer, "__len__"):
+        raise UsageError(f"`processing_class` must be a tokenizer, got {tokenizer!r:.60}.")
     if len(tokenizer) > vocabulary + 8:  # some models leave out a token or two that their tokenizer has
         raise UsageError(
             f"the tokenizer makes {len(tokenizer)} tokens, but {type(model).__name__} knows {vocabulary}: pass the "
@@ -122,7 +126,8 @@ def refuse_split_rows(args, config=None) -> None:
     sizes = {}
     for found in (config, getattr(args, "parallelism_config", None)):
         for name in ("cp_size", "sp_size"):
-            sizes[name] = max(sizes.get(name, 1), getattr(found, name, None) or 1)
+            size = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
+            sizes[name] = max(sizes.get(name, 1), size or 1)
     for name in ("cp_size", "sp_size"):  # of `accelerate launch`
         given = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "")
         sizes[name] = max(sizes[name], int(given) if given.isdigit() else 1)

@@ -18,6 +18,16 @@ from .losses import CONSISTENCY_LOSSES
 
 
 ADAPTER_SCOPES = ("all", "draft")
+# Of `TrainingArguments`, which leaves them to whatever stumbles over them: least and most.
+RANGES = {
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "adam_beta1": (0, 0.999999999),
+    "adam_beta2": (0, 0.999999999),
+    "adam_epsilon": (0, math.inf),
+}
+COUNTS = (("per_device_train_batch_size", 1), ("per_device_eval_batch_size", 1), ("gradient_accumulation_steps", 1))
 
 
 @parsed_as_dict("model_init_kwargs", "jacobi_config")
@@ -118,6 +128,8 @@ class JacobiForcingConfig(TrainingArguments):
             super().__post_init__()
         except json.JSONDecodeError as error:
             raise UsageError(f"an argument is no JSON: {error.doc!r:.80} ({error}).") from error
+        except ValueError as error:  # of transformers' own checks of the arguments
+            raise UsageError(str(error)) from error
         if not isinstance(self.model_init_kwargs, (dict, type(None))):
             raise UsageError(
                 f"`model_init_kwargs` must be a dictionary, or JSON of one, got {self.model_init_kwargs!r:.80}."
@@ -153,11 +165,14 @@ class JacobiForcingConfig(TrainingArguments):
                 continue
             if not (one.name == "max_grad_norm" and value == math.inf):
                 raise UsageError(f"`{one.name}` must be a finite number, got {value}.")
-        for name in ("ar_loss_weight", "temperature"):
+        for name in ("ar_loss_weight", "temperature", *RANGES):
             check_real(name, getattr(self, name))
+        for name, (least, most) in RANGES.items():
+            if not least <= getattr(self, name) <= most:
+                raise UsageError(f"`{name}` must be from {least} to {most}, got {getattr(self, name)}.")
         if self.ar_loss_weight_start is not None:
             check_real("ar_loss_weight_start", self.ar_loss_weight_start)
         if self.block_size is not None:
             check_whole("block_size", self.block_size, 1)
-        for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1)):
+        for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1), *COUNTS):
             check_whole(name, getattr(self, name), least)

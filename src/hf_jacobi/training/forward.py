@@ -158,6 +158,11 @@ class Head:
         with outside_training(model):
             own = model(input_ids=tokens, use_cache=False).logits[0].float()
             ours = self(run_decoder(model, input_ids=tokens).last_hidden_state[0]).float()
+        if not (own < float("inf")).all():  # NaN is not, either
+            raise UsageError(
+                f"the model is broken: the logits of {type(model).__name__} in {model.dtype} are NaN or infinite; "
+                "load it in bfloat16 or float32, or load another checkpoint."
+            )
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max() + 1e-6), rtol=1e-2):
             raise UsageError(
                 f"the logits of {type(model).__name__} are not those of its output embeddings applied to its hidden "

@@ -16,6 +16,7 @@ from ..trajectories.packing import COLUMNS
 
 
 AT_ONCE = 256  # rows
+LARGEST = np.iinfo(np.int64).max
 
 
 class Fault(NamedTuple):
@@ -78,6 +79,8 @@ def iter_rows(dataset) -> Iterator[dict[str, Any]]:
 def flat_rows(rows: list[dict[str, Any]], name: str, first: int = 0) -> Flat:
     """Some rows as `Flat`; errors as of `flat_batches`."""
     for number, row in enumerate(rows, start=first):
+        if not hasattr(row, "keys"):
+            raise UsageError(f"row {number} of {name} has no columns, it is {row!r:.60}.")
         if missing := [column for column in COLUMNS if column not in row]:
             raise UsageError(f"row {number} of {name} lacks {missing}: pass what pack_trajectories returns.")
     return _joined({key: _of_lists([row[key] for row in rows]) for key in COLUMNS}, name, first)
@@ -87,7 +90,8 @@ def _of_arrow(column: pyarrow.ChunkedArray) -> list[np.ndarray] | tuple[np.ndarr
     """Entries and lengths; lists of arrays where they are not plain, so that the row can be found."""
     array = column.combine_chunks()
     nested = pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type)
-    if not nested or array.null_count or not pyarrow.types.is_integer(array.type.value_type):
+    plain = nested and not array.null_count and pyarrow.types.is_integer(array.type.value_type)
+    if not plain or pyarrow.types.is_uint64(array.type.value_type):  # which NumPy does not mix with signed numbers
         return _of_lists(array.to_pylist())
     values = pyarrow.compute.list_flatten(array)
     if values.null_count:
@@ -97,16 +101,25 @@ def _of_arrow(column: pyarrow.ChunkedArray) -> list[np.ndarray] | tuple[np.ndarr
 
 
 def _of_lists(lists: list[Any]) -> list[np.ndarray] | tuple[np.ndarray, np.ndarray]:
-    arrays = [np.asarray(one) for one in lists]
+    arrays = [_array(one) for one in lists]
     if all(_is_plain(array) for array in arrays):
-        filled = [array for array in arrays if array.size]
+        filled = [array.astype(np.int64) for array in arrays if array.size]
         values = np.concatenate(filled) if filled else np.empty(0, dtype=np.int64)
         return values, np.array([len(array) for array in arrays])
     return arrays
 
 
+def _array(values: Any) -> np.ndarray:
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists among the entries
+        return np.array(None)
+
+
 def _is_plain(array: np.ndarray) -> bool:
-    return array.ndim == 1 and (array.dtype.kind in "iu" or not array.size)
+    if array.ndim != 1 or not array.size:
+        return array.ndim == 1
+    return array.dtype.kind == "i" or (array.dtype.kind == "u" and array.max() <= LARGEST)
 
 
 def _joined(columns: dict[str, Any], name: str, first: int) -> Flat:

@@ -27,7 +27,7 @@ from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from ..hub.card import NOTE, render_card, training_note
 from ..trajectories.checks import check_weights
-from .adapters import NoisyTokens, add_adapter, changes_base
+from .adapters import NoisyTokens, add_adapter
 from .callbacks import DecodingCallback, SkippingBrokenSteps, prompts_of, texts_of_base
 from .checks import RowCheck, check_best_model, check_precision, check_tokenizer, refuse_split_rows
 from .collator import FILL, PackedCollator
@@ -128,7 +128,7 @@ class JacobiForcingTrainer(Trainer):
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
         prompts = prompts_of(next(iter(several.values()), eval_dataset), args.eval_prompts)
-        before = texts_of_base(inner, prompts, args) if changes_base(peft_config) else None
+        before = None if peft_config is None else texts_of_base(inner, prompts, args)  # adapters need not begin as it
         model = add_adapter(model, peft_config, args)
         check_best_model(model, args)
         self.noisy_tokens = NoisyTokens(model) if args.adapter_scope == "draft" else None
@@ -309,12 +309,36 @@ class JacobiForcingTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, *args, **kwargs):
         """As in `Trainer`; other data than the constructor's are looked at first."""
-        if not isinstance(eval_dataset, (str, dict)):
+        if isinstance(eval_dataset, str):
+            known = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else []
+            if eval_dataset not in known:
+                raise UsageError(f"there is no evaluation set {eval_dataset!r}: the names are {known}.")
+        elif not isinstance(eval_dataset, dict):
             self._check("eval_dataset", eval_dataset, self.args)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def get_eval_dataloader(self, *args, **kwargs):
+        """As in `Trainer`, but of all rows, whatever `dataloader_drop_last` says of the training."""
+        with self._all_rows():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args, **kwargs):
+        """As in `Trainer`, but of all rows."""
+        with self._all_rows():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _all_rows(self):
+        drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = drop
+
     def predict(self, test_dataset, *args, **kwargs):
         """As in `Trainer`; the data are looked at first."""
+        if test_dataset is None:
+            raise UsageError("`test_dataset` is missing: pass what pack_trajectories returns.")
         self._check("test_dataset", test_dataset, self.args)
         return super().predict(test_dataset, *args, **kwargs)
 

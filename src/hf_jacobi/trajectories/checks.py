@@ -33,7 +33,10 @@ def vocabulary_of(model) -> int:
 
 @torch.no_grad()
 def check_weights(model) -> None:
-    """Raises `UsageError` for a model with a weight that is NaN or infinite, and names it."""
+    """Raises `UsageError` for a model with a weight that is NaN or infinite, or a buffer of NaN, and names it."""
+    for name, buffer in model.named_buffers():  # of which masks may hold infinity
+        if buffer.device.type != "meta" and buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise UsageError(f"the model is broken: {name} holds NaN; load the checkpoint anew.")
     for name, weight in model.named_parameters():
         if weight.device.type == "meta" or not weight.numel() or not weight.is_floating_point():
             continue  # offloaded, spread over processes, or quantised

@@ -25,8 +25,8 @@ from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .checks import check_whole
 from .collector import SAMPLING, TOKENS, Collector, CollectSettings
-from .encoding import BadPrompt
-from .prompts import Prompt, digest_of, only_prompts, open_prompts
+from .encoding import BadPrompt, refuse_unknown_settings
+from .prompts import Prompt, check_columns, digest_of, only_prompts, open_prompts
 from .report import CollectReport
 from .shards import ShardFolder, in_shards, notes_in, read_note
 
@@ -139,8 +139,12 @@ def collect_trajectories(
     settings = CollectSettings(**{field.name: given[field.name] for field in dataclasses.fields(CollectSettings)})
     for name, value in (("batch_size", batch_size), ("positions_per_forward", positions_per_forward)):
         check_whole(name, value, 1)
+    if not callable(tokenizer):
+        raise UsageError(f"`tokenizer` must be a tokenizer of transformers, got {tokenizer!r:.60}.")
+    refuse_unknown_settings(tokenizer, chat_template_kwargs)
     collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward)
     rows = only_prompts(open_prompts(dataset), prompt_column)
+    check_columns(rows, prompt_column)
     if len(tokenizer) > collector.vocabulary:  # a token without an embedding is found before any work is done
         for number, row in enumerate(rows):
             with suppress(BadPrompt):

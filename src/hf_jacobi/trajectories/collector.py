@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ class CollectSettings:
 
     def __post_init__(self):
         check_settings(self.chat_template_kwargs)
+        if self.seed is not None and (not isinstance(self.seed, Integral) or isinstance(self.seed, bool)):
+            raise UsageError(f"`seed` must be a whole number or None, got {self.seed!r}.")
         for name, least in (("block_size", 2), ("max_new_tokens", 1), ("shard_size", 1), ("max_prompt_length", 1)):
             if getattr(self, name) is not None or name != "max_prompt_length":
                 check_whole(name, getattr(self, name), least)
@@ -301,13 +304,13 @@ def generation_config_for(model, tokenizer, settings: CollectSettings) -> Genera
 @contextmanager
 def _refusing_nan(model) -> Iterator[None]:
     """
-    Raises `UsageError` when this ends, if a score of a row's newest token was NaN: the likeliest token would be 0, for
-    ever. The scores stay on the device until then.
+    Raises `UsageError` when this ends, if a score of a row's newest token was NaN or infinite: the likeliest token
+    would be 0, or the first of these, for ever. The scores stay on the device until then.
     """
     found: list[torch.Tensor] = []
 
     def look(module, inputs, scores) -> None:
-        nan = scores[..., -1, :].isnan().any()
+        nan = (~(scores[..., -1, :] < float("inf"))).any()
         found[:] = [found[0] | nan] if found else [nan]
 
     head = model.get_output_embeddings()
@@ -319,8 +322,8 @@ def _refusing_nan(model) -> Iterator[None]:
             handle.remove()
     if found and bool(found[0]):
         raise UsageError(
-            f"the scores of {type(model).__name__} in {model.dtype} are NaN, so there is no likeliest token: load it "
-            "in bfloat16 or float32."
+            f"the scores of {type(model).__name__} in {model.dtype} are NaN or infinite, so there is no likeliest "
+            "token: load it in bfloat16 or float32."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -87,6 +88,19 @@ def check_settings(settings: Any) -> dict[str, Any]:
     if odd := [name for name in settings if name in FORM]:
         raise UsageError(f"`chat_template_kwargs` are for the text that the template makes: drop {', '.join(odd)}.")
     return dict(settings)
+
+
+def refuse_unknown_settings(tokenizer, settings: Mapping[str, Any] | None) -> None:
+    """
+    Raises `UsageError` for settings that the chat template does not name, as with a letter too few: templates pass
+    over them without a word.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not settings or not template or "chat_template" in settings:
+        return
+    text = template if isinstance(template, str) else json.dumps(template)
+    if odd := [name for name in settings if not re.search(rf"\b{re.escape(name)}\b", text)]:
+        raise UsageError(f"the chat template of the tokenizer has no setting {', '.join(odd)}: leave it out.")
 
 
 def without_nulls(value: Any) -> Any:

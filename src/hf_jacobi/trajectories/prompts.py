@@ -17,7 +17,7 @@ from datasets.data_files import DataFilesList, get_data_patterns
 
 from ..decoding.errors import MissingFile, UsageError
 from .encoding import BadPrompt, check_settings, encode_messages, encode_text, from_json, token_ids, without_nulls
-from .shards import check_file
+from .shards import check_file, check_own_file
 
 
 BUILDERS = {
@@ -38,6 +38,7 @@ PROMPT_COLUMNS = (
     "prompt_ids",
     "input_ids",
 )
+MESSAGE_COLUMNS = PROMPT_COLUMNS[:2]
 TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what the template is given beside the messages
 ID_COLUMNS = ("prompt_id", "id", "data_id", "task_id", "question_id")
 BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with; it is no text
@@ -110,6 +111,9 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
         raise UsageError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
     if not path.exists() and (source.startswith(("/", ".", "~")) or path.suffix.lower() in BUILDERS):
         raise MissingFile(f"there is no file or folder {source}.")
+    for file in _files_of(path):
+        if file.suffix == ".parquet":
+            check_own_file(file)
     try:
         if path.is_file():
             return _open_file(path)
@@ -249,6 +253,25 @@ def name_of_prompt(number: int, row: dict[str, Any]) -> str:
     return name.encode("utf-8", "replace").decode()
 
 
+def check_columns(rows: Iterable[dict[str, Any]], column: str | None) -> None:
+    """
+    Looks for a column of prompts before any work is done: in all rows of a list, else in the first.
+
+    Raises:
+        `ValueError`: there is none, or not one row.
+    """
+    first = None
+    for row in rows:
+        first = row if first is None else first
+        if column in row or (column is None and any(name in row for name in PROMPT_COLUMNS)):
+            return
+        if not isinstance(rows, list):  # all rows have the same columns
+            break
+    if first is None:
+        raise UsageError("there are no prompts: not one row is in the data.")
+    prompt_column(first, column)  # says what is missing
+
+
 def encode_prompt(
     number: int,
     row: dict[str, Any],
@@ -273,10 +296,16 @@ def encode_prompt(
         `BadPrompt`: this row has no usable prompt; the message names it.
         `ValueError`: no row could be used so: there is no such column, or no chat template.
     """
-    value = row[prompt_column(row, column)]
+    name = name_of_prompt(number, row)
+    try:
+        found = prompt_column(row, column)
+    except UsageError as error:  # the others may have it
+        raise BadPrompt(f"prompt {name}: {str(error).rstrip('.')}") from None
+    value = row[found]
     if isinstance(value, str):
         value = value.removeprefix(BYTE_ORDER_MARK)
-    name = name_of_prompt(number, row)
+        if found in MESSAGE_COLUMNS:
+            value = _messages_of(value)
     if value is None or (isinstance(value, str) and not value.strip()) or (isinstance(value, list) and not value):
         return Prompt(number, name, [])
     if (ids := token_ids(value)) is not None:
@@ -305,12 +334,23 @@ def encode_prompt(
     except UsageError:
         raise
     except Exception as error:  # of a template or a tokenizer, about this one prompt
-        raise BadPrompt(f"prompt {name}: {type(error).__name__}: {_reason(error)}") from error
+        raise BadPrompt(f"prompt {name}: {type(error).__name__}: {_reason(error).rstrip('.')}") from error
+
+
+def _messages_of(text: str) -> Any:
+    """The messages that a text holds as JSON, as data sets do whose messages have different keys; else the text."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return text
+    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else text
 
 
 def _template_columns(row: dict[str, Any]) -> tuple[list | None, dict[str, Any]]:
     """The tools and the settings of the template that a row has, which may be JSON."""
     tools, settings = (without_nulls(from_json(key, row.get(key))) for key in TEMPLATE_COLUMNS)
+    if isinstance(tools, list):
+        tools = [without_nulls(from_json("tools", tool)) for tool in tools]
     if tools is not None and not isinstance(tools, list):
         raise BadPrompt(f"its tools must be a list, got {tools!r:.60}")
     try:
@@ -361,6 +401,11 @@ def digest_of(rows: list[dict[str, Any]], column: str | None) -> str:
     """A digest of the prompts of some rows, by which a run that goes on knows that they are still the same."""
     prompts = []
     for row in rows:
-        known = [row[prompt_column(row, column)], [row.get(key) for key in ID_COLUMNS]]
+        try:
+            value = row[prompt_column(row, column)]
+        except UsageError:  # a prompt that is left out
+            value = None
+        known = [value, [row.get(key) for key in ID_COLUMNS]]
         prompts.append(known + [row[key] for key in TEMPLATE_COLUMNS if row.get(key) is not None])
-    return hashlib.blake2b(json.dumps(prompts, default=str).encode(), digest_size=16).hexdigest()
+    text = json.dumps(prompts, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

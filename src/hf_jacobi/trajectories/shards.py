@@ -29,6 +29,7 @@ except ImportError:  # Windows
 LOCK = ".hf_jacobi.lock"
 SETTINGS = ".hf_jacobi.json"  # hidden, so that `load_dataset(folder)` sees Parquet files alone
 METADATA = b"hf_jacobi"
+AGAIN = "delete it and make it again"
 Row = TypeVar("Row")
 
 
@@ -189,9 +190,9 @@ class ShardFolder:
     def _open(self, path: Path) -> Dataset:
         try:
             return Dataset.from_parquet(glob.escape(os.path.abspath(path)), features=self.features)
-        except Exception:
+        except Exception as error:
             check_file(path)  # says what is wrong with it
-            raise
+            raise UsageError(f"{path} is broken ({_first_line(error.__cause__ or error)}): {AGAIN}.") from error
 
 
 @contextmanager
@@ -262,11 +263,22 @@ def check_file(path: Path) -> int:
             file.read_row_group(number)
             first += count
     except Exception as error:  # pyarrow has many kinds for it
-        raise UsageError(
-            f"{path} is broken{where} ({str(error).splitlines()[0] if str(error) else type(error).__name__}): delete "
-            "it and make it again."
-        ) from error
+        raise UsageError(f"{path} is broken{where} ({_first_line(error)}): {AGAIN}.") from error
     return first
+
+
+def check_own_file(path: Path) -> None:
+    """As `check_file`, for what was written here: whoever opens a file does not look at the checksums in it."""
+    try:
+        own = METADATA in (pyarrow.parquet.read_schema(path).metadata or {})
+    except (ValueError, OSError):  # whoever opens it says so
+        return
+    if own:
+        check_file(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_note(path: Path) -> dict[str, Any]:
