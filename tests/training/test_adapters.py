@@ -163,3 +163,13 @@ def test_agreement_is_with_the_base_whatever_an_adapter_begins_with(tmp_path):
         tiny_model(), tmp_path, peft_config=adapter, eval_dataset=rows(2), eval_prompts=2, eval_max_new_tokens=16
     )
     assert trainer.evaluate()["eval_agreement"] < 1.0
+
+
+def test_an_adapter_that_is_merged_is_refused(tmp_path):
+    """Its forward leaves the adapter out, so that there is no gradient."""
+    made = peft.get_peft_model(tiny_model(), config())
+    made.merge_adapter()
+    with pytest.raises(hf_jacobi.UsageError, match=r"is merged into the weights.* unmerge_adapter\(\) first"):
+        trainer_of(made, tmp_path)
+    made.unmerge_adapter()
+    trainer_of(made, tmp_path).train()

@@ -34,6 +34,14 @@ def test_context_and_sequence_parallelism_are_refused(tmp_path, monkeypatch, siz
         trainer_of(tiny_model(), tmp_path)
 
 
+def test_processes_that_would_wait_for_each_other_are_refused(tmp_path, monkeypatch):
+    uneven = arguments(tmp_path, accelerator_config={"even_batches": False})
+    JacobiForcingTrainer(tiny_model(), uneven, rows(2))
+    monkeypatch.setattr(type(uneven), "world_size", 2)
+    with pytest.raises(UsageError, match="`even_batches=False` gives some of 2 processes fewer batches"):
+        JacobiForcingTrainer(tiny_model(), uneven, rows(2))
+
+
 def test_sequence_parallelism_of_deepspeed_is_refused():
     from hf_jacobi.training.checks import refuse_split_rows
 

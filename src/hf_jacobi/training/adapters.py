@@ -38,6 +38,10 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
         `ValueError`: a draft-only adapter is asked for that is no LoRA, or none at all.
     """
     present = getattr(model, "peft_config", {})
+    if any(getattr(module, "merged", False) is True for module in model.modules()):
+        raise UsageError(
+            "the model's adapter is merged into the weights, and would not learn: unmerge_adapter() first."
+        )
     if peft_config is None:
         drafting = [is_draft_only(config) for config in present.values()]
         if args.adapter_scope == "draft" and not (drafting and all(drafting)):

@@ -104,6 +104,15 @@ def check_precision(args) -> None:
         raise UsageError("`fp16` needs a GPU: pass bf16=True, or train in float32, on a CPU.")
 
 
+def check_shares(args) -> None:
+    """Raises `ValueError` where processes would get different numbers of batches, and wait for each other."""
+    if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
+        raise UsageError(
+            f"`even_batches=False` gives some of {args.world_size} processes fewer batches, for which others wait: "
+            "leave it out; each row of an evaluation counts once all the same."
+        )
+
+
 def check_best_model(model, args) -> None:
     """Raises `ValueError` for adapters whose best checkpoint transformers would not find again."""
     names = getattr(model, "active_adapters", ["default"]) if hasattr(model, "peft_config") else ["default"]

@@ -29,7 +29,14 @@ from ..hub.card import NOTE, render_card, training_note
 from ..trajectories.checks import check_weights
 from .adapters import NoisyTokens, add_adapter
 from .callbacks import DecodingCallback, SkippingBrokenSteps, prompts_of, texts_of_base
-from .checks import RowCheck, check_best_model, check_precision, check_tokenizer, refuse_split_rows
+from .checks import (
+    RowCheck,
+    check_best_model,
+    check_precision,
+    check_shares,
+    check_tokenizer,
+    refuse_split_rows,
+)
 from .collator import FILL, PackedCollator
 from .config import JacobiForcingConfig
 from .forward import Head, RouterLoss, check_compilable, compiled_layers, forward_as, run_decoder
@@ -97,6 +104,7 @@ class JacobiForcingTrainer(Trainer):
             )
         refuse_split_rows(args)
         check_precision(args)
+        check_shares(args)
         self.base_name = model if isinstance(model, str) else name_of(unwrap(model))
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
