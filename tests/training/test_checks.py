@@ -40,6 +40,8 @@ def test_processes_that_would_wait_for_each_other_are_refused(tmp_path, monkeypa
     monkeypatch.setattr(type(uneven), "world_size", 2)
     with pytest.raises(UsageError, match="`even_batches=False` gives some of 2 processes fewer batches"):
         JacobiForcingTrainer(tiny_model(), uneven, rows(2))
+    with pytest.raises(UsageError, match="`dispatch_batches=True` joins the batches of all processes"):
+        trainer_of(tiny_model(), tmp_path, accelerator_config={"dispatch_batches": True})
 
 
 def test_sequence_parallelism_of_deepspeed_is_refused():

@@ -113,6 +113,14 @@ def check_shares(args) -> None:
         )
 
 
+def check_dispatch(args) -> None:
+    """Raises `ValueError` where one process would join batches of different lengths for the others."""
+    if args.world_size > 1 and getattr(args.accelerator_config, "dispatch_batches", None):
+        raise UsageError(
+            "`dispatch_batches=True` joins the batches of all processes, whose rows differ in length: leave it out."
+        )
+
+
 def check_best_model(model, args) -> None:
     """Raises `ValueError` for adapters whose best checkpoint transformers would not find again."""
     names = getattr(model, "active_adapters", ["default"]) if hasattr(model, "peft_config") else ["default"]

@@ -32,6 +32,7 @@ from .callbacks import DecodingCallback, SkippingBrokenSteps, prompts_of, texts_
 from .checks import (
     RowCheck,
     check_best_model,
+    check_dispatch,
     check_precision,
     check_shares,
     check_tokenizer,
@@ -105,6 +106,7 @@ class JacobiForcingTrainer(Trainer):
         refuse_split_rows(args)
         check_precision(args)
         check_shares(args)
+        check_dispatch(args)
         self.base_name = model if isinstance(model, str) else name_of(unwrap(model))
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
