@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ..decoding.config import JacobiConfig
 from ..decoding.errors import MissingFile, MissingPackage, UsageError
 from ..decoding.files import write_whole
 from ..evaluation.prompts import CHAT
@@ -81,8 +82,6 @@ def settings(text: str) -> dict[str, Any]:
     """Settings of `JacobiConfig` as JSON."""
     try:
         found = json.loads(text)
-        from ..decoding.config import JacobiConfig  # which takes seconds
-
         if found is None:
             raise UsageError('give an object, such as {"block_size": 16}')
         JacobiConfig.coerce(found)
@@ -196,7 +195,7 @@ def write_picture(file: Path, axes) -> None:
 
 
 def add_prompts(parser: argparse.ArgumentParser, count: int) -> None:
-    """Adds the options that `prompts_of` reads, for `count` prompts by default."""
+    """Adds the options that `Prompts` reads, for `count` prompts by default."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompts", help="a JSON, JSONL, Parquet, CSV or text file (default: short questions)")
     source.add_argument("--dataset", help="a data set on the Hub, or a folder")

@@ -138,7 +138,9 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
             "decoding='ar'."
         )
     if kwargs.get("token_healing", setting_of("token_healing", of_call, model)):
-        raise UsageError("Jacobi decoding heals no tokens: drop token_healing=True, or use decoding='ar'.")
+        raise UsageError(
+            "Jacobi decoding does not support token healing: drop token_healing=True, or use decoding='ar'."
+        )
     if jacobi_config is None or (isinstance(jacobi_config, dict) and set(jacobi_config) == {"seed"}):
         of_checkpoint = JacobiConfig.coerce(setting_of("jacobi", of_call, model))
         jacobi_config = dataclasses.replace(of_checkpoint, **(jacobi_config or {}))

@@ -108,8 +108,8 @@ def _refuse_adapters(model, name: str) -> None:
     adapter = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise UsageError(
-            f"Jacobi decoding knows no virtual tokens, but {name} carries a {adapter.peft_type.value} adapter: use an "
-            f"adapter of another kind, such as LoRA, or {INSTEAD}."
+            f"Jacobi decoding does not support virtual tokens, but {name} carries a {adapter.peft_type.value} adapter: "
+            f"use an adapter of another kind, such as LoRA, or {INSTEAD}."
         )
 
 
@@ -163,7 +163,7 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
     kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
     if kinds:
         raise UsageError(
-            f"Jacobi decoding knows no mask for the {', '.join(sorted(kinds))} layers of {name}: {INSTEAD}."
+            f"Jacobi decoding does not support the mask of the {', '.join(sorted(kinds))} layers of {name}: {INSTEAD}."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UsageError(

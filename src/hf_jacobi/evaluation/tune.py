@@ -77,7 +77,7 @@ class Knee:
 @torch.inference_mode()
 def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
     """
-    Times forwards over 1, 2, 4, ... tokens behind a cache of `CONTEXT` tokens, for one row.
+    Times forwards over 1, 2, 4, ... tokens after a cache of `CONTEXT` tokens, for one row.
 
     Args:
         model: a model; a draft-only adapter is on for half of the tokens, as when it drafts.
@@ -98,10 +98,10 @@ def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
     with adapter.listening() if adapter else nullcontext():
         for repeat in range(repeats + 1):
             for size in sizes:
-                ids, behind = context[:, :1].expand(1, size), copy.deepcopy(cache)
+                ids, copied = context[:, :1].expand(1, size), copy.deepcopy(cache)
                 with adapter.on(size // 2) if adapter else nullcontext():
                     start = now(inner)
-                    inner(input_ids=ids, **{name: behind}, use_cache=True)
+                    inner(input_ids=ids, **{name: copied}, use_cache=True)
                     if repeat:  # after a warm-up
                         times[size].append(now(inner) - start)
     return Knee(tuple(sizes), tuple(median(times[size]) for size in sizes))

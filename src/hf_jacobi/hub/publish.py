@@ -79,7 +79,6 @@ def publish(
             `evaluation.json` of the folder if left out.
         private (`bool`, *optional*): whether a new repository is private; as the organization has it if left out.
         token (*optional*): for the Hub; the one that is logged in if left out.
-
         tell (*optional*): called with each line of what is to be said before the push: names and sizes of what goes,
             what stays behind, what is doubtful. Logged if left out, the last as a warning.
 

@@ -62,7 +62,7 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
         raise UsageError("the model carries an adapter already: leave `peft_config` out, or pass the base model.")
     if peft_config.is_prompt_learning:
         raise UsageError(
-            f"Jacobi Forcing knows no virtual tokens, as of {peft_config.peft_type.value}: use a LoraConfig."
+            f"Jacobi Forcing does not support virtual tokens, as of {peft_config.peft_type.value}: use a LoraConfig."
         )
     if args.adapter_scope != "draft" and getattr(peft_config, INVOCATION, None):
         raise UsageError(

@@ -59,7 +59,7 @@ def cut_to_drafts(row: dict[str, list[int]]) -> dict[str, list[int]]:
     """
     A packed row whose noisy blocks look as drafts do when decoding with a draft-only adapter.
 
-    A block becomes the newest right token and the wrong ones behind it, seeing all text before that token as text:
+    A block becomes the newest right token and the wrong ones after it, seeing all text before that token as text:
     when decoding, whatever has converged is committed by the base model. Blocks without a wrong token vanish.
 
     Args:

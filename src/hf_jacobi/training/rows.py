@@ -163,7 +163,7 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
     def step(array: np.ndarray) -> np.ndarray:
         return np.diff(array.astype(np.int64), prepend=0)
 
-    behind_noise = np.roll(noisy, 1) & ~first
+    after_noise = np.roll(noisy, 1) & ~first
     new_sample = first | (step(samples) != 0)
     found = (
         fault(
@@ -176,7 +176,7 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
         )
         or fault((blocks < -1) | (samples < 0), "has block_ids below -1 or seq_ids below 0")
         or fault(first & noisy, "begins with noise")
-        or fault(~noisy & behind_noise, "has text behind noise")
+        or fault(~noisy & after_noise, "has text after noise")
         or fault(
             ~noisy & np.where(new_sample, places != 0, step(places) != 1),
             "has text whose positions do not count up from 0",
@@ -198,13 +198,13 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
     sizes = np.bincount(np.cumsum(new_sample & ~noisy)[~noisy] - 1)
     counts = np.bincount(row[starts], minlength=len(rows.lengths))
     group = (np.cumsum(counts) - counts)[row] + np.minimum(samples, counts[row] - 1)
-    inside = noisy & behind_noise & ~new_sample  # a noisy token behind one of its own sample
+    inside = noisy & after_noise & ~new_sample  # a noisy token after one of its own sample
     new_block = step(blocks) != 0
     twin = np.minimum(begins[row] + np.clip(twins, 0, None), len(tokens) - 1)
     return (
         fault(noisy & (samples >= counts[row]), "has noise of sample {}, which has no text", samples)
-        or fault(noisy & behind_noise & (step(samples) < 0), "has noise of samples out of order")
-        or fault(noisy & (places >= sizes[group]), "has noise at position {}, behind the end of its text", places)
+        or fault(noisy & after_noise & (step(samples) < 0), "has noise of samples out of order")
+        or fault(noisy & (places >= sizes[group]), "has noise at position {}, after the end of its text", places)
         or fault(
             inside & ((step(blocks) < 0) | (step(places) < 1) | (~new_block & (step(places) != 1))),
             "has noisy blocks out of order",

@@ -85,7 +85,7 @@ def windowed_attention(
         `[B, L, heads, D]`, and `None`. Padding gets zeros.
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
-        raise UsageError(f"the windowed attention knows no {', '.join(unknown)}: use 'eager' attention.")
+        raise UsageError(f"the windowed attention does not support {', '.join(unknown)}: use 'eager' attention.")
     grouped = key.shape[1] != query.shape[1]
     outputs = []
     for row, table in _by_row(attention_mask).items():

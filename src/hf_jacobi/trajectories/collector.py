@@ -104,8 +104,8 @@ class Collector:
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
             raise UsageError(
-                f"trajectories know no virtual tokens, but the model carries a {adapter.peft_type.value} adapter: use "
-                "an adapter of another kind, such as LoRA."
+                "trajectories do not support virtual tokens, but the model carries a "
+                f"{adapter.peft_type.value} adapter: use an adapter of another kind, such as LoRA."
             )
         self.model = unwrap(model)
         check_weights(self.model)

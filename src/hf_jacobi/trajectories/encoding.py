@@ -43,7 +43,7 @@ class BadPrompt(UsageError):
 def encode_text(tokenizer, text: str) -> list[int]:
     """
     The tokens of a text, with those that the tokenizer puts before a text, such as the beginning token, but not a
-    second time: a text that a chat template rendered has them already. What it puts behind a text is left out.
+    second time: a text that a chat template rendered has them already. What it puts after a text is left out.
 
     Args:
         tokenizer: the tokenizer.

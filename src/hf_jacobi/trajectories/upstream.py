@@ -163,7 +163,7 @@ class RawTrajectories(UpstreamRows):
         if number != len(blocks):
             raise MalformedRow("a block without those before it")
         if len(blocks[-1][-1]) < self.block_size:
-            raise MalformedRow(f"a block behind one of {len(blocks[-1][-1])} tokens, in blocks of {self.block_size}")
+            raise MalformedRow(f"a block after one of {len(blocks[-1][-1])} tokens, in blocks of {self.block_size}")
         before = pending["prompt_ids"] + [token for block in blocks for token in block[-1]]
         if prompt not in (pending["prompt_ids"], before):
             raise MalformedRow("prompt_ids is neither the prompt nor the text so far")

@@ -6,7 +6,7 @@ import re
 
 
 def programs(responses: list[list[str]], docs: list[dict]) -> list[list[str]]:
-    """The first block of code of each response behind the prompt, whose imports and helpers it may need."""
+    """The first block of code of each response after the prompt, whose imports and helpers it may need."""
     return [[f"{doc['prompt']}\n{program(text)}" for text in texts] for texts, doc in zip(responses, docs)]
 
 
@@ -47,6 +47,6 @@ def last_boxed(text: str) -> str | None:
 
 
 def plain(number: str) -> str:
-    """A number without its unit, its sign of money, the commas between its digits and zeros behind the point."""
+    """A number without its unit, its sign of money, the commas between its digits and zeros after the point."""
     number = re.sub(r"\\text\{.*?\}|[\\$%]", "", number).replace("{,}", ",").strip()
     return re.sub(r"\.0+$", "", re.sub(r"(?<=\d),(?=\d{3})", "", number))
