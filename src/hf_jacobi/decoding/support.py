@@ -108,8 +108,8 @@ def _refuse_adapters(model, name: str) -> None:
     adapter = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise UsageError(
-            f"Jacobi decoding does not support virtual tokens, but {name} carries a {adapter.peft_type.value} adapter: "
-            f"use an adapter of another kind, such as LoRA, or {INSTEAD}."
+            f"Jacobi decoding does not support virtual tokens, but {name} carries a {adapter.peft_type.value} "
+            f"adapter: use an adapter of another kind, such as LoRA, or {INSTEAD}."
         )
 
 
