@@ -14,6 +14,7 @@ from hf_jacobi import UsageError
 from hf_jacobi.cli import main
 from hf_jacobi.trajectories import collect_trajectories, pack_trajectories, read_report
 from hf_jacobi.trajectories.prompts import open_prompts
+from hf_jacobi.trajectories.shards import check_file
 from hf_jacobi.trajectories.upstream import PackedRows
 
 
@@ -236,3 +237,16 @@ def test_columns_in_a_dictionary_are_told_from_splits():
         open_prompts({"prompt": ["w3"]})
     with pytest.raises(UsageError, match="several splits"):
         open_prompts({"train": ["w3"]})
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), PermissionError(13, "Permission denied", "shard")])
+def test_a_file_is_not_called_broken_for_what_is_not_its_fault(tmp_path, monkeypatch, error):
+    file = tmp_path / "rows.parquet"
+    Dataset.from_list([{"a": 1}]).to_parquet(file)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile", fail)
+    with pytest.raises(type(error)):
+        check_file(file)

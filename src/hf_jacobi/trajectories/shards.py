@@ -192,6 +192,8 @@ class ShardFolder:
             return Dataset.from_parquet(glob.escape(os.path.abspath(path)), features=self.features)
         except Exception as error:
             check_file(path)  # says what is wrong with it
+            if isinstance(error.__cause__ or error, (OSError, MemoryError)):  # not the file's fault
+                raise
             raise UsageError(f"{path} is broken ({_first_line(error.__cause__ or error)}): {AGAIN}.") from error
 
 
@@ -262,6 +264,8 @@ def check_file(path: Path) -> int:
             where = f" in rows {first} to {first + count - 1}"
             file.read_row_group(number)
             first += count
+    except (MemoryError, PermissionError):
+        raise
     except Exception as error:  # pyarrow has many kinds for it
         raise UsageError(f"{path} is broken{where} ({_first_line(error)}): {AGAIN}.") from error
     return first
