@@ -38,7 +38,7 @@ def add_parser(commands) -> None:
     parser = commands.add_parser("demo", help=about, description=about)
     parser.add_argument("--prompt", action="append", help="what to ask; may be given several times")
     parser.add_argument(
-        "--model", help=f"a local folder or a Hub id, of a model or an adapter (default: the miniature, {default})"
+        "--model", help=f"a local folder or a Hub id, of a model or an adapter (default: {default})"
     )
     parser.add_argument("--base", action="store_true", help=f"{DEMO_MODEL} as it comes, not trained to decode so")
     parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: 128; miniature 300)")

@@ -77,13 +77,15 @@ def demo_checkpoint() -> Path:
 
 def _from_hub() -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
-    of_network = HfHubHTTPError.__mro__[1]  # of the HTTP library, whichever it is; its own errors are no OSError
+    from ..hub.network import is_of_network
+
     try:
         folder = Path(snapshot_download(HUB_ID, allow_patterns=FILES))
         reason = "" if (folder / "model.safetensors").exists() else "the Hub's cache holds a part of it"
-    except (OSError, of_network) as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_of_network(error):
+            raise
         reason = str(error).partition("\n")[0].removeprefix("Got: ").rstrip(".") or type(error).__name__
     if reason:
         raise MissingFile(
