@@ -37,9 +37,7 @@ def add_parser(commands) -> None:
     default = "the miniature, 3.5 million parameters that know two tasks and were trained to decode in parallel"
     parser = commands.add_parser("demo", help=about, description=about)
     parser.add_argument("--prompt", action="append", help="what to ask; may be given several times")
-    parser.add_argument(
-        "--model", help=f"a local folder or a Hub id, of a model or an adapter (default: {default})"
-    )
+    parser.add_argument("--model", help=f"a local folder or a Hub id, of a model or an adapter (default: {default})")
     parser.add_argument("--base", action="store_true", help=f"{DEMO_MODEL} as it comes, not trained to decode so")
     parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: 128; miniature 300)")
     add_dtype(parser)
