@@ -543,7 +543,7 @@ def test_the_scope_of_an_adapter_that_is_there_must_be_its_own(tmp_path):
     with pytest.raises(ValueError, match="learns with adapter_scope='draft' alone"):
         trainer_of(drafting, tmp_path)
     trainer_of(drafting, tmp_path, adapter_scope="draft")
-    with pytest.raises(ValueError, match="no virtual tokens"):
+    with pytest.raises(ValueError, match="does not support virtual tokens"):
         trainer_of(tiny_model(), tmp_path, peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
