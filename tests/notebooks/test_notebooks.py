@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom, each in under three minutes, and are kept with what they showed."""
 
-import time
+import resource
 from pathlib import Path
 
 import nbformat
@@ -13,7 +13,7 @@ from hf_jacobi.cli.demo_model import demo_checkpoint
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 PICTURES = {"01_decode_in_parallel": 2, "02_train_your_own": 3, "03_tune_and_publish": 1}
-MOST = 180  # seconds
+MOST = 180  # seconds of computing, which other processes on the machine do not lengthen
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,18 @@ def test_it_is_kept_as_it_ran(path):
     assert counts == list(range(1, len(counts) + 1)), "from top to bottom, once"
 
 
+def computed() -> float:
+    """Seconds that the processes begun here, and ended, have computed: kernels, and what they began."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.notebook
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, demo_model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     notebook = nbformat.read(path, 4)
-    start = time.perf_counter()
+    start = computed()
     NotebookClient(notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": tmp_path}}).execute()
     assert pictures(notebook) == PICTURES[path.stem]
-    assert time.perf_counter() - start < MOST
+    assert 1 < computed() - start < MOST
