@@ -1,13 +1,14 @@
-"""Turns what each token may see into the mask a model's attention takes, one per kind of layer."""
+"""The mask of a step, one for each kind of layer, and the attention function that uses it."""
 
 from __future__ import annotations
 
 import copy
+import functools
 
 import torch
 from transformers import PreTrainedConfig
 
-from .compat import attention_of
+from .compat import attention_of, looks_attention_up, register_attention, registered_attention
 
 
 MASKED_ATTENTIONS = ("sdpa", "eager")
@@ -25,10 +26,12 @@ class AttentionMask:
         config: the text configuration of the model.
         dtype: the dtype that the model computes in.
         left_padding: `[B]`, how much padding a row begins with; chunks are counted from its end.
+        groups: how many times the queries stand in a mask, one below the other (`fold_groups`).
     """
 
-    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, left_padding: torch.Tensor):
+    def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, left_padding: torch.Tensor, groups: int = 1):
         self.left_padding = left_padding
+        self.groups = groups
         self.additive = attention_of(config) == "eager"  # eager adds the mask: a boolean one would do nothing
         self.dtype = dtype
         self.sliding_window = getattr(config, "sliding_window", None)
@@ -60,7 +63,8 @@ class AttentionMask:
             key_places: `[B, S]`, the index of the token in each slot; may be `None` where nothing `reads_places`.
 
         Returns:
-            `[B, 1, Q, S]`, boolean for sdpa and additive for eager attention, or a dict of them by layer type.
+            `[B, 1, groups * Q, S]`, boolean for sdpa and additive for eager attention, or a dict of them by layer
+            type.
         """
         kinds = self.layer_types or [self.single_kind()]
         masks = {kind: self._finish(self._restrict(visible, query_places, key_places, kind)) for kind in kinds}
@@ -76,8 +80,56 @@ class AttentionMask:
         return visible & ((query - start) // self.chunk_size == (key - start) // self.chunk_size)
 
     def _finish(self, visible: torch.Tensor) -> torch.Tensor:
-        visible = visible.unsqueeze(1)
+        visible = visible.unsqueeze(1).repeat(1, 1, self.groups, 1) if self.groups > 1 else visible.unsqueeze(1)
         if not self.additive:
             return visible
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+
+
+def groups_to_fold(model) -> int:
+    """
+    How many query heads share a head of keys and values, where the attention of a model can fold them; else 1.
+
+    It can where it is the `sdpa` that transformers looks up in its registry, which this function puts `fold_groups`
+    before.
+    """
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if attention_of(config) != "sdpa" or not looks_attention_up(model):
+        return 1
+    if not (isinstance(heads, int) and isinstance(shared, int) and shared and heads > shared):
+        return 1
+    if not hasattr(plain := registered_attention("sdpa"), "folds_groups"):
+        register_attention("sdpa", fold_groups(plain))
+    return heads // shared
+
+
+def fold_groups(plain):
+    """
+    An attention function for grouped queries that copies no keys or values, around the one of transformers.
+
+    transformers repeats the keys and values of the whole cache for every layer of every forward that has a mask, until
+    each query head has its own. Here the G query heads of a group become G times as many queries of the one head that
+    they share. A mask made for that (`AttentionMask.groups`) has G * Q rows for Q queries, which tells it from any
+    other, so that forwards that are not ours are left to `plain`.
+    """
+
+    @functools.wraps(plain)
+    def attend(module, query, key, value, attention_mask, *arguments, **keywords):
+        length = query.shape[2]
+        if attention_mask is None or attention_mask.dim() != 4 or attention_mask.shape[2] <= length:
+            return plain(module, query, key, value, attention_mask, *arguments, **keywords)
+        groups = query.shape[1] // key.shape[1]
+        unusual = arguments or any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
+        if unusual or attention_mask.shape[2] != groups * length:  # a layer may have another number of heads
+            return plain(module, query, key, value, attention_mask[:, :, :length], *arguments, **keywords)
+        folded = query.reshape(query.shape[0], key.shape[1], groups * length, query.shape[3])
+        result = torch.nn.functional.scaled_dot_product_attention(
+            folded, key, value, attention_mask, keywords.get("dropout") or 0.0, scale=keywords.get("scaling")
+        )
+        return result.reshape(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
+
+    attend.folds_groups = True
+    return attend

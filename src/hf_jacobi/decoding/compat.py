@@ -19,9 +19,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import CompileConfig, StaticCache
+from transformers import AttentionInterface, CompileConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 
 # The oldest and the newest transformers that the tests ran with; setup.py repeats what follows from them.
@@ -288,6 +289,16 @@ def without_checkpointing(model: torch.nn.Module):
 def looks_attention_up(model) -> bool:
     """Whether a model asks transformers for its attention, so that one that was registered reaches it."""
     return model._supports_attention_backend
+
+
+def registered_attention(name: str):
+    """The attention function that models look up under a name."""
+    return ALL_ATTENTION_FUNCTIONS[name]
+
+
+def register_attention(name: str, function) -> None:
+    """Has models look another attention function up under a name."""
+    AttentionInterface.register(name, function)
 
 
 def name_of(model) -> str:

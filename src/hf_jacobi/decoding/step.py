@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import Cache
 
-from .attention import AttentionMask
+from .attention import AttentionMask, groups_to_fold
 from .compat import CACHE, cache_argument, cache_of, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
@@ -89,7 +89,8 @@ class Step:
         if mask is not None and not bool(mask.all()):
             self.key_valid = mask.bool().to(self.device)
             left_padding = (self.key_valid.cumsum(1) == 0).sum(1)
-        self.mask = AttentionMask(self.model.config.get_text_config(decoder=True), self.model.dtype, left_padding)
+        config = self.model.config.get_text_config(decoder=True)
+        self.mask = AttentionMask(config, self.model.dtype, left_padding, groups_to_fold(self.model))
         self.logits = outputs.logits[:, -1:].to(self.device)
         return self.predict(self.logits, np.array(ends)[:, None] + 1)
 
