@@ -9,6 +9,7 @@ from .compat import pad_token_of
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .outputs import Outputs
+from .running import Eager
 from .stats import JacobiStats
 from .step import Step
 from .stopping import StopCheck
@@ -56,6 +57,7 @@ class DecodeCall:
         self.walk = Walk(self.rows, chooser, stop, self.outputs, pad_token)
         self.stats = JacobiStats()
         self.keeps_home = self.outputs.as_dict or fills_cache
+        self.config = config
 
     @property
     def finished(self) -> bool:
@@ -64,7 +66,12 @@ class DecodeCall:
     def prefill(self) -> None:
         """Runs the prompt, and commits the first token of every row."""
         drafts = [Draft(row.tokens[-1:] or [0]) for row in self.rows]
-        self._commit(drafts, self.step.prefill(self.keeps_home))
+        rows, config = self.rows, self.config
+        most_tokens = max(row.max_length if row.max_length is not None else row.length for row in rows)
+        most_nodes = config.max_blocks * config.size + config.pool_size * max(config.ngram_size, config.size)
+        if self.step.draft_adapter:
+            most_nodes += config.max_blocks * config.size
+        self._commit(drafts, self.step.prefill(self.keeps_home, most_tokens, most_nodes))
 
     def advance(self) -> None:
         """Drafts, one forward, and the tokens that it brings."""
@@ -102,7 +109,7 @@ class DecodeCall:
         last = self.outputs.length - 1
         if min(ends) == last:
             return False
-        self.step.copies = 0
+        self.step.copies, self.step.runner = 0, Eager()  # a width of its own
         drafts = [Draft(tokens[end:last] or [0]) for tokens, end in zip(self.outputs.padded(), ends)]
         self.step.score(drafts, ends)
         return True

@@ -24,6 +24,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .errors import UsageError
+
 
 # The oldest and the newest transformers that the tests ran with; setup.py repeats what follows from them.
 OLDEST_TESTED = "5.16"
@@ -338,6 +340,43 @@ def compile_here() -> CompileConfig:
     config = CompileConfig()
     config._compile_all_devices = True
     return config
+
+
+def compile_settings(config: CompileConfig | None) -> dict[str, Any]:
+    """
+    The arguments of `torch.compile` that a compile config asks for. Shapes are fixed, whatever it says. What torch
+    captures in CUDA graphs by itself needs a cache that never moves; here steps are captured from outside.
+    """
+    settings = {} if config is None else config.to_dict()
+    uncaptured = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+    mode = settings.get("mode")
+    return settings | {"dynamic": False, "mode": uncaptured.get(mode, mode)}
+
+
+def can_compile(model, generation_config) -> bool:
+    """Whether the forward of a model may be compiled, as transformers decides it, but on a CPU, too."""
+    if generation_config.disable_compile or model.device.type not in ("cpu", "cuda", "xpu"):
+        return False
+    quantizer = getattr(model, "hf_quantizer", None)
+    devices = set(getattr(model, "hf_device_map", {}).values())
+    return (quantizer is None or quantizer.is_compileable) and len(devices) < 2 and not has_weights_elsewhere(model)
+
+
+@contextmanager
+def explains_failed_compile():
+    """Turns what torch raises where there is no compiler into a sentence."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    try:
+        yield
+    except Exception as error:
+        causes = [error, error.__cause__, getattr(error, "inner_exception", None)]
+        if any(isinstance(cause, (InvalidCxxCompiler, CppCompileError)) for cause in causes):
+            raise UsageError(
+                "cache_implementation='static' compiles the model's forward, which takes a C++ compiler, and none that "
+                "works was found: install one (such as g++), or pass disable_compile=True."
+            ) from error
+        raise
 
 
 def end_progress_bars() -> None:

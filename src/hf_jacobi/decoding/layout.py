@@ -105,6 +105,12 @@ class Layout:
         self.first = starts[0] if len(set(starts)) == 1 else None
         self.end = max(starts) + self.width
 
+    def fix(self, total: int) -> None:
+        """Keeps to fixed shapes: what pads a row stays within the `total` slots, and every slot has its say in a mask."""
+        np.minimum(self.host["slots"], total - 1, out=self.host["slots"])
+        self.first = None
+        self.end = min(self.end, total)
+
     def fill_moves(self, moves: list[tuple[int, int, int]]) -> None:
         """Writes the moves (row, slot before, slot after), on the host; what is left over moves a slot onto itself."""
         self.host["moves"][:] = 0

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
 
 
 GROWTH = 64  # slots are added in steps of this many, so that the cache is not copied for every token
@@ -76,17 +83,51 @@ def _with_finite_drafts(states: torch.Tensor) -> torch.Tensor:
     return torch.cat([states[:, :, :1], states[:, :, 1:].nan_to_num(0.0, 0.0, 0.0)], dim=2)
 
 
-class SlotPlan:
+class StaticSlotLayer(SlotLayer):
     """
-    Where the next forward writes: `slots` `[batch, query]`, or `first` to `end` when all rows write the same; and
-    whether it `mends_drafts`, as a masked slot that holds a NaN spoils whoever attends beside it.
+    A layer whose slots are all there from the beginning, `[batch, slots, heads, head size]`, so that a token is written
+    in one piece; attention gets `[batch, heads, slots, head size]` as ever, up to the end of the plan.
+
+    It is not `is_compileable` in transformers' sense, which would have models build the masks of a forward themselves.
     """
 
-    def __init__(self):
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            states.new_zeros(states.shape[0], self.plan.total, states.shape[1], states.shape[3]).transpose(1, 2)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def reserve(self, slots: int) -> None:
+        """Nothing is left to be done."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        plan = self.plan
+        if plan.mends_drafts:
+            key_states, value_states = _with_finite_drafts(key_states), _with_finite_drafts(value_states)
+        place = plan.rows.to(self.device), plan.slots.to(self.device)
+        self.keys.transpose(1, 2).index_put_(place, key_states.transpose(1, 2).to(self.keys.dtype))
+        self.values.transpose(1, 2).index_put_(place, value_states.transpose(1, 2).to(self.values.dtype))
+        return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
+
+
+class SlotPlan:
+    """
+    Where the next forward writes: `slots` `[batch, query]` of `rows` `[batch, 1]`, or `first` to `end` when all rows
+    write the same; `total` slots are all that static layers have. And whether it `mends_drafts`, as a masked slot that
+    holds a NaN spoils whoever attends beside it.
+    """
+
+    def __init__(self, total: int = 0):
         self.mends_drafts = False
+        self.rows: torch.Tensor | None = None
         self.slots: torch.Tensor | None = None
         self.first: int | None = 0
         self.end = 0
+        self.total = total
 
 
 class SlotCache(Cache):
@@ -95,34 +136,40 @@ class SlotCache(Cache):
 
     It is filled from the cache that the prefill made (`from_prefill`), told before each forward where its tokens go
     (`place`), and can be handed back to transformers (`export`).
+
+    Args:
+        layers: how many.
+        total: how many slots there are, where they are static; they grow in number if left out.
     """
 
-    def __init__(self, layers: int):
-        self.plan = SlotPlan()
+    def __init__(self, layers: int, total: int | None = None):
+        self.plan = SlotPlan(total or 0)
         self.moves: list[tuple[int, int, int]] = []
-        super().__init__(layers=[SlotLayer(self.plan) for _ in range(layers)])
+        kind = SlotLayer if total is None else StaticSlotLayer
+        super().__init__(layers=[kind(self.plan) for _ in range(layers)])
 
     @classmethod
-    def from_prefill(cls, cache: Cache, length: int, keep: bool) -> SlotCache:
+    def from_prefill(cls, cache: Cache, length: int, keep: bool, total: int | None = None) -> SlotCache:
         """
         Takes over the `length` tokens that a prefill left in `cache`.
 
         A sliding layer holds the last of them only; the slots before stay zero, out of reach of its window.
 
         Args:
-            cache: a `DynamicCache`.
+            cache: a `DynamicCache` or `StaticCache`.
             length: how many tokens it has seen.
             keep: whether the caller goes on using `cache`; if not, each of its layers is freed as it is copied.
+            total: as above.
         """
-        slots = cls(len(cache.layers))
+        slots = cls(len(cache.layers), total)
         for source, target in zip(cache.layers, slots.layers):
             if not source.is_initialized or source.keys is None:
                 continue
             target.lazy_initialization(source.keys, source.values)
             target.reserve(length)
-            held = source.keys.shape[2]
-            target.keys[:, :, length - held : length] = source.keys
-            target.values[:, :, length - held : length] = source.values
+            held = min(length, source.keys.shape[2])  # the slots of a static layer that holds less are free
+            target.keys[:, :, length - held : length] = source.keys[:, :, :held]
+            target.values[:, :, length - held : length] = source.values[:, :, :held]
             if not keep:
                 source.reset()
                 source.keys = source.values = None  # older transformers zero them and keep the memory
@@ -149,7 +196,10 @@ class SlotCache(Cache):
             first: the first slot, when all rows write the same consecutive slots, else `None`.
             end: one past the last slot any row writes.
         """
-        self.plan.slots, self.plan.first, self.plan.end = slots, first, end
+        plan = self.plan
+        plan.slots, plan.first, plan.end = slots, first, end
+        if plan.total and plan.rows is None:
+            plan.rows = torch.arange(slots.shape[0], device=slots.device).unsqueeze(1)
 
     def keep_path(self, row: int, start: int, path: list[int]) -> None:
         """
@@ -178,10 +228,13 @@ class SlotCache(Cache):
         self.moves.clear()
 
     def export(self, cache: Cache, length: int) -> Cache:
-        """Writes the first `length` slots back into `cache`, the `DynamicCache` that the prefill filled."""
+        """Writes the first `length` slots back into `cache`, a `DynamicCache` or `StaticCache`."""
         self.move()
         for source, target in zip(self.layers, cache.layers):
             if not source.is_initialized:
+                continue
+            if isinstance(target, StaticLayer):
+                _fill_static(target, source, length)
                 continue
             held = length
             if isinstance(target, DynamicSlidingWindowLayer):
@@ -195,9 +248,27 @@ class SlotCache(Cache):
         return cache
 
 
+def _fill_static(target: StaticLayer, source: SlotLayer, length: int) -> None:
+    """Has a layer of a `StaticCache` hold the first `length` slots of ours (the last ones of them, where it slides)."""
+    if not target.is_initialized:
+        target.lazy_initialization(source.keys, source.values)
+    held = min(length, target.max_cache_len)
+    target.keys[:, :, :held] = source.keys[:, :, length - held : length]
+    target.values[:, :, :held] = source.values[:, :, length - held : length]
+    target.cumulative_length.fill_(held)  # as counted by its own `update`, which stops when a window is full
+    if isinstance(target, StaticSlidingWindowLayer):
+        target.cumulative_length_int = length
+
+
+def capacity_of(cache: Cache) -> int | None:
+    """How many tokens a `StaticCache` has room for; `None` where every layer of it slides, or it is none."""
+    full = [layer.max_cache_len for layer in cache.layers if type(layer) is StaticLayer]
+    return min(full, default=None)
+
+
 def can_roll_back(cache: Cache) -> bool:
     """Whether every layer of `cache` is one whose tokens `SlotCache` can hold and give back."""
-    kinds = (DynamicLayer, DynamicSlidingWindowLayer)
+    kinds = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)
     return all(type(layer) in kinds or type(layer).__name__ == "DummyLayer" for layer in cache.layers)
 
 

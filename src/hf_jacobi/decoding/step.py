@@ -7,15 +7,17 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from transformers import Cache
+from transformers import Cache, DynamicCache, StaticCache
 
 from .attention import AttentionMask, groups_to_fold
-from .compat import CACHE, cache_argument, cache_of, prefill, renamed_cache
+from .compat import CACHE, cache_argument, cache_of, can_compile, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .errors import UsageError
 from .layout import Layout
-from .slot_cache import SlotCache
+from .running import Compiled, Eager
+from .shapes import FixedShapes, GrowingShapes
+from .slot_cache import SlotCache, capacity_of
 from .verify import UNDRAWABLE, TokenChooser
 
 
@@ -38,6 +40,8 @@ class Step:
         key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
         copies: how many columns at the end of the newest forward the draft-only adapter served; 0 without one.
         mends_drafts: whether a forward that a draft spoilt is run again; not where processes share each forward.
+        shapes: which ones a forward may have.
+        runner: how it is run.
     """
 
     def __init__(self, model, input_ids: torch.Tensor, generation_config, model_kwargs: dict, chooser: TokenChooser):
@@ -53,6 +57,8 @@ class Step:
         self.copies = 0
         self.key_valid: torch.Tensor | None = None
         self.mends_drafts = True
+        self.shapes: GrowingShapes | FixedShapes = GrowingShapes()
+        self.runner: Eager | Compiled = Eager()
         self._token_of_nan: int | None = None
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._slots = torch.arange(0, device=self.device)
@@ -62,16 +68,25 @@ class Step:
         """The position of each row's last prompt token."""
         return self.model_kwargs["position_ids"][:, -1].expand(len(self.numbers)).tolist()
 
-    def prefill(self, keeps_home: bool) -> list[list[int]]:
+    def prefill(self, keeps_home: bool, most_tokens: int, most_nodes: int) -> list[list[int]]:
         """
         Runs the prompt through transformers' own prefill, and takes its cache over.
 
+        A static cache that is still empty is filled at the end alone, and only if the caller wants it.
+
         Args:
             keeps_home: whether the caller wants that cache back (`export`).
+            most_tokens: how long the text may become.
+            most_nodes: how many nodes a draft may have.
 
         Returns:
             `[B][1]`, the first token of each row; its logits are in `logits`.
         """
+        static = self.model_kwargs[CACHE] if isinstance(self.model_kwargs[CACHE], StaticCache) else None
+        is_empty = static is not None and not int(static.get_seq_length())
+        if is_empty:
+            config = self.model.config.get_text_config(decoder=True)
+            self.model_kwargs = self.model_kwargs | {CACHE: DynamicCache(config=config)}
         outputs = prefill(self.model, self.input_ids, self.generation_config, self.model_kwargs)
         self.home = cache_of(outputs)
         if not isinstance(self.home, Cache):
@@ -79,9 +94,18 @@ class Step:
                 f"Jacobi decoding verifies drafts against the KV cache, but {type(self.model).__name__} gave back "
                 f"{type(self.home).__name__} in place of a transformers.Cache: use decoding='ar'."
             )
-        length = self.home.get_seq_length()
-        self.cache = SlotCache.from_prefill(self.home, length, keeps_home)
+        length = int(self.home.get_seq_length())
         self.slot_shift = length - self.input_ids.shape[1]
+        total = None
+        if static is not None:
+            longest = max(most_tokens + self.slot_shift, capacity_of(static) or 0)
+            self.shapes = FixedShapes(longest, most_nodes)
+            total = self.shapes.total
+            if can_compile(self.model, self.generation_config):
+                self.runner = Compiled(self.generation_config.compile_config)
+        self.cache = SlotCache.from_prefill(self.home, length, keeps_home and not is_empty, total)
+        if is_empty:
+            self.home = static
         ends = self.prompt_ends
         self.offsets = [position - (length - 1) for position in ends]
         mask = self.model_kwargs.get("attention_mask")
@@ -106,12 +130,16 @@ class Step:
             `[B][Q]`, the token predicted at each node (`verify.UNDRAWABLE` for none); those of the draft-only adapter
             at the chain (`copies`) last.
         """
-        self.copies = max(draft.chain_length for draft in drafts) if self.draft_adapter else 0
+        self.copies = 0
+        if self.draft_adapter:
+            self.copies = self.shapes.width(max(draft.chain_length for draft in drafts))
         predictions = self._predictions(drafts, starts)
         if self.mends_drafts and self._are_spoilt(predictions):
+            runner, self.runner = self.runner, Eager()
             self.cache.plan.mends_drafts = True
             predictions = self._predictions(drafts, starts)
             self.cache.plan.mends_drafts = False
+            self.runner = runner
         return predictions
 
     def _predictions(self, drafts: list[Draft], starts: list[int]) -> list[list[int]]:
@@ -137,19 +165,25 @@ class Step:
 
     def score(self, drafts: list[Draft], starts: list[int]) -> Layout:
         """Lays out, uploads and runs a forward, which leaves `logits`."""
-        layout = self._layout(max(map(len, drafts)) + self.copies)
+        layout = self._layout(self.shapes.width(max(map(len, drafts))) + self.copies)
         layout.fill(drafts, [start + self.slot_shift for start in starts], self.offsets, self.copies)
         layout.fill_moves(self.cache.moves)
         if self.chooser.rule.is_random:
             layout.host["keys"][:] = self.chooser.rule.keys(self.numbers, layout.host["positions"] + 1)
+        if isinstance(self.shapes, FixedShapes):
+            layout.fix(self.shapes.total)
         layout.upload()
         self.cache.move(layout.moves)
-        self.cache.place(layout.slots, layout.first, layout.end)
-        slots = self._numbers_of_slots(layout.end)
+        self.logits = self.forward(layout, self.shapes.slots(layout.end))
+        return layout
+
+    def forward(self, layout: Layout, end: int) -> torch.Tensor:
+        """Logits `[B, Q, V]` of a layout that was uploaded, over `end` slots. Nothing in it waits for the device."""
+        self.cache.place(layout.slots, layout.first, end)
+        slots = self._numbers_of_slots(end)
         visible = layout.visible(slots, self.key_valid)
         key_places = layout.key_places(slots) if visible is not None and self.mask.reads_places else None
-        self.logits = self.run(layout.ids, layout.positions, visible, layout.places, key_places)
-        return layout
+        return self.run(layout.ids, layout.positions, visible, layout.places, key_places)
 
     def run(self, ids, positions, visible, places, key_places) -> torch.Tensor:
         """
@@ -170,7 +204,8 @@ class Step:
             **{CACHE: self.cache},
             **self._other_kwargs(ids.shape[1]),
         )
-        return self.model(**renamed_cache(inputs, self.cache_name), return_dict=True).logits.to(self.device)
+        shape = (*ids.shape, self.copies, 0 if visible is None else visible.shape[2])
+        return self.runner(self.model, renamed_cache(inputs, self.cache_name), shape).to(self.device)
 
     def predict(self, logits: torch.Tensor, positions: np.ndarray) -> list[list[int]]:
         """`[B][Q]`, the tokens at `positions` `[B, Q]` that logits `[B, Q, V]` give."""
@@ -192,6 +227,7 @@ class Step:
         part.key_valid = None if self.key_valid is None else self.key_valid[rows]
         part.offsets = [self.offsets[row] for row in rows]
         part._layouts = {}
+        part.shapes, part.runner = GrowingShapes(), Eager()
         return part
 
     def export(self, length: int) -> None:

@@ -58,10 +58,10 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
             "Jacobi decoding returns scores and logits, but no attentions or hidden states, since its forwards score "
             f"drafts as well as text: drop output_attentions and output_hidden_states, or {INSTEAD}."
         )
-    if generation_config.cache_implementation not in (None, "dynamic"):
+    if generation_config.cache_implementation not in (None, "dynamic", "static"):
         raise UsageError(
-            f"Jacobi decoding keeps a KV cache of its own, but cache_implementation is "
-            f"{generation_config.cache_implementation!r}: drop it, or {INSTEAD}."
+            f"Jacobi decoding keeps a dynamic or a static KV cache, but cache_implementation is "
+            f"{generation_config.cache_implementation!r}: drop it, pass 'static', or {INSTEAD}."
         )
     if model.training and is_checkpointing(model):
         raise UsageError(
@@ -134,10 +134,11 @@ def _refuse_cache(model, name: str, cache) -> None:
             f"Jacobi decoding rolls the KV cache back, but {name} caches what it attends to beside the text, too "
             f"(cross-attention): {INSTEAD}."
         )
-    if type(cache).__name__ != "DynamicCache" or getattr(cache, "offloading", False):
+    if type(cache).__name__ not in ("DynamicCache", "StaticCache") or getattr(cache, "offloading", False):
         raise UsageError(
-            f"Jacobi decoding continues from a DynamicCache, but the cache of this call is a {type(cache).__name__}"
-            f"{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass a DynamicCache, or {INSTEAD}."
+            f"Jacobi decoding continues from a DynamicCache or a StaticCache, but the cache of this call is a "
+            f"{type(cache).__name__}{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass one of "
+            f"those, or {INSTEAD}."
         )
     if holds_more_than_text(cache):
         raise UsageError(
