@@ -14,6 +14,7 @@ import torch
 
 from .compat import INVOCATION, OFFSETS, VARIANT, has_weights_elsewhere
 from .errors import UsageError
+from .running import is_tracing
 
 
 if TYPE_CHECKING:
@@ -133,6 +134,11 @@ class DraftAdapter:
 
         return forward
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether, while it listens, every layer's forward is one of ours, which can be compiled."""
+        return len(self._forwards) == len(self.layers)
+
     @contextmanager
     def on(self, tokens: int):
         """The adapter applies to the last `tokens` tokens of each row in the forwards that run in here."""
@@ -157,6 +163,8 @@ def _listening_class(cls: type) -> type:
         over = staticmethod(_listening_class)
 
         def forward(self, *arguments, **keywords):
+            if torch.compiler.is_compiling() and (tokens := _tokens_of_graph()) >= 0:
+                return _with_adapter(self, tokens, *arguments)
             adapter, tokens = _FORWARD.get()
             own = adapter._forwards.get(self) if tokens else None
             told = keywords.get(OFFSETS)
@@ -169,6 +177,24 @@ def _listening_class(cls: type) -> type:
 
     Listening.__name__, Listening.__qualname__, Listening.__module__ = cls.__name__, cls.__qualname__, cls.__module__
     return Listening
+
+
+@torch.compiler.assume_constant_result
+def _tokens_of_graph() -> int:
+    """While a graph of ours is made: for how many tokens the adapter is on in it. -1 in any other graph."""
+    return _FORWARD.get()[1] if is_tracing() else -1
+
+
+def _with_adapter(layer: torch.nn.Module, tokens: int, x: torch.Tensor) -> torch.Tensor:
+    """What a layer of a compiled step computes, in plain operations, which the compiler puts together."""
+    result = layer.base_layer(x)
+    if not tokens:
+        return result
+    _check_rows(x)
+    name, drafted = layer.active_adapters[0], x[:, -tokens:]
+    down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
+    share = (drafted.to(down.dtype) @ down.t() @ up.t()) * layer.scaling[name]
+    return torch.cat([result[:, :-tokens], result[:, -tokens:] + share.to(result.dtype)], dim=1)
 
 
 def _listen(layer: torch.nn.Module) -> None:

@@ -101,7 +101,8 @@ class Step:
             longest = max(most_tokens + self.slot_shift, capacity_of(static) or 0)
             self.shapes = FixedShapes(longest, most_nodes)
             total = self.shapes.total
-            if can_compile(self.model, self.generation_config):
+            plain = self.draft_adapter is None or self.draft_adapter.is_plain
+            if plain and can_compile(self.model, self.generation_config):
                 self.runner = Compiled(self.generation_config.compile_config)
         self.cache = SlotCache.from_prefill(self.home, length, keeps_home and not is_empty, total)
         if is_empty:

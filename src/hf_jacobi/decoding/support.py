@@ -23,7 +23,7 @@ from .compat import (
 )
 from .draft_adapter import is_activated, is_draft_only
 from .errors import UsageError
-from .slot_cache import can_roll_back, holds_more_than_text
+from .slot_cache import can_roll_back, capacity_of, holds_more_than_text
 
 
 INSTEAD = "use decoding='ar'"
@@ -70,7 +70,7 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
         )
     _refuse_state(model, name, prompt_length, model_kwargs)
     _refuse_adapters(model, name)
-    _refuse_cache(model, name, model_kwargs.get(CACHE))
+    _refuse_cache(model, name, model_kwargs.get(CACHE), generation_config.max_length)
     _refuse_attention(model, name, model_kwargs)
     _refuse_positions(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
@@ -113,7 +113,7 @@ def _refuse_adapters(model, name: str) -> None:
         )
 
 
-def _refuse_cache(model, name: str, cache) -> None:
+def _refuse_cache(model, name: str, cache, longest: int) -> None:
     config = model.config.get_text_config(decoder=True)
     if (cache_argument(model) is None and not is_stateful(model)) or config.model_type in WITHOUT_CACHE:
         raise UsageError(f"Jacobi decoding verifies drafts against the KV cache, but {name} has none: {INSTEAD}.")
@@ -139,6 +139,12 @@ def _refuse_cache(model, name: str, cache) -> None:
             f"Jacobi decoding continues from a DynamicCache or a StaticCache, but the cache of this call is a "
             f"{type(cache).__name__}{' with offloading' if getattr(cache, 'offloading', False) else ''}: pass one of "
             f"those, or {INSTEAD}."
+        )
+    capacity = capacity_of(cache)
+    if capacity is not None and capacity < longest - 1:
+        raise UsageError(
+            f"the StaticCache of this call holds {capacity} tokens, but its text may have {longest}, whether by Jacobi "
+            "decoding or by decoding='ar': make it with a larger max_cache_len, or lower max_new_tokens."
         )
     if holds_more_than_text(cache):
         raise UsageError(

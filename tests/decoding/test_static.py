@@ -1,0 +1,279 @@
+"""Fixed shapes: `cache_implementation="static"` writes AR's text, compiled, in few graphs, within its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import ARCHITECTURES, last_new_tokens, padded_prompts, tiny_model, tokens_per_forward, trained_model
+from test_draft_adapter import with_adapter
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import CompileConfig, DynamicCache, StaticCache
+
+import hf_jacobi
+from hf_jacobi.decoding.attention import fold_groups
+from hf_jacobi.decoding.call import DecodeCall
+from hf_jacobi.decoding.compat import CACHE
+from hf_jacobi.decoding.layout import Layout
+from hf_jacobi.decoding.shapes import FixedShapes
+from hf_jacobi.decoding.step import Step
+
+
+GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+STATIC = {"decoding": "jacobi", "cache_implementation": "static", "return_dict_in_generate": True}
+EAGER = STATIC | {"disable_compile": True}
+# Traced whole, and then run as it is: what is made of the graph is a compiler's business.
+TRACED = STATIC | {"compile_config": CompileConfig(backend="eager", fullgraph=True)}
+
+
+@pytest.fixture(autouse=True)
+def _no_graphs_of_others():
+    torch.compiler.reset()
+    counters.clear()
+
+
+def same_as_ar(model, inputs, way, **settings):
+    settings = GREEDY | settings
+    expected = model.generate(**inputs, **settings, decoding="ar")
+    out = model.generate(**inputs, **settings, **way)
+    assert torch.equal(out.sequences, expected)
+    return out
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_text_is_that_of_ar(name):
+    settings = {"jacobi_config": {"block_size": 8}}
+    out = same_as_ar(hf_jacobi.enable(trained_model(name)), padded_prompts(4), EAGER | settings)
+    assert tokens_per_forward(out) > 1.3
+
+
+MASKS = ["llama", "gemma2", "gemma3", "mistral-window", "llama4", "gpt_oss", "gpt2", "qwen3_moe"]
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_text_is_that_of_ar_when_its_forwards_are_traced(name):
+    settings = {"jacobi_config": {"block_size": 8}}
+    out = same_as_ar(hf_jacobi.enable(trained_model(name)), padded_prompts(4), TRACED | settings)
+    assert tokens_per_forward(out) > 1.3
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_text_is_that_of_ar_when_its_forwards_are_compiled(name):
+    out = same_as_ar(hf_jacobi.enable(trained_model(name)), padded_prompts(2), STATIC)
+    assert tokens_per_forward(out) > 1.3
+    assert counters["inductor"] and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("way", [EAGER, TRACED], ids=["eager", "traced"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_draft_only_adapter_drafts(rows, way):
+    model, inputs = with_adapter(), padded_prompts(rows)
+    settings = hf_jacobi.JacobiConfig(block_size=6, pool_size=0)
+    drafting = model.generate(
+        **inputs, **GREEDY, decoding="jacobi", jacobi_config=settings, return_dict_in_generate=True
+    )
+    out = same_as_ar(model, inputs, way | {"jacobi_config": settings})
+    assert out.jacobi_stats.accepted_per_forward == drafting.jacobi_stats.accepted_per_forward
+    assert out.jacobi_stats.tokens_per_forward > 1
+    assert not counters["graph_break"]
+
+
+def test_a_graph_with_the_adapter_on_is_no_other_calls():
+    model, inputs = with_adapter(), padded_prompts(2)
+    same_as_ar(model, inputs, TRACED)
+    logits = model(**inputs).logits
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, logits)
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    torch.testing.assert_close(compiled(**inputs).logits, logits)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_few_graphs_serve_a_long_text_and_the_next(rows):
+    """As text grows, rows end, windows move, and from one call to the next."""
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(rows)
+    model.config.max_position_embeddings = 1024
+    ends = None if rows == 1 else last_new_tokens(model, inputs)
+    settings = {"max_new_tokens": 512, "eos_token_id": ends, "do_sample": False}
+    out = model.generate(**inputs, **settings, **TRACED)
+    assert len(set(out.jacobi_stats.accepted_per_forward)) > 1
+    graphs = counters["stats"]["unique_graphs"]
+    assert 1 <= graphs <= 6
+    model.generate(**inputs, **settings, **TRACED)
+    model.generate(**inputs, **settings | {"max_new_tokens": 509}, **TRACED)  # within the same bucket
+    assert counters["stats"]["unique_graphs"] == graphs and not counters["graph_break"]
+
+
+def a_call(model, inputs, do_sample, **settings):
+    """A call after its prefill."""
+    calls = []
+
+    def stop_there(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
+        config = hf_jacobi.JacobiConfig(seed=0, **settings)
+        prepared = (logits_processor, stopping_criteria, generation_config)
+        calls.append(DecodeCall(model, input_ids, *prepared, config, kwargs))
+        calls[0].prefill()
+        return input_ids
+
+    model.generate(
+        **inputs,
+        max_new_tokens=40,
+        do_sample=do_sample,
+        eos_token_id=None,
+        cache_implementation="static",
+        disable_compile=True,
+        custom_generate=stop_there,
+    )
+    return calls[0]
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("rows", [1, 8])
+def test_nothing_waits_for_the_device_between_upload_and_read(rows, do_sample, adapter):
+    model = with_adapter() if adapter else hf_jacobi.enable(tiny_model())
+    call = a_call(model, padded_prompts(rows), do_sample)
+    step, drafts = call.step, [row.propose() for row in call.rows]
+    starts = [row.length - 1 for row in call.rows]
+    if adapter:
+        step.copies = step.shapes.width(max(draft.chain_length for draft in drafts))
+
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def look(layout, end):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            logits = type(step).forward(step, layout, end)
+            seen.append(step.chooser.predict(logits, layout.keys))
+            with pytest.raises(Exception, match="_local_scalar_dense"):
+                seen[0].tolist()  # what does wait is told
+        raise Stop
+
+    step.forward = look
+    adapts = step.draft_adapter.listening() if adapter else torch.no_grad()
+    with torch.no_grad(), adapts, pytest.raises(Stop):
+        step(drafts, starts)
+    assert seen[0].shape[0] == rows and seen[0].shape[1] > 1
+
+
+def test_memory_is_that_of_the_text_and_one_step():
+    model = hf_jacobi.enable(tiny_model())
+    for length in (40, 500, 3000):
+        shapes = FixedShapes(length, 80)
+        assert length + 80 <= shapes.total <= 1.05 * (length + 80)
+    call = a_call(model, padded_prompts(2), False)
+    theirs = StaticCache(config=model.config, max_cache_len=52 + FixedShapes.width(80))
+    key = torch.zeros(2, model.config.num_key_value_heads, 1, model.config.head_dim)
+    for index, layer in enumerate(call.step.cache.layers):
+        theirs.update(key, key, index)
+        ours = layer.keys.untyped_storage().nbytes() + layer.values.untyped_storage().nbytes()
+        assert ours <= 1.05 * (theirs.layers[index].keys.nbytes + theirs.layers[index].values.nbytes)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3"])
+@pytest.mark.parametrize("length", [7, 30])
+def test_a_cache_of_the_callers_is_taken_over_and_handed_back(name, length):
+    """Two turns in one `StaticCache`, and then AR in it; windows are shorter than some of it."""
+    model = hf_jacobi.enable(trained_model(name))
+    turns = [padded_prompts(1, seed=seed)["input_ids"] for seed in (1, 2, 3)]
+
+    def chat(ways, cache):
+        text, accepted = torch.zeros(1, 0, dtype=torch.long), []
+        for way, turn in zip(ways, turns):
+            text = torch.cat([text, turn], 1)
+            out = model.generate(
+                text, **GREEDY | {"max_new_tokens": length}, **{CACHE: cache}, **way, return_dict_in_generate=True
+            )
+            text = out.sequences
+            accepted.append(getattr(out, "jacobi_stats", None))
+        return text, accepted
+
+    ar, jacobi = {"decoding": "ar"}, {"decoding": "jacobi", "disable_compile": True}
+    expected, _ = chat([ar, ar, ar], DynamicCache(config=model.config))
+    text, stats = chat([jacobi, jacobi, ar], StaticCache(config=model.config, max_cache_len=200))
+    assert torch.equal(text, expected)
+    assert max(stats[0].tokens_per_forward, stats[1].tokens_per_forward) > 1
+
+
+def test_the_cache_of_a_call_comes_back_static():
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(2)
+    out = same_as_ar(model, inputs, EAGER, max_cache_len=300)
+    cache = getattr(out, CACHE)
+    assert isinstance(cache, StaticCache) and cache.layers[0].keys.shape[2] == 300
+    assert int(cache.get_seq_length()) == out.sequences.shape[1] - 1
+
+
+def test_a_cache_that_is_too_small_is_refused():
+    model = hf_jacobi.enable(tiny_model())
+    cache = StaticCache(config=model.config, max_cache_len=30)
+    with pytest.raises(ValueError, match="holds 30 tokens.*52"):
+        model.generate(**padded_prompts(1), **GREEDY, decoding="jacobi", **{CACHE: cache})
+    cache = StaticCache(config=model.config, max_cache_len=51)  # the newest token is not cached
+    out = model.generate(**padded_prompts(1), **GREEDY, **{CACHE: cache}, decoding="jacobi", disable_compile=True)
+    assert out.shape[1] == 52
+
+
+def test_sampled_text_is_that_of_growing_slots():
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(3)
+    settings = {"max_new_tokens": 40, "do_sample": True, "eos_token_id": None, "jacobi_config": {"seed": 5}}
+    growing = model.generate(**inputs, **settings, decoding="jacobi")
+    out = model.generate(**inputs, **settings, **TRACED)
+    assert torch.equal(out.sequences, growing) and tokens_per_forward(out) > 1
+
+
+def test_rows_that_end_far_apart():
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(4)
+    out = same_as_ar(model, inputs, EAGER, eos_token_id=last_new_tokens(model, inputs), max_new_tokens=100)
+    assert tokens_per_forward(out) > 1
+
+
+def test_no_keys_or_values_are_copied_for_grouped_queries():
+    """What a step makes is smaller than the keys of one layer would be with a copy for each query head."""
+    model = hf_jacobi.enable(tiny_model(num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1024))
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            result = function(*arguments, **(keywords or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float32:
+                    largest.append(tensor.untyped_storage().nbytes() // 4)
+            return result
+
+    prompt = padded_prompts(1, length=700)
+    call = a_call(model, prompt, False)
+    drafts = [row.propose() for row in call.rows]
+    with torch.no_grad(), Watch():
+        call.step(drafts, [row.length - 1 for row in call.rows])
+    slots = call.step.cache.plan.end
+    assert len(drafts[0]) > 1 and slots >= 700
+    assert max(largest) <= max(2 * call.step.shapes.total * 8, call.step.logits.numel())
+
+
+def test_folded_attention_is_the_plain_one():
+    query, key = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 30, 8)
+    mask = torch.rand(2, 1, 5, 30) > 0.3
+    mask[..., 0] = True
+    module = torch.nn.Module()
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        query, key.repeat_interleave(3, 1), key.repeat_interleave(3, 1), mask, scale=0.4
+    )
+    folded, _ = fold_groups(None)(module, query, key, key, mask.repeat(1, 1, 3, 1), scaling=0.4)
+    torch.testing.assert_close(folded, plain.transpose(1, 2))
+
+
+def test_what_pads_a_step_stays_in_the_cache():
+    layout = Layout(1, 8, 4, torch.device("cpu"))
+    layout.fill([hf_jacobi.decoding.drafting.Draft([1, 2])], [60], [0])
+    layout.fix(64)
+    assert layout.slots.tolist() == [[60, 61, 62, 63, 63, 63, 63, 63]] and layout.end == 64
+
+
+def test_a_step_of_rows_grows():
+    call = a_call(hf_jacobi.enable(tiny_model()), padded_prompts(2), False)
+    part = call.step.of_rows([1], 5)
+    assert isinstance(part, Step) and part.shapes.width(3) == 3
