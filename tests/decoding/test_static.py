@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from models import ARCHITECTURES, last_new_tokens, padded_prompts, tiny_model, tokens_per_forward, trained_model
@@ -11,10 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import hf_jacobi
+from hf_jacobi.decoding import step as step_module
 from hf_jacobi.decoding.attention import fold_groups
 from hf_jacobi.decoding.call import DecodeCall
 from hf_jacobi.decoding.compat import CACHE
 from hf_jacobi.decoding.layout import Layout
+from hf_jacobi.decoding.running import Eager
 from hf_jacobi.decoding.shapes import FixedShapes
 from hf_jacobi.decoding.step import Step
 
@@ -277,3 +281,79 @@ def test_a_step_of_rows_grows():
     call = a_call(hf_jacobi.enable(tiny_model()), padded_prompts(2), False)
     part = call.step.of_rows([1], 5)
     assert isinstance(part, Step) and part.shapes.width(3) == 3
+
+
+class Tape(torch.utils._python_dispatch.TorchDispatchMode):
+    """What a CUDA graph does: every operation again, in order, on the same tensors, and nothing of the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        assert function is not torch.ops.aten._local_scalar_dense.default, "a wait for the device"
+        self.operations.append((function, arguments, keywords or {}, result))
+        return result
+
+    def replay(self):
+        for function, arguments, keywords, result in self.operations:
+            before = result if isinstance(result, (tuple, list)) else [result]
+            again = function(*arguments, **keywords)
+            for old, new in zip(before, again if isinstance(again, (tuple, list)) else [again]):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """Steps are recorded and replayed on a CPU, too; a list with the tape of each recorded one."""
+    tapes = []
+
+    def record(function, pool):
+        with Tape() as tape:
+            result = function()
+        tapes.append(tape)
+        return tape.replay, result
+
+    class Plain(Eager):
+        name = "as written"
+
+    monkeypatch.setattr(step_module, "recorder_of", lambda device: record)
+    monkeypatch.setattr(step_module, "Compiled", lambda settings: Plain())
+    return tapes
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "llama4", "gpt2", "adapter"])
+def test_what_was_recorded_is_replayed_in_this_call_and_the_next(name, taped):
+    model = with_adapter() if name == "adapter" else hf_jacobi.enable(trained_model(name))
+    for seed in (0, 1, 2, 0):  # prompts of other lengths, with other padding
+        inputs = padded_prompts(3, length=12 + seed, seed=seed)
+        config = {"block_size": 6, "pool_size": 0 if name == "adapter" or seed == 1 else 4}
+        before = len(taped)
+        out = same_as_ar(model, inputs, STATIC | {"jacobi_config": config}, max_new_tokens=60 - seed)
+        assert out.jacobi_stats.tokens_per_forward > 1 or seed
+    assert before == len(taped) > 1 and all(tape.operations for tape in taped)
+
+
+def test_other_weights_or_adapters_are_not_served_by_what_was_recorded(taped):
+    model, inputs = with_adapter(), padded_prompts(2)
+    for change in (
+        lambda: None,
+        lambda: model.base_model.disable_adapter_layers(),
+        lambda: model.base_model.enable_adapter_layers(),
+        lambda: setattr(model.get_base_model().lm_head, "weight", torch.nn.Parameter(torch.randn(96, 32))),
+    ):
+        change()
+        before = len(taped)
+        same_as_ar(model, inputs, STATIC)
+        assert len(taped) > before
+
+
+def test_two_calls_at_once_do_not_share_what_was_recorded(taped):
+    model = hf_jacobi.enable(trained_model())
+    prompts = [padded_prompts(2, seed=seed) for seed in range(6)]
+    expected = [model.generate(**inputs, **GREEDY, decoding="ar") for inputs in prompts]
+    with ThreadPoolExecutor(3) as pool:
+        texts = list(pool.map(lambda inputs: model.generate(**inputs, **GREEDY, **STATIC).sequences, prompts))
+    assert all(torch.equal(text, own) for text, own in zip(texts, expected))

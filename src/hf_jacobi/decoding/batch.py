@@ -12,7 +12,7 @@ class Row:
     One row of the batch.
 
     Args:
-        number: its place in the batch.
+        number: its number in the batch.
         tokens: the prompt, padding included.
         padding: how many of them are padding.
         config: the settings.
@@ -25,6 +25,7 @@ class Row:
         tokens: the text so far, padding included.
         stopped: a criterion has said stop.
         finished: nothing more is decoded: it stopped, and `generate` pads rows that did.
+        place: where it stands in forwards, whose rows become fewer.
     """
 
     def __init__(
@@ -37,7 +38,7 @@ class Row:
         last_position: int | None = None,
         records: bool = False,
     ):
-        self.number = number
+        self.number = self.place = number
         self.tokens = list(tokens)
         self.prompt_length = len(tokens)
         self.padding = padding

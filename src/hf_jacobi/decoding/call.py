@@ -9,7 +9,6 @@ from .compat import pad_token_of
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .outputs import Outputs
-from .running import Eager
 from .stats import JacobiStats
 from .step import Step
 from .stopping import StopCheck
@@ -25,6 +24,7 @@ class DecodeCall:
         records: whether to keep every draft.
         drafts: whether the model's draft-only adapter, if it has one, takes part.
         row_names: under which names rows draw their noise; their numbers if left out.
+        leaves: whether rows that have finished may leave the forwards; the cache no longer holds them then.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class DecodeCall:
         streamer=None,
         drafts: bool = True,
         row_names: list[str] | None = None,
+        leaves: bool = True,
     ):
         rule = Greedy()
         if generation_config.do_sample:
@@ -58,6 +59,8 @@ class DecodeCall:
         self.stats = JacobiStats()
         self.keeps_home = self.outputs.as_dict or fills_cache
         self.config = config
+        self.in_flight = self.rows  # those that forwards still serve, by place
+        self.keeps_all_rows = self.keeps_home or not self.walk.by_row or not leaves
 
     @property
     def finished(self) -> bool:
@@ -67,6 +70,7 @@ class DecodeCall:
         """Runs the prompt, and commits the first token of every row."""
         drafts = [Draft(row.tokens[-1:] or [0]) for row in self.rows]
         rows, config = self.rows, self.config
+        self.keeps_all_rows |= self.step.is_static
         most_tokens = max(row.max_length if row.max_length is not None else row.length for row in rows)
         most_nodes = config.max_blocks * config.size + config.pool_size * max(config.ngram_size, config.size)
         if self.step.draft_adapter:
@@ -75,20 +79,36 @@ class DecodeCall:
 
     def advance(self) -> None:
         """Drafts, one forward, and the tokens that it brings."""
-        drafts = [row.propose() for row in self.rows]
-        self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.rows]))
+        self._let_rows_leave()
+        drafts = [row.propose() for row in self.in_flight]
+        self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.in_flight]))
 
     def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
-        copies, starts = self.step.copies, [row.length - 1 for row in self.rows]
+        copies, starts = self.step.copies, [row.length - 1 for row in self.in_flight]
         paths = self.walk(drafts, self.step.logits, predictions)
         predictions, positions = usable(predictions), 0
         for number, path in paths.items():
-            draft, predicted = drafts[number], predictions[number]
+            row = self.rows[number]
+            draft, predicted, start = drafts[row.place], predictions[row.place], starts[row.place]
             drafted = predicted[-copies:][: draft.chain_length] if copies else None
-            self.step.keep_path(number, starts[number], path)
-            self.rows[number].commit(draft, starts[number], path, predicted, drafted)
+            self.step.keep_path(row.place, start, path)
+            row.commit(draft, start, path, predicted, drafted)
             positions += len(draft) + len(drafted or ())
         self.stats.count(sum(map(len, paths.values())), positions)
+
+    def _let_rows_leave(self) -> None:
+        """
+        Leaves rows that have finished out of the next forwards, once they are half of its rows: what is left of the
+        cache is copied then, which a forward or two repay.
+        """
+        live = [row for row in self.in_flight if not row.finished]
+        if self.keeps_all_rows or not live or 2 * len(live) > len(self.in_flight):
+            return
+        length = max(row.length for row in live) - 1
+        self.step = self.step.of_rows([row.place for row in live], length + self.step.slot_shift)
+        self.in_flight = live
+        for place, row in enumerate(live):
+            row.place = place
 
     def output(self, synced_gpus: bool):
         """What `generate` returns; `synced_gpus` as in `jacobi_decode`."""
@@ -96,6 +116,7 @@ class DecodeCall:
             if not self._settle() and synced_gpus:
                 self.step.idle()  # in place of the forward that another process may need
             self.step.export(self.outputs.length - 1)
+        self.step.release()
         return self.outputs.result(self.stats, self.step.home, self.step.device)
 
     def _settle(self) -> bool:
@@ -109,9 +130,10 @@ class DecodeCall:
         last = self.outputs.length - 1
         if min(ends) == last:
             return False
-        self.step.copies, self.step.runner = 0, Eager()  # a width of its own
+        self.step.copies = 0
         drafts = [Draft(tokens[end:last] or [0]) for tokens, end in zip(self.outputs.padded(), ends)]
-        self.step.score(drafts, ends)
+        with self.step.as_written():  # it has a width of its own
+            self.step.score(drafts, ends)
         return True
 
 

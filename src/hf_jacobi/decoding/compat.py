@@ -504,6 +504,13 @@ OFFSETS = "alora_offsets"
 VARIANT = "lora_variant"
 
 
+def adapters_in_force(model: torch.nn.Module) -> tuple:
+    """Which adapters of PEFT each layer applies."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters")
+    layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
+    return tuple(str([getattr(layer, name, None) for name in names]) for layer in layers)
+
+
 def forget_offsets(model: torch.nn.Module) -> None:
     """Takes away the hooks that PEFT leaves behind when a forward breaks off: the adapter would stay on."""
     for module in model.modules():

@@ -33,7 +33,7 @@ class Outputs:
     def record(self, live: list[Row], logits: torch.Tensor, nodes: dict[int, int], chooser: TokenChooser) -> None:
         """Keeps what was predicted at a node of each row, by its number, if that is wanted."""
         if self.wants_scores or self.wants_logits:
-            raw = logits[[row.number for row in live], [nodes[row.number] for row in live]]
+            raw = logits[[row.place for row in live], [nodes[row.number] for row in live]]
             self.keep(live, raw, chooser.scores(raw))
 
     def keep(self, rows: list[Row], raw: torch.Tensor, scores: torch.Tensor) -> None:

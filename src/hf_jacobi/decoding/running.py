@@ -1,15 +1,20 @@
-"""Ways of running the forward of a step: as the model is written, or compiled, one graph for each shape."""
+"""Ways of running a step: its forward as the model is written, or compiled; the whole step launched, or replayed."""
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
+from collections.abc import Callable
 from contextvars import ContextVar
 from types import FunctionType
 
 import torch
 
-from .compat import compile_settings, explains_failed_compile
+from .attention import AttentionMask
+from .compat import adapters_in_force, attention_of, compile_settings, explains_failed_compile
+from .layout import Layout
+from .slot_cache import SlotCache
 
 
 # For each model, by what a graph is made for. Of the models themselves the graphs hold nothing.
@@ -71,3 +76,85 @@ class Compiled:
 def is_tracing() -> bool:
     """Whether `Compiled` runs here, so that what is constant for a shape may be a constant of the graph."""
     return _TRACING.get()
+
+
+WARM_UPS = 2  # runs of a shape before it is recorded: what is allocated or chosen at the first ones is not part of it
+
+
+def record_on_cuda(function: Callable[[], torch.Tensor | None], pool: tuple) -> tuple[Callable[[], None], object]:
+    """Records the kernels that a function launches: what launches them again, and where they leave the result."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        result = function()
+    return graph.replay, result
+
+
+def recorder_of(device: torch.device):
+    """What records on a device, or `None`."""
+    return record_on_cuda if device.type == "cuda" else None
+
+
+class Graphs:
+    """
+    CUDA graphs of what is run again and again over the same tensors.
+
+    Args:
+        device: where.
+        record: records a function, as `record_on_cuda`.
+    """
+
+    def __init__(self, device: torch.device, record):
+        self._record = record
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._seen: Counter = Counter()
+        self._recorded: dict[tuple, tuple[Callable[[], None], object]] = {}
+
+    def run(self, shape: tuple, function: Callable[[], torch.Tensor | None]):
+        """What a function returns; `shape` says which one it is. Once recorded, it is replayed."""
+        if shape not in self._recorded:
+            self._seen[shape] += 1
+            if self._seen[shape] <= WARM_UPS:
+                return function()
+            self._recorded[shape] = self._record(function, self._pool)
+        replay, result = self._recorded[shape]
+        replay()
+        return result
+
+
+class Resident:
+    """
+    What stays on the device from one call to the next, where graphs have recorded its addresses.
+
+    Attributes:
+        cache, mask, key_valid, layouts, slots: those of a `Step`.
+        graphs: what was recorded over them.
+    """
+
+    def __init__(self, cache: SlotCache, mask: AttentionMask, key_valid: torch.Tensor, graphs: Graphs):
+        self.cache, self.mask, self.key_valid, self.graphs = cache, mask, key_valid, graphs
+        self.layouts: dict[tuple[int, int], Layout] = {}
+        self.slots = torch.arange(key_valid.shape[1], device=key_valid.device)
+
+
+# Of each model the newest one that no call is using, and what it was made for.
+_RESIDENTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple, Resident]] = weakref.WeakKeyDictionary()
+
+
+def take_resident(model, purpose: tuple) -> Resident | None:
+    """That of a model, if one was left for the same purpose. It is the caller's until it is left again."""
+    with _LOCK:
+        kept, resident = _RESIDENTS.pop(model, (None, None))
+    return resident if kept == purpose else None
+
+
+def leave_resident(model, purpose: tuple, resident: Resident) -> None:
+    """Leaves one for the next call."""
+    with _LOCK:
+        _RESIDENTS[model] = (purpose, resident)
+
+
+def weights_of(model) -> tuple:
+    """Tells whether what was recorded of a model is still its forward: other weights have other addresses."""
+    tensors = [(tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+    text = model.config.get_text_config(decoder=True)
+    return hash(tuple(tensors)), model.training, attention_of(text), adapters_in_force(model)

@@ -162,10 +162,20 @@ class SlotCache(Cache):
             total: as above.
         """
         slots = cls(len(cache.layers), total)
-        for source, target in zip(cache.layers, slots.layers):
+        slots.take_over(cache, length, keep)
+        return slots
+
+    def take_over(self, cache: Cache, length: int, keep: bool) -> None:
+        """As `from_prefill`, for slots that may have served another text."""
+        self.moves.clear()
+        for source, target in zip(cache.layers, self.layers):
             if not source.is_initialized or source.keys is None:
                 continue
-            target.lazy_initialization(source.keys, source.values)
+            if target.is_initialized:
+                target.keys.zero_()
+                target.values.zero_()
+            else:
+                target.lazy_initialization(source.keys, source.values)
             target.reserve(length)
             held = min(length, source.keys.shape[2])  # the slots of a static layer that holds less are free
             target.keys[:, :, length - held : length] = source.keys[:, :, :held]
@@ -174,7 +184,6 @@ class SlotCache(Cache):
                 source.reset()
                 source.keys = source.values = None  # older transformers zero them and keep the memory
                 source.is_initialized = False
-        return slots
 
     def of_rows(self, rows: list[int], length: int) -> SlotCache:
         """A cache of its own that holds the first `length` slots of some rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .errors import UsageError
 from .layout import Layout
-from .running import Compiled, Eager
+from .running import Compiled, Eager, Graphs, Resident, leave_resident, recorder_of, take_resident, weights_of
 from .shapes import FixedShapes, GrowingShapes
 from .slot_cache import SlotCache, capacity_of
 from .verify import UNDRAWABLE, TokenChooser
@@ -40,8 +40,10 @@ class Step:
         key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
         copies: how many columns at the end of the newest forward the draft-only adapter served; 0 without one.
         mends_drafts: whether a forward that a draft spoilt is run again; not where processes share each forward.
+        is_static: whether forwards have fixed shapes, over a static cache.
         shapes: which ones a forward may have.
         runner: how it is run.
+        graphs: what was recorded of steps like this, where the device can replay it.
     """
 
     def __init__(self, model, input_ids: torch.Tensor, generation_config, model_kwargs: dict, chooser: TokenChooser):
@@ -57,8 +59,11 @@ class Step:
         self.copies = 0
         self.key_valid: torch.Tensor | None = None
         self.mends_drafts = True
+        self.is_static = isinstance(model_kwargs.get(CACHE), StaticCache)
         self.shapes: GrowingShapes | FixedShapes = GrowingShapes()
         self.runner: Eager | Compiled = Eager()
+        self.graphs: Graphs | None = None
+        self.resident: Resident | None = None
         self._token_of_nan: int | None = None
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._slots = torch.arange(0, device=self.device)
@@ -82,31 +87,21 @@ class Step:
         Returns:
             `[B][1]`, the first token of each row; its logits are in `logits`.
         """
-        static = self.model_kwargs[CACHE] if isinstance(self.model_kwargs[CACHE], StaticCache) else None
+        static = self.model_kwargs[CACHE] if self.is_static else None
         is_empty = static is not None and not int(static.get_seq_length())
         if is_empty:
             config = self.model.config.get_text_config(decoder=True)
             self.model_kwargs = self.model_kwargs | {CACHE: DynamicCache(config=config)}
         outputs = prefill(self.model, self.input_ids, self.generation_config, self.model_kwargs)
-        self.home = cache_of(outputs)
-        if not isinstance(self.home, Cache):
+        filled = cache_of(outputs)
+        if not isinstance(filled, Cache):
             raise UsageError(
                 f"Jacobi decoding verifies drafts against the KV cache, but {type(self.model).__name__} gave back "
-                f"{type(self.home).__name__} in place of a transformers.Cache: use decoding='ar'."
+                f"{type(filled).__name__} in place of a transformers.Cache: use decoding='ar'."
             )
-        length = int(self.home.get_seq_length())
+        self.home = static if is_empty else filled
+        length = int(filled.get_seq_length())
         self.slot_shift = length - self.input_ids.shape[1]
-        total = None
-        if static is not None:
-            longest = max(most_tokens + self.slot_shift, capacity_of(static) or 0)
-            self.shapes = FixedShapes(longest, most_nodes)
-            total = self.shapes.total
-            plain = self.draft_adapter is None or self.draft_adapter.is_plain
-            if plain and can_compile(self.model, self.generation_config):
-                self.runner = Compiled(self.generation_config.compile_config)
-        self.cache = SlotCache.from_prefill(self.home, length, keeps_home and not is_empty, total)
-        if is_empty:
-            self.home = static
         ends = self.prompt_ends
         self.offsets = [position - (length - 1) for position in ends]
         mask = self.model_kwargs.get("attention_mask")
@@ -116,8 +111,47 @@ class Step:
             left_padding = (self.key_valid.cumsum(1) == 0).sum(1)
         config = self.model.config.get_text_config(decoder=True)
         self.mask = AttentionMask(config, self.model.dtype, left_padding, groups_to_fold(self.model))
+        keep = keeps_home and filled is self.home
+        if static is None:
+            self.cache = SlotCache.from_prefill(filled, length, keep)
+        else:
+            longest = max(most_tokens + self.slot_shift, capacity_of(static) or 0)
+            self.shapes = FixedShapes(longest, most_nodes)
+            self._fix(filled, length, keep)
         self.logits = outputs.logits[:, -1:].to(self.device)
         return self.predict(self.logits, np.array(ends)[:, None] + 1)
+
+    def _fix(self, filled: Cache, length: int, keep: bool) -> None:
+        """Takes a cache over into static slots, and compiles what runs over them, or records it, where that can be."""
+        plain = self.draft_adapter is None or self.draft_adapter.is_plain
+        if plain and can_compile(self.model, self.generation_config):
+            self.runner = Compiled(self.generation_config.compile_config)
+        record = recorder_of(self.device)
+        if type(self.runner) is Eager or record is None or self._has_other_tensors():
+            self.cache = SlotCache.from_prefill(filled, length, keep, self.shapes.total)
+            return
+        rows, total = len(self.numbers), self.shapes.total
+        self._purpose = (rows, total, self.runner.name, self.draft_adapter is not None, weights_of(self.model))
+        resident = take_resident(self.model, self._purpose)
+        if resident is None:
+            cache = SlotCache.from_prefill(filled, length, keep, total)
+            valid = torch.ones(rows, total, dtype=torch.bool, device=self.device)
+            resident = Resident(cache, self.mask, valid, Graphs(self.device, record))
+        else:
+            resident.cache.take_over(filled, length, keep)
+            resident.mask.left_padding.copy_(self.mask.left_padding)
+        resident.key_valid.fill_(True)
+        if self.key_valid is not None:
+            resident.key_valid[:, : self.key_valid.shape[1]] = self.key_valid
+        self.cache, self.mask, self.key_valid = resident.cache, resident.mask, resident.key_valid
+        self._layouts, self._slots = resident.layouts, resident.slots
+        self.resident, self.graphs = resident, resident.graphs
+
+    def release(self) -> None:
+        """Leaves what was recorded to the next call. Nothing may be run after that."""
+        if self.resident is not None:
+            leave_resident(self.model, self._purpose, self.resident)
+            self.resident = None
 
     def __call__(self, drafts: list[Draft], starts: list[int]) -> list[list[int]]:
         """
@@ -136,11 +170,10 @@ class Step:
             self.copies = self.shapes.width(max(draft.chain_length for draft in drafts))
         predictions = self._predictions(drafts, starts)
         if self.mends_drafts and self._are_spoilt(predictions):
-            runner, self.runner = self.runner, Eager()
             self.cache.plan.mends_drafts = True
-            predictions = self._predictions(drafts, starts)
+            with self.as_written():
+                predictions = self._predictions(drafts, starts)
             self.cache.plan.mends_drafts = False
-            self.runner = runner
         return predictions
 
     def _predictions(self, drafts: list[Draft], starts: list[int]) -> list[list[int]]:
@@ -171,12 +204,27 @@ class Step:
         layout.fill_moves(self.cache.moves)
         if self.chooser.rule.is_random:
             layout.host["keys"][:] = self.chooser.rule.keys(self.numbers, layout.host["positions"] + 1)
-        if isinstance(self.shapes, FixedShapes):
+        if self.is_static:
             layout.fix(self.shapes.total)
         layout.upload()
-        self.cache.move(layout.moves)
-        self.logits = self.forward(layout, self.shapes.slots(layout.end))
+        end = self.shapes.slots(layout.end)
+        if self.cache.moves:
+            self._run(("move", *layout.moves.shape, layout.width), lambda: self.cache.move(layout.moves))
+            self.cache.moves.clear()
+        self.logits = self._run((layout.width, self.copies, end), lambda: self.forward(layout, end))
         return layout
+
+    def _run(self, shape: tuple, function):
+        return function() if self.graphs is None else self.graphs.run(shape, function)
+
+    @contextmanager
+    def as_written(self):
+        """While this is open, nothing is compiled, recorded or replayed."""
+        before, self.runner, self.graphs = (self.runner, self.graphs), Eager(), None
+        try:
+            yield
+        finally:
+            self.runner, self.graphs = before
 
     def forward(self, layout: Layout, end: int) -> torch.Tensor:
         """Logits `[B, Q, V]` of a layout that was uploaded, over `end` slots. Nothing in it waits for the device."""
@@ -228,7 +276,12 @@ class Step:
         part.key_valid = None if self.key_valid is None else self.key_valid[rows]
         part.offsets = [self.offsets[row] for row in rows]
         part._layouts = {}
-        part.shapes, part.runner = GrowingShapes(), Eager()
+        part.is_static, part.shapes, part.runner = False, GrowingShapes(), Eager()
+        part.graphs = part.resident = None
+        part.model_kwargs = {
+            name: value[rows] if isinstance(value, torch.Tensor) and value.shape[:1] == (len(self.numbers),) else value
+            for name, value in self.model_kwargs.items()
+        }
         return part
 
     def export(self, length: int) -> None:
@@ -253,6 +306,10 @@ class Step:
         if count > len(self._slots):
             self._slots = torch.arange(2 * count, device=self.device)
         return self._slots[:count]
+
+    def _has_other_tensors(self) -> bool:
+        """Whether each forward gets tensors that are made for it alone."""
+        return any(isinstance(value, torch.Tensor) for value in self._other_kwargs(1).values())
 
     def _other_kwargs(self, width: int) -> dict:
         """What else the caller gave the model; token types of new tokens are those that AR would give them."""

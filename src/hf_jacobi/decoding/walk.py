@@ -25,21 +25,24 @@ class Walk:
         stop: the stopping criteria.
         outputs: keeps scores and logits.
         pad_token: what `generate` appends to rows that have ended.
+
+    Attributes:
+        by_row: whether rows do not depend on each other.
     """
 
     def __init__(self, rows: list[Row], chooser: TokenChooser, stop: StopCheck, outputs: Outputs, pad_token: int):
         self.chooser, self.stop, self.outputs, self.pad_token = chooser, stop, outputs, pad_token
         self.pads_ended_rows = stop.has_eos or len(rows) == 1
-        by_row = chooser.is_row_wise and stop.is_row_wise and self.pads_ended_rows
-        self.groups = [[row] for row in rows] if by_row else [rows]
+        self.by_row = chooser.is_row_wise and stop.is_row_wise and self.pads_ended_rows
+        self.groups = [[row] for row in rows] if self.by_row else [rows]
 
     def __call__(
         self, drafts: list[Draft], logits: torch.Tensor, predictions: list[list[int]]
     ) -> dict[int, list[int]]:
         """
         Args:
-            drafts: one per row.
-            logits: `[B, Q, V]`.
+            drafts: one per row of the forward.
+            logits: `[B, Q, V]`, of its rows.
             predictions: `[B][Q]`, the token predicted at each node; a guess where processors read the text.
 
         Returns:
@@ -58,11 +61,11 @@ class Walk:
             if self.chooser.reads_context:
                 tokens = self._choose(group, logits, nodes)
             else:
-                tokens = {row.number: predictions[row.number][nodes[row.number]] for row in live}
+                tokens = {row.number: predictions[row.place][nodes[row.number]] for row in live}
                 self.outputs.record(live, logits, nodes, self.chooser)
             for row in live:
                 if tokens[row.number] == UNDRAWABLE:
-                    self.chooser.raise_undrawable(logits[row.number, nodes[row.number]])
+                    self.chooser.raise_undrawable(logits[row.place, nodes[row.number]])
             for row in group:
                 if row.finished and len(group) > 1:
                     row.tokens.append(self.pad_token)
@@ -77,7 +80,7 @@ class Walk:
             for row in live:
                 row.finished = over or (row.stopped and self.pads_ended_rows)
             live = [row for row in live if not row.finished]
-            below = {row.number: drafts[row.number].children[nodes[row.number]] for row in live}
+            below = {row.number: drafts[row.place].children[nodes[row.number]] for row in live}
             children = {number: nodes_below.get(tokens[number]) for number, nodes_below in below.items()}
             if None in children.values():
                 return
@@ -87,7 +90,7 @@ class Walk:
         """Lets every processor see the text so far, and chooses the next token of each row of a group."""
         numbers = [row.number for row in group]
         input_ids = torch.tensor([row.tokens for row in group], dtype=torch.long, device=logits.device)
-        raw = logits[numbers, [nodes.get(number, 0) for number in numbers]]
+        raw = logits[[row.place for row in group], [nodes.get(number, 0) for number in numbers]]
         tokens, scores = self.chooser.choose(input_ids, raw, numbers, [row.position for row in group])
         self.outputs.keep(group, raw, scores)
         return dict(zip(numbers, tokens))

@@ -217,6 +217,7 @@ class Collector:
             model_kwargs,
             drafts=False,
             row_names=names,
+            leaves=False,  # the cache of all rows is needed to refine their blocks
         )
         run_to_end(call)
         rows = {}
