@@ -83,6 +83,11 @@ NAMES = [
     ("_supports_attention_backend", lambda: PreTrainedModel, "training without a dense mask"),
     ("_pad_token_tensor", prepared, "padding of rows that ended"),
     ("_from_model_config", GenerationConfig, "saved checkpoints that decode by Jacobi decoding"),
+    (
+        "ALL_ATTENTION_FUNCTIONS",
+        lambda: import_module("transformers.modeling_utils"),
+        "attention that copies no keys and values",
+    ),
     ("_attn_implementation", LlamaConfig, "masks, and refusing an attention that takes none"),
     ("_name_or_path", LlamaConfig, "the base model in model cards"),
     ("_instances", member("tqdm.tqdm"), "errors after a progress bar"),

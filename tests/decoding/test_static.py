@@ -333,7 +333,8 @@ def test_what_was_recorded_is_replayed_in_this_call_and_the_next(name, taped):
         before = len(taped)
         out = same_as_ar(model, inputs, STATIC | {"jacobi_config": config}, max_new_tokens=60 - seed)
         assert out.jacobi_stats.tokens_per_forward > 1 or seed
-    assert before == len(taped) > 1 and all(tape.operations for tape in taped)
+    assert len(taped) > 1 and len(taped) - before <= 1, "a shape is recorded when it comes up for the third time"
+    assert all(tape.operations for tape in taped)
 
 
 def test_other_weights_or_adapters_are_not_served_by_what_was_recorded(taped):
