@@ -84,7 +84,7 @@ def test_settings_that_cannot_be_served():
     refused(tiny_model(), "use_cache", use_cache=False)
     refused(tiny_model(), "use_cache", generation_config=GenerationConfig(use_cache=False, max_new_tokens=4))
     refused(tiny_model(), "hidden", output_hidden_states=True, return_dict_in_generate=True)
-    refused(tiny_model(), "cache_implementation", cache_implementation="quantized")
+    refused(tiny_model(), "cache_implementation", cache_implementation="offloaded_static")
     model = tiny_model()
     refused(model, "holds 16 tokens", **{CACHE: StaticCache(config=model.config, max_cache_len=16)})
 
