@@ -38,9 +38,7 @@ def test_text_is_that_of_a_batch_that_stays_whole(name, settings, served):
         del settings["stop_strings"]
     settings["eos_token_id"] = last_new_tokens(model, inputs)
     config = {"block_size": 6, "seed": 3}
-    whole = model.generate(
-        **inputs, **settings, decoding="jacobi", jacobi_config=config, return_dict_in_generate=True
-    )
+    whole = model.generate(**inputs, **settings, decoding="jacobi", jacobi_config=config, return_dict_in_generate=True)
     assert set(served) == {ROWS} and tokens_per_forward(whole) > 1
     served.clear()
     text = model.generate(**inputs, **settings, decoding="jacobi", jacobi_config=config)

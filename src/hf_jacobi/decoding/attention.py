@@ -8,10 +8,13 @@ import functools
 import torch
 from transformers import PreTrainedConfig
 
-from .compat import attention_of, looks_attention_up, register_attention, registered_attention
+from .compat import attention_of, flash_kernel, looks_attention_up, register_attention, registered_attention
 
 
 MASKED_ATTENTIONS = ("sdpa", "eager")
+CHAIN_ATTENTION = (
+    "flash_attention_2"  # takes no mask, but the ends of rows, which is enough for drafts without branches
+)
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 
@@ -85,6 +88,68 @@ class AttentionMask:
             return visible
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
         return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+
+
+class ChainMask:
+    """
+    What stands in the place of a mask where every node sees all slots before it, from the end of its row's padding on:
+    for each row one past the slot of its last node, and its padding.
+
+    Args:
+        config: the text configuration of the model.
+        left_padding: `[B]`, how many slots a row begins with that nobody sees.
+    """
+
+    reads_places = False
+
+    def __init__(self, config: PreTrainedConfig, left_padding: torch.Tensor):
+        self.left_padding = left_padding
+        self.layer_types = sorted(set(config.layer_types)) if getattr(config, "layer_types", None) else None
+        if not hasattr(plain := registered_attention(CHAIN_ATTENTION), "attends_along_chains"):
+            register_attention(CHAIN_ATTENTION, attend_along_chains(plain))
+
+    def of_rows(self, rows: list[int]) -> ChainMask:
+        """Those of some rows."""
+        part = copy.copy(self)
+        part.left_padding = self.left_padding[rows]
+        return part
+
+    def __call__(self, visible, query_places, key_places) -> torch.Tensor | dict[str, torch.Tensor]:
+        """As `AttentionMask`, of which the places `[B, Q]` are read alone: `[B, 1, 1, 2]` int32."""
+        ends = query_places[:, 0] + query_places.shape[1]
+        mask = torch.stack([ends, self.left_padding], 1).to(torch.int32)[:, None, None]
+        return dict.fromkeys(self.layer_types, mask) if self.layer_types else mask
+
+
+def attend_along_chains(plain):
+    """
+    An attention function for steps without branches, around transformers' flash attention.
+
+    The kernel that serves caches is told how many slots of each row are filled, and where its padding ends; a forward
+    that is not ours, which has no mask of integers (`ChainMask`), is left to `plain`.
+    """
+
+    @functools.wraps(plain)
+    def attend(module, query, key, value, attention_mask, *arguments, **keywords):
+        if attention_mask is None or attention_mask.dim() != 4 or attention_mask.dtype != torch.int32:
+            return plain(module, query, key, value, attention_mask, *arguments, **keywords)
+        ends, padding = attention_mask.flatten(1).unbind(1)
+        window = keywords.get("sliding_window")
+        result = flash_kernel()(
+            query.transpose(1, 2),
+            key.transpose(1, 2),
+            value.transpose(1, 2),
+            cache_seqlens=ends.contiguous(),
+            cache_leftpad=padding.contiguous(),
+            softmax_scale=keywords.get("scaling"),
+            softcap=keywords.get("softcap") or 0.0,
+            window_size=(-1, -1) if window is None else (window - 1, 0),
+            causal=True,
+        )
+        return result, None
+
+    attend.attends_along_chains = True
+    return attend
 
 
 def groups_to_fold(model) -> int:

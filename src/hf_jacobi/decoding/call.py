@@ -66,16 +66,20 @@ class DecodeCall:
     def finished(self) -> bool:
         return all(row.finished for row in self.rows)
 
+    @property
+    def most_nodes(self) -> int:
+        """How many nodes a draft may have, with those that a draft-only adapter serves."""
+        config = self.config
+        chain = config.max_blocks * config.size
+        recycled = config.pool_size * max(config.ngram_size, config.size)
+        return chain + recycled + (chain if self.step.draft_adapter else 0)
+
     def prefill(self) -> None:
         """Runs the prompt, and commits the first token of every row."""
         drafts = [Draft(row.tokens[-1:] or [0]) for row in self.rows]
-        rows, config = self.rows, self.config
         self.keeps_all_rows |= self.step.is_static
-        most_tokens = max(row.max_length if row.max_length is not None else row.length for row in rows)
-        most_nodes = config.max_blocks * config.size + config.pool_size * max(config.ngram_size, config.size)
-        if self.step.draft_adapter:
-            most_nodes += config.max_blocks * config.size
-        self._commit(drafts, self.step.prefill(self.keeps_home, most_tokens, most_nodes))
+        lengths = [row.max_length if row.max_length is not None else row.length for row in self.rows]
+        self._commit(drafts, self.step.prefill(self.keeps_home, max(lengths), self.most_nodes))
 
     def advance(self) -> None:
         """Drafts, one forward, and the tokens that it brings."""
@@ -131,9 +135,13 @@ class DecodeCall:
         if min(ends) == last:
             return False
         self.step.copies = 0
-        drafts = [Draft(tokens[end:last] or [0]) for tokens, end in zip(self.outputs.padded(), ends)]
-        with self.step.as_written():  # it has a width of its own
-            self.step.score(drafts, ends)
+        longest = last - min(ends)
+        piece = self.most_nodes if self.step.is_static else longest
+        with self.step.as_written():  # widths of its own
+            for done in range(0, longest, piece):
+                starts = [min(end + done, last) for end in ends]
+                texts = [tokens[start:last][:piece] for tokens, start in zip(self.outputs.padded(), starts)]
+                self.step.score([Draft(text or [0]) for text in texts], starts)
         return True
 
 

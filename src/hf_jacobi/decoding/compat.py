@@ -303,6 +303,15 @@ def register_attention(name: str, function) -> None:
     AttentionInterface.register(name, function)
 
 
+def flash_kernel():
+    """The function of the flash-attn package that attends to a cache; `None` where it is not installed."""
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return None
+    return flash_attn_with_kvcache
+
+
 def name_of(model) -> str:
     """The folder or Hub name that a model was loaded from, else an empty string."""
     return model.config._name_or_path

@@ -49,7 +49,7 @@ def jacobi_decode(
         calls.append(model)
     if output_trajectory and not generation_config.return_dict_in_generate:
         raise UsageError("`output_trajectory=True` returns drafts beside text: pass return_dict_in_generate=True too.")
-    refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
+    refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs, jacobi_config)
     call = DecodeCall(
         model,
         input_ids,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from transformers import Cache, DynamicCache, StaticCache
 
-from .attention import AttentionMask, groups_to_fold
-from .compat import CACHE, cache_argument, cache_of, can_compile, prefill, renamed_cache
+from .attention import CHAIN_ATTENTION, AttentionMask, ChainMask, groups_to_fold
+from .compat import CACHE, attention_of, cache_argument, cache_of, can_compile, prefill, renamed_cache
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .errors import UsageError
@@ -110,7 +110,10 @@ class Step:
             self.key_valid = mask.bool().to(self.device)
             left_padding = (self.key_valid.cumsum(1) == 0).sum(1)
         config = self.model.config.get_text_config(decoder=True)
-        self.mask = AttentionMask(config, self.model.dtype, left_padding, groups_to_fold(self.model))
+        if attention_of(config) == CHAIN_ATTENTION:
+            self.mask = self._chain_mask(config, left_padding)
+        else:
+            self.mask = AttentionMask(config, self.model.dtype, left_padding, groups_to_fold(self.model))
         keep = keeps_home and filled is self.home
         if static is None:
             self.cache = SlotCache.from_prefill(filled, length, keep)
@@ -120,6 +123,15 @@ class Step:
             self._fix(filled, length, keep)
         self.logits = outputs.logits[:, -1:].to(self.device)
         return self.predict(self.logits, np.array(ends)[:, None] + 1)
+
+    def _chain_mask(self, config, left_padding: torch.Tensor) -> ChainMask:
+        if self.key_valid is not None and bool(((~self.key_valid).sum(1) != left_padding).any()):
+            raise UsageError(
+                "flash attention sees all tokens after the padding of a row, but this batch has padding between its "
+                "tokens: load the model with attn_implementation='sdpa', or use decoding='ar'."
+            )
+        self.key_valid = None  # the kernel knows
+        return ChainMask(config, left_padding)
 
     def _fix(self, filled: Cache, length: int, keep: bool) -> None:
         """Takes a cache over into static slots, and compiles what runs over them, or records it, where that can be."""
@@ -230,7 +242,7 @@ class Step:
         """Logits `[B, Q, V]` of a layout that was uploaded, over `end` slots. Nothing in it waits for the device."""
         self.cache.place(layout.slots, layout.first, end)
         slots = self._numbers_of_slots(end)
-        visible = layout.visible(slots, self.key_valid)
+        visible = None if type(self.mask) is ChainMask else layout.visible(slots, self.key_valid)
         key_places = layout.key_places(slots) if visible is not None and self.mask.reads_places else None
         return self.run(layout.ids, layout.positions, visible, layout.places, key_places)
 
@@ -248,13 +260,18 @@ class Step:
         """
         inputs = self.model.prepare_inputs_for_generation(
             ids,
-            attention_mask=None if visible is None else self.mask(visible, places, key_places),
+            attention_mask=self._mask(visible, places, key_places),
             position_ids=positions,
             **{CACHE: self.cache},
             **self._other_kwargs(ids.shape[1]),
         )
-        shape = (*ids.shape, self.copies, 0 if visible is None else visible.shape[2])
+        shape = (*ids.shape, self.copies, self.cache.plan.end if self.is_static else 0)
         return self.runner(self.model, renamed_cache(inputs, self.cache_name), shape).to(self.device)
+
+    def _mask(self, visible, places, key_places):
+        if type(self.mask) is not ChainMask:
+            return None if visible is None else self.mask(visible, places, key_places)
+        return self.mask(None, places, None)
 
     def predict(self, logits: torch.Tensor, positions: np.ndarray) -> list[list[int]]:
         """`[B][Q]`, the tokens at `positions` `[B, Q]` that logits `[B, Q, V]` give."""

@@ -7,20 +7,23 @@ import inspect
 import torch
 from transformers.generation import GenerationMode
 
-from .attention import LAYER_KINDS, MASKED_ATTENTIONS
+from .attention import CHAIN_ATTENTION, LAYER_KINDS, MASKED_ATTENTIONS
 from .compat import (
     CACHE,
     STEP_ARGUMENTS,
     attention_of,
     cache_argument,
     carries_state,
+    flash_kernel,
     is_checkpointing,
     is_stateful,
+    looks_attention_up,
     makes_dynamic_cache,
     samples_by_itself,
     warn_of_activations,
     warn_of_untested_version,
 )
+from .config import JacobiConfig
 from .draft_adapter import is_activated, is_draft_only
 from .errors import UsageError
 from .slot_cache import can_roll_back, capacity_of, holds_more_than_text
@@ -30,13 +33,16 @@ INSTEAD = "use decoding='ar'"
 WITHOUT_CACHE = ("xlm", "flaubert")  # they take one, and give none back
 
 
-def refuse_unsupported(model, generation_config, prompt_length: int, model_kwargs: dict) -> None:
+def refuse_unsupported(
+    model, generation_config, prompt_length: int, model_kwargs: dict, settings: JacobiConfig | None = None
+) -> None:
     """
     Checks that this call can be decoded exactly.
 
     Args:
         model, generation_config, model_kwargs: as `generate` prepared them.
         prompt_length: number of prompt tokens that `max_length` counts (none of `inputs_embeds`).
+        settings: how drafts are made; `None` where branches are needed.
 
     Raises:
         `ValueError`: with the cause and the way out.
@@ -71,7 +77,7 @@ def refuse_unsupported(model, generation_config, prompt_length: int, model_kwarg
     _refuse_state(model, name, prompt_length, model_kwargs)
     _refuse_adapters(model, name)
     _refuse_cache(model, name, model_kwargs.get(CACHE), generation_config.max_length)
-    _refuse_attention(model, name, model_kwargs)
+    _refuse_attention(model, name, model_kwargs, settings)
     _refuse_positions(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
     warn_of_activations(model)
@@ -159,10 +165,12 @@ def _refuse_cache(model, name: str, cache, longest: int) -> None:
         )
 
 
-def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
+def _refuse_attention(model, name: str, model_kwargs: dict, settings: JacobiConfig | None) -> None:
     config = model.config.get_text_config(decoder=True)
     attention = attention_of(config)
-    if attention not in MASKED_ATTENTIONS:
+    if attention == CHAIN_ATTENTION:
+        _refuse_branches(model, name, settings)
+    elif attention not in MASKED_ATTENTIONS:
         raise UsageError(
             f"Jacobi decoding needs an attention that takes a custom mask, but {name} runs {attention!r}: load it "
             f"with attn_implementation='sdpa' (or 'eager'), or {INSTEAD}."
@@ -191,6 +199,24 @@ def _refuse_attention(model, name: str, model_kwargs: dict) -> None:
         raise UsageError(
             f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of "
             f"its own by cache slot: {INSTEAD}."
+        )
+
+
+def _refuse_branches(model, name: str, settings: JacobiConfig | None) -> None:
+    """What flash attention cannot do, which takes no mask."""
+    instead = f"load it with attn_implementation='sdpa', or {INSTEAD}"
+    kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
+    if flash_kernel() is None:
+        raise UsageError(
+            f"Jacobi decoding with flash attention runs the kernel of the flash-attn package, which is not installed: "
+            f"pip install 'hf_jacobi[flash]', or {instead}."
+        )
+    if "chunked_attention" in kinds or not looks_attention_up(model):
+        raise UsageError(f"Jacobi decoding does not support flash attention for {name}: {instead}.")
+    if settings is None or settings.pool_size or any(map(is_draft_only, getattr(model, "peft_config", {}).values())):
+        raise UsageError(
+            f"{name} runs flash attention, which takes no mask, but recycled n-grams and draft-only adapters need one, "
+            f"as they lie beside the draft: pass JacobiConfig(pool_size=0) and no such adapter, or {instead}."
         )
 
 
