@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = ways(longest)
     if arguments.only is not None:
         chosen = {name: way for name, way in chosen.items() if name.startswith("ar") or name in arguments.only}
-    seconds, tokens, forwards, same = ({name: 0 for name in chosen} for _ in range(4))
+    seconds, tokens, forwards, same = (dict.fromkeys(chosen, 0) for _ in range(4))
     for number, prompt in enumerate(inputs):
         expected = None
         for name, way in chosen.items():
@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     for name in chosen:
         per_forward = f"{tokens[name] / forwards[name]:.2f}" if forwards[name] else "1"
         print(
-            f"| {name} | {speed[name]:.0f} | {speed[name] / speed['ar']:.2f}x | {speed[name] / speed['ar, compiled']:.2f}x "
-            f"| {per_forward} | {same[name]} of {arguments.prompts} |"
+            f"| {name} | {speed[name]:.0f} | {speed[name] / speed['ar']:.2f}x "
+            f"| {speed[name] / speed['ar, compiled']:.2f}x | {per_forward} | {same[name]} of {arguments.prompts} |"
         )
 
 

@@ -1,4 +1,4 @@
-"""Steps without branches by flash attention, whose kernel takes no mask: against a slow one that keeps its contract."""
+"""Steps without branches by flash attention, whose kernel takes no mask, against a slow one of its contract."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_what_takes_a_mask_is_refused(flash, monkeypatch):
     model = hf_jacobi.enable(tiny_model())
     settings = GREEDY | {"decoding": "jacobi"}
     with compat.attending_by(model, "flash_attention_2"):
-        with pytest.raises(ValueError, match="takes no mask.*pool_size=0.*'ar'"):
+        with pytest.raises(ValueError, match=r"takes no mask.*pool_size=0.*'ar'"):
             model.generate(**padded_prompts(1), **settings)
         inputs = padded_prompts(2)
         inputs["attention_mask"][1, 8] = 0

@@ -214,7 +214,7 @@ def test_the_cache_of_a_call_comes_back_static():
 def test_a_cache_that_is_too_small_is_refused():
     model = hf_jacobi.enable(tiny_model())
     cache = StaticCache(config=model.config, max_cache_len=30)
-    with pytest.raises(ValueError, match="holds 30 tokens.*52"):
+    with pytest.raises(ValueError, match=r"holds 30 tokens.*52"):
         model.generate(**padded_prompts(1), **GREEDY, decoding="jacobi", **{CACHE: cache})
     cache = StaticCache(config=model.config, max_cache_len=51)  # the newest token is not cached
     out = model.generate(**padded_prompts(1), **GREEDY, **{CACHE: cache}, decoding="jacobi", disable_compile=True)

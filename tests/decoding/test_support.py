@@ -146,7 +146,9 @@ def test_attention_with_a_mask_of_its_own():
 def test_attention_that_takes_no_custom_mask():
     model = tiny_model()
     model.config._attn_implementation = "flash_attention_2"
-    refused(model, "flash_attention_2")
+    refused(model, "flash-attn package")
+    model.config._attn_implementation = "flex_attention"
+    refused(model, "flex_attention")
 
 
 def test_rotary_embeddings_that_change_on_the_way():

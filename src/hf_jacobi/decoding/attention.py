@@ -12,9 +12,7 @@ from .compat import attention_of, flash_kernel, looks_attention_up, register_att
 
 
 MASKED_ATTENTIONS = ("sdpa", "eager")
-CHAIN_ATTENTION = (
-    "flash_attention_2"  # takes no mask, but the ends of rows, which is enough for drafts without branches
-)
+CHAIN_ATTENTION = "flash_attention_2"  # takes no mask, but the ends of rows, which is enough without branches
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 

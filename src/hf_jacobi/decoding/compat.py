@@ -382,8 +382,8 @@ def explains_failed_compile():
         causes = [error, error.__cause__, getattr(error, "inner_exception", None)]
         if any(isinstance(cause, (InvalidCxxCompiler, CppCompileError)) for cause in causes):
             raise UsageError(
-                "cache_implementation='static' compiles the model's forward, which takes a C++ compiler, and none that "
-                "works was found: install one (such as g++), or pass disable_compile=True."
+                "cache_implementation='static' compiles the model's forward, which takes a C++ compiler, and none "
+                "that works was found: install one (such as g++), or pass disable_compile=True."
             ) from error
         raise
 

@@ -106,7 +106,7 @@ class Layout:
         self.end = max(starts) + self.width
 
     def fix(self, total: int) -> None:
-        """Keeps to fixed shapes: what pads a row stays within the `total` slots, and every slot has its say in a mask."""
+        """Keeps to fixed shapes: what pads a row stays within the `total` slots, and rows have a mask."""
         np.minimum(self.host["slots"], total - 1, out=self.host["slots"])
         self.first = None
         self.end = min(self.end, total)

@@ -85,8 +85,8 @@ def _with_finite_drafts(states: torch.Tensor) -> torch.Tensor:
 
 class StaticSlotLayer(SlotLayer):
     """
-    A layer whose slots are all there from the beginning, `[batch, slots, heads, head size]`, so that a token is written
-    in one piece; attention gets `[batch, heads, slots, head size]` as ever, up to the end of the plan.
+    A layer whose slots are all there from the beginning, `[batch, slots, heads, head size]`, so that a token is
+    written in one piece; attention gets `[batch, heads, slots, head size]` as ever, up to the end of the plan.
 
     It is not `is_compileable` in transformers' sense, which would have models build the masks of a forward themselves.
     """
@@ -258,7 +258,7 @@ class SlotCache(Cache):
 
 
 def _fill_static(target: StaticLayer, source: SlotLayer, length: int) -> None:
-    """Has a layer of a `StaticCache` hold the first `length` slots of ours (the last ones of them, where it slides)."""
+    """Has a layer of a `StaticCache` hold the first `length` slots of ours (the last of them, where it slides)."""
     if not target.is_initialized:
         target.lazy_initialization(source.keys, source.values)
     held = min(length, target.max_cache_len)

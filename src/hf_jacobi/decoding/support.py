@@ -149,8 +149,8 @@ def _refuse_cache(model, name: str, cache, longest: int) -> None:
     capacity = capacity_of(cache)
     if capacity is not None and capacity < longest - 1:
         raise UsageError(
-            f"the StaticCache of this call holds {capacity} tokens, but its text may have {longest}, whether by Jacobi "
-            "decoding or by decoding='ar': make it with a larger max_cache_len, or lower max_new_tokens."
+            f"the StaticCache of this call holds {capacity} tokens, but its text may have {longest}, whether by "
+            "Jacobi decoding or by decoding='ar': make it with a larger max_cache_len, or lower max_new_tokens."
         )
     if holds_more_than_text(cache):
         raise UsageError(
@@ -215,8 +215,8 @@ def _refuse_branches(model, name: str, settings: JacobiConfig | None) -> None:
         raise UsageError(f"Jacobi decoding does not support flash attention for {name}: {instead}.")
     if settings is None or settings.pool_size or any(map(is_draft_only, getattr(model, "peft_config", {}).values())):
         raise UsageError(
-            f"{name} runs flash attention, which takes no mask, but recycled n-grams and draft-only adapters need one, "
-            f"as they lie beside the draft: pass JacobiConfig(pool_size=0) and no such adapter, or {instead}."
+            f"{name} runs flash attention, which takes no mask, but recycled n-grams and draft-only adapters need "
+            f"one, as they lie beside the draft: pass JacobiConfig(pool_size=0) and no such adapter, or {instead}."
         )
 
 
