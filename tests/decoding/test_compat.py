@@ -77,6 +77,7 @@ NAMES = [
         lambda: import_module("transformers.generation.utils"),
         "refusing arguments with an entry for each token of the prompt",
     ),
+    ("_optimize_model_for_decode", member("transformers.GenerationMixin"), "mixtures of experts on a GPU"),
     ("_has_unfinished_sequences", member("transformers.GenerationMixin"), "the end of decoding on several processes"),
     ("_supports_default_dynamic_cache", member("transformers.GenerationMixin"), "refusing models with a state"),
     ("_is_stateful", lambda: PreTrainedModel, "refusing models with a state, in decoding, training and publishing"),

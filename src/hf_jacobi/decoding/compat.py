@@ -133,6 +133,14 @@ def go_on(model, finished: bool, synced_gpus: bool, device: torch.device) -> boo
     return model._has_unfinished_sequences(finished, synced_gpus, device=device)
 
 
+def optimised_for_decoding(model):
+    """
+    While this is open, a mixture of experts computes them in the way that transformers takes for decoding: on a GPU
+    another one than for a prompt, on a CPU the same.
+    """
+    return model._optimize_model_for_decode()
+
+
 def pad_token_of(generation_config) -> int | None:
     """The padding token of a generation config that `generate` prepared."""
     pad = generation_config._pad_token_tensor

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import torch
 
 from .call import DecodeCall
-from .compat import go_on
+from .compat import go_on, optimised_for_decoding
 from .config import JacobiConfig
 from .errors import UsageError
 from .support import refuse_unsupported
@@ -72,10 +72,12 @@ def run_to_end(call: DecodeCall, synced_gpus: bool = False) -> None:
     call.step.mends_drafts = not synced_gpus
     call.prefill()
     call.outputs.stream()
-    while go_on(call.step.model, call.finished, synced_gpus, call.step.device):
-        if call.finished:
-            call.step.idle()
-            continue
-        call.advance()
-        call.outputs.stream()
+    model = call.step.model
+    with optimised_for_decoding(model):
+        while go_on(model, call.finished, synced_gpus, call.step.device):
+            if call.finished:
+                call.step.idle()
+                continue
+            call.advance()
+            call.outputs.stream()
     call.outputs.end_stream()
