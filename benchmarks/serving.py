@@ -18,7 +18,6 @@ import time
 from statistics import median
 
 from hf_jacobi.cli.models import MINIATURE, find
-from hf_jacobi.decoding.files import read_json
 from hf_jacobi.evaluation.prompts import CHAT
 from hf_jacobi.serving.server import Served, application, listen
 
@@ -60,7 +59,7 @@ class First:
 def in_process(served: Served, body: dict) -> tuple[float, float, int]:
     """Seconds to the first token, seconds in all, tokens."""
     first = First()
-    rest, config = served.prepared(body)
+    _, config = served.prepared(body)
     config = served.settled(body, config)
     tokens = served.generate(served.encode(body["messages"]), config, first)
     return first.seconds, time.perf_counter() - first.start, len(tokens)
@@ -81,7 +80,8 @@ def main() -> None:
     loaded = found.load()
     served = Served("model", loaded.model, loaded.writer, found.tokenizer(), arguments.decoding, loaded.config)
     served.warm_up()
-    prompts = read_json(MINIATURE / "prompts.json") if arguments.model == str(MINIATURE) else CHAT[:4]
+    own = json.loads((MINIATURE / "prompts.json").read_text(encoding="utf-8"))
+    prompts = own if arguments.model == str(MINIATURE) else CHAT[:4]
     listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(application(served), log_level="error"))
     threading.Thread(target=server.run, args=([listening],), daemon=True).start()

@@ -56,7 +56,9 @@ def check(body: dict[str, Any], prompt: str, known: set[str]) -> None:
         del body["chat_template_kwargs"]
     given = given_config(body)
     if unknown := sorted(set(given) - known - OWN - NO_SETTINGS):
-        raise UsageError(f"`generation_config` has no setting {', '.join(unknown)}: see transformers' GenerationConfig.")
+        raise UsageError(
+            f"`generation_config` has no setting {', '.join(unknown)}: see transformers' GenerationConfig."
+        )
     if given.get("decoding") not in (*DECODINGS, None):
         raise UsageError(f"`decoding` must be one of {DECODINGS}, got {_short(given['decoding'])}.")
     JacobiConfig.coerce(given.get("jacobi"))
@@ -115,7 +117,9 @@ def _check_number(body: dict, name: str, least: float, most: float, above: bool 
 def _check_stop(body: dict) -> None:
     stop = body.get("stop")
     strings = [stop] if isinstance(stop, str) else stop
-    if strings is not None and not (isinstance(strings, list) and all(isinstance(one, str) and one for one in strings)):
+    if strings is not None and not (
+        isinstance(strings, list) and all(isinstance(one, str) and one for one in strings)
+    ):
         raise UsageError(f"`stop` must be a text or a list of texts, none of them empty, got {_short(stop)}.")
     if strings == []:
         del body["stop"]

@@ -1,9 +1,9 @@
 """
 What is private to the server of transformers (`transformers serve`), or differs between its versions.
 
-`app_of` makes that server of one loaded model. It differs from `transformers serve` in who loads the model, in that text
-is sent once per forward with the number of its tokens, and in that a call that cannot be served is refused before the
-first token. `tests/decoding/test_compat.py` asserts that each name is there.
+`app_of` makes that server of one loaded model. It differs from `transformers serve` in who loads the model, in that
+text is sent once per forward with the number of its tokens, and in that a call that cannot be served is refused before
+the first token. `tests/decoding/test_compat.py` asserts that each name is there.
 """
 
 from __future__ import annotations

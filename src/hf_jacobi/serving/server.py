@@ -8,6 +8,7 @@ import importlib.util
 import json
 import logging
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .bodies import LENGTHS, check, given_config
 
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # as transformers' own extra `serving`
 LEAST_LENGTH = 1024  # tokens of an answer, where nobody says
+SWITCH = 0.0005  # seconds; Python's 0.005 let text wait, as it is sent by another thread than the one that writes it
 PAGE = Path(__file__).parent / "page"
 # For tokenizers without a chat template: a model that was not taught to take turns gets the last message as it is.
 PLAIN = "{{ messages[-1]['content'] }}"
@@ -144,9 +146,7 @@ class Served:
         if config.seed is not None:
             torch.manual_seed(config.seed)
         with of_usage(ValueError):
-            tokens = model.generate(
-                **inputs, generation_config=config, tokenizer=self.tokenizer, streamer=streamer
-            )
+            tokens = model.generate(**inputs, generation_config=config, tokenizer=self.tokenizer, streamer=streamer)
         return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 
     def encode(self, messages: list[dict]):
@@ -265,10 +265,11 @@ def add_page(app, page: dict[str, Any]) -> None:
     app.get("/page/about", include_in_schema=False)(lambda: JSONResponse(page))
 
 
-def run(app, listening: socket.socket, log_level: str = "warning") -> None:
+def serve(app, listening: socket.socket, log_level: str = "warning") -> None:
     """Serves until Ctrl-C."""
     import uvicorn
 
+    sys.setswitchinterval(SWITCH)
     config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=1)
     uvicorn.Server(config).run(sockets=[listening])
 

@@ -1,0 +1,162 @@
+"""`hf-jacobi chat`: a page, or the terminal, that shows which tokens came out of the same forward."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import webbrowser
+from typing import TYPE_CHECKING
+
+from ..decoding.errors import MissingFile
+from .demo import is_miniature
+from .models import MINIATURE
+from .options import positive, wrapped
+from .serve import add_address, add_model, load
+
+
+if TYPE_CHECKING:
+    from ..serving.chat import Answer, Conversation
+    from .models import Found
+
+
+PORT = 7860  # as Spaces have it
+LENGTH = 512  # tokens of an answer
+SHADES = ((16, "on dark_green"), (8, "on green4"), (4, "on dark_olive_green3"), (2, "on honeydew2"))
+TITLES = {"ar": "one token at a time", "jacobi": "Jacobi"}
+HELP = "An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /1 to /{} ask an example, /clear starts anew."
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Chat with a model in the browser: each forward's tokens in a colour, one token at a time beside it"
+    parser = commands.add_parser("chat", help=about, description=about)
+    add_model(parser)
+    add_address(parser, PORT)
+    parser.add_argument("--terminal", action="store_true", help="keep to the terminal")
+    parser.add_argument("--compare", action="store_true", help="write each answer one token at a time, too")
+    parser.add_argument("--max-new-tokens", type=positive, default=LENGTH, help=f"of an answer (default: {LENGTH})")
+    parser.add_argument("--no-browser", action="store_true", help="only serve the page, open no browser")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    return _in_terminal(arguments) if arguments.terminal else _as_page(arguments)
+
+
+def examples_for(found: Found) -> list[str]:
+    """Prompts to try: the miniature's own, or such as any model may answer."""
+    if is_miniature(found):
+        return json.loads((MINIATURE / "prompts.json").read_text(encoding="utf-8"))
+    from ..evaluation.prompts import CHAT
+
+    return CHAT[:4]
+
+
+def _as_page(arguments) -> int:
+    from ..serving.server import about, address_of, application, listen, refuse_missing_packages, serve
+
+    refuse_missing_packages()
+    try:
+        listening = listen(arguments.host, PORT if arguments.port is None else arguments.port)
+    except MissingFile:
+        if arguments.port is not None:
+            raise
+        listening = listen(arguments.host, 0)
+    served, found = load(arguments, "jacobi")
+    page = about(
+        served,
+        examples_for(found),
+        is_miniature=is_miniature(found),
+        compare=arguments.compare,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    address = address_of(listening)
+    print(f"Chat with {served.name} at {address} (Ctrl-C ends it).", flush=True)
+    if not arguments.no_browser:
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+    serve(application(served, page), listening)
+    return 0
+
+
+def _in_terminal(arguments) -> int:
+    served, found = load(arguments, "jacobi")
+    from ..serving.chat import Conversation
+
+    conversation = Conversation(served, arguments.max_new_tokens)
+    examples = examples_for(found)
+    print(wrapped(HELP.format(len(examples))), end="")
+    for number, example in enumerate(examples, 1):
+        print(wrapped(f"/{number}  {example.splitlines()[0]:.70}"), end="")
+    while (text := _read()) is not None:
+        if text == "/clear":
+            conversation.messages.clear()
+            continue
+        if text.startswith("/"):
+            text = _example(text, examples)
+            if text is None:
+                print(wrapped(HELP.format(len(examples))), end="")
+                continue
+            print(text.rstrip())
+        _exchange(conversation, text, arguments.compare)
+    return 0
+
+
+def _read() -> str | None:
+    """A message; `None` at the end."""
+    try:
+        return input("\n> ") or None
+    except EOFError:
+        return None
+
+
+def _example(typed: str, examples: list[str]) -> str | None:
+    number = typed[1:]
+    return examples[int(number) - 1] if number.isdecimal() and 0 < int(number) <= len(examples) else None
+
+
+def _exchange(conversation: Conversation, text: str, compare: bool) -> None:
+    """A message and its answer, one token at a time, too, where that is to be compared."""
+    conversation.ask(text)
+    answers = []
+    for decoding in ("jacobi", "ar") if compare else ("jacobi",):
+        if compare:
+            print(f"\n--- {TITLES[decoding]} ---")
+        answers.append(conversation.answer(decoding, _shower()))
+        print()
+    conversation.keep(answers[0])
+    print(_figures(answers))
+
+
+def _shower():
+    """What prints portions of text as they come, on a colour by how many tokens a forward brought."""
+    if not sys.stdout.isatty():
+        return lambda text, tokens: print(text, end="", flush=True)
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        return lambda text, tokens: print(text, end="", flush=True)
+    console = Console(highlight=False)
+
+    def show(text: str, tokens: int) -> None:
+        shade = next((style for least, style in SHADES if tokens >= least), "")
+        console.print(Text(text, style=shade), end="", soft_wrap=True)
+
+    return show
+
+
+def _figures(answers: list[Answer]) -> str:
+    """What an answer took, in a line; against one token at a time, where there is that."""
+    first = answers[0]
+    line = (
+        f"[{first.tokens} tokens in {len(first.forwards)} forwards, {first.tokens_per_forward:.2f} tokens per forward; "
+        f"{first.tokens_per_second:.0f} a second"
+    )
+    if len(answers) == 2:
+        other = answers[1]
+        faster = first.tokens_per_second / other.tokens_per_second if other.tokens_per_second else 0
+        same = "same text" if first.text == other.text else "another text"
+        line += f"; one token at a time {other.tokens_per_second:.0f}: {faster:.2f}x, {same}"
+    return wrapped(f"{line}]").rstrip("\n")
