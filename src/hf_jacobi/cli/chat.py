@@ -72,11 +72,11 @@ def _as_page(arguments) -> int:
         compare=arguments.compare,
         max_new_tokens=arguments.max_new_tokens,
     )
-    address = address_of(listening)
+    app, address = application(served, page), address_of(listening)
     print(f"Chat with {served.name} at {address} (Ctrl-C ends it).", flush=True)
     if not arguments.no_browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    serve(application(served, page), listening)
+    serve(app, listening)
     return 0
 
 
@@ -151,8 +151,8 @@ def _figures(answers: list[Answer]) -> str:
     """What an answer took, in a line; against one token at a time, where there is that."""
     first = answers[0]
     line = (
-        f"[{first.tokens} tokens in {len(first.forwards)} forwards, {first.tokens_per_forward:.2f} tokens per forward; "
-        f"{first.tokens_per_second:.0f} a second"
+        f"[{first.tokens} tokens in {len(first.forwards)} forwards, {first.tokens_per_forward:.2f} per forward; "
+        f"{first.tokens_per_second:.0f} tokens a second"
     )
     if len(answers) == 2:
         other = answers[1]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 PORT = 8000  # as `transformers serve` and `transformers chat` have it
 ABOUT_MODEL = "a local folder or a Hub id, of a model or an adapter (default: the miniature that comes along)"
+TITLES = {"ar": "one token at a time", "jacobi": "Jacobi decoding"}
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 REFUSED = {
     "continuous_batching": (
@@ -25,8 +26,8 @@ REFUSED = {
         "at once with `transformers serve`, or with vLLM."
     ),
     "compile": (
-        "--compile asks for a static cache in every request, but Jacobi decoding keeps a cache of its own, out of which "
-        "drafts can be taken back: drop it."
+        "--compile asks for a static cache in every request, but Jacobi decoding keeps a cache of its own, as drafts "
+        "must be taken back out of it: drop it."
     ),
 }
 
@@ -83,17 +84,14 @@ def run(arguments) -> int:
     refuse_missing_packages()
     listening = listen(arguments.host, PORT if arguments.port is None else arguments.port)
     served, _ = load(arguments)
-    address = address_of(listening)
+    app = application(served, cors=arguments.enable_cors)
     print(
-        f"Serving {served.name} at {address}/v1 ({TITLES[served.decoding]} unless a request says otherwise; "
-        "Ctrl-C ends it).",
+        f"Serving {served.name} at {address_of(listening)}/v1 ({TITLES[served.decoding]} unless a request says "
+        "otherwise; Ctrl-C ends it).",
         flush=True,
     )
-    serve(application(served, cors=arguments.enable_cors), listening, arguments.log_level)
+    serve(app, listening, arguments.log_level)
     return 0
-
-
-TITLES = {"ar": "one token at a time", "jacobi": "Jacobi decoding"}
 
 
 def load(arguments, decoding: str | None = None) -> tuple[Served, Found]:

@@ -232,7 +232,7 @@ class State(GenerationState):
 
     def __init__(self, served):
         super().__init__()
-        self.runner = Runner(served)
+        self.runner = served.runner = Runner(served)
 
     def get_manager(self, model_id, use_cb=False):
         return self.runner
@@ -339,5 +339,5 @@ def app_of(served):
         for name, (kind, prompt) in HANDLERS.items()
     }
     taken = inspect.signature(build_server).parameters
-    others = {name: Refusing() for name in taken if name.endswith("_handler") and name not in handlers}
+    others = {name: Refusing() for name in taken if "handler" in name and name not in handlers}
     return build_server(manager, **handlers, **others, generation_state=state)

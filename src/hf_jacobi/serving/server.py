@@ -82,6 +82,7 @@ class Served:
         self.takes_turns = bool(tokenizer.chat_template)
         if not self.takes_turns:
             tokenizer.chat_template = ("{{ bos_token }}" if _puts_beginning(tokenizer) else "") + PLAIN
+        self.runner = None  # of the server, once there is one
         self.known = {*vars(GenerationConfig()), *vars(self.config)}
 
     def check(self, body: dict[str, Any], prompt: str) -> None:
@@ -145,7 +146,7 @@ class Served:
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
         if config.seed is not None:
             torch.manual_seed(config.seed)
-        with of_usage(ValueError):
+        with of_usage(ValueError, ImportError):
             tokens = model.generate(**inputs, generation_config=config, tokenizer=self.tokenizer, streamer=streamer)
         return tokens[0, inputs["input_ids"].shape[1] :].tolist()
 

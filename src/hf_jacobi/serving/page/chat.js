@@ -76,7 +76,7 @@ class Answer {
       ...tell(number(this.tokens), "tokens, "),
       ...tell(number(this.forwards.length), "forwards: "),
       ...tell(number(this.perForward, 2), "tokens per forward"),
-      ...(this.perSecond ? [", ", ...tell(number(this.perSecond), "a second")] : []),
+      ...(this.perSecond ? [", ", ...tell(number(this.perSecond), "tokens a second")] : []),
       ending,
     );
   }
@@ -99,6 +99,10 @@ class Answer {
 /* Has the server write one answer; returns whether it came to its end. */
 async function write(answer, signal) {
   const settings = { decoding: answer.decoding, max_new_tokens: lengthAsked(), do_sample: false };
+  if (signal.aborted) {
+    answer.end("stopped");
+    return false;
+  }
   const body = { model: about.model ?? undefined, messages, stream: true, generation_config: settings };
   let reason = null;
   try {
@@ -165,10 +169,13 @@ async function ask(text) {
   const answers = ways.map((way) => new Answer(way, ways.length > 1));
   row.append(...answers.map((answer) => answer.card));
   $("log").append(row);
-  window.scrollTo({ top: document.body.scrollHeight });
-  // Asked at once, answered one after the other: the server writes one text at a time, so that each has the machine.
-  const ended = await Promise.all(answers.map((answer) => write(answer, running.signal)));
-  if (answers[0].text) messages.push({ role: "assistant", content: answers[0].text });
+  atEnd = true;
+  follow();
+  const asked = messages;
+  const ended = [];
+  for (const answer of answers) ended.push(await write(answer, running.signal)); // each has the machine to itself
+  if (asked !== messages) $("log").replaceChildren(); // a new chat was begun meanwhile
+  else if (answers[0].text) messages.push({ role: "assistant", content: answers[0].text });
   else messages.pop();
   if (answers.length > 1 && ended.every(Boolean)) row.after(verdict(...answers));
   const [first] = answers;
@@ -224,7 +231,7 @@ function introduce() {
   $("length").value = about.max_new_tokens;
   const hints = [];
   if (about.is_miniature) hints.push("The miniature has 3.5 million parameters and knows two kinds of tasks: sums told as stories, and questions about a table, which it answers with SQL. It knows nothing else.");
-  if (!about.takes_turns) hints.push("The model takes no turns (it has no chat template): it reads each message by itself, as it is typed.");
+  if (!about.takes_turns) hints.push("It has no chat template, so that it reads each message by itself, as it is typed.");
   $("hint").textContent = hints.join(" ");
   for (const example of about.examples) {
     const button = element("button", "", example.trim());
