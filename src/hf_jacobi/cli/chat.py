@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import sys
 import threading
+import time
 import webbrowser
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..decoding.errors import MissingFile
-from .demo import is_miniature
+from ..decoding.errors import MissingFile, UsageError
+from .demo import SideBySide, is_miniature
 from .models import MINIATURE
 from .options import positive, wrapped
 from .serve import add_address, add_model, load
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
 
 PORT = 7860  # as Spaces have it
 LENGTH = 512  # tokens of an answer
-SHADES = ((16, "on dark_green"), (8, "on green4"), (4, "on dark_olive_green3"), (2, "on honeydew2"))
+SHADES = ((16, "bold black on bright_green"), (8, "black on green"), (4, "bold green"), (2, "green"))
 TITLES = {"ar": "one token at a time", "jacobi": "Jacobi"}
 HELP = "An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /1 to /{} ask an example, /clear starts anew."
 
@@ -120,31 +122,60 @@ def _exchange(conversation: Conversation, text: str, compare: bool) -> None:
     """A message and its answer, one token at a time, too, where that is to be compared."""
     conversation.ask(text)
     answers = []
-    for decoding in ("jacobi", "ar") if compare else ("jacobi",):
-        if compare:
-            print(f"\n--- {TITLES[decoding]} ---")
-        answers.append(conversation.answer(decoding, _shower()))
-        print()
+    try:
+        with _screen(compare) as show:
+            for decoding in ("jacobi", "ar") if compare else ("jacobi",):
+                answers.append(conversation.answer(decoding, show(decoding)))
+    except UsageError as error:
+        print(wrapped(str(error)), end="")
+    if not answers:
+        conversation.messages.pop()
+        return
     conversation.keep(answers[0])
     print(_figures(answers))
 
 
-def _shower():
-    """What prints portions of text as they come, on a colour by how many tokens a forward brought."""
-    if not sys.stdout.isatty():
-        return lambda text, tokens: print(text, end="", flush=True)
+def _shade(tokens: int) -> str:
+    return next((style for least, style in SHADES if tokens >= least), "")
+
+
+@contextmanager
+def _screen(compare: bool):
+    """Gives `show(decoding)`, which gives what is called with each portion of an answer."""
     try:
         from rich.console import Console
         from rich.text import Text
     except ImportError:
-        return lambda text, tokens: print(text, end="", flush=True)
-    console = Console(highlight=False)
+        Console = None
+    if Console is None or not sys.stdout.isatty():
+        yield lambda decoding: _plain(TITLES[decoding] if compare else None)
+        print()
+    elif compare:
+        with SideBySide() as columns:
+            yield lambda decoding: _column(columns(decoding), Text())
+    else:
+        console = Console(highlight=False)
+        yield lambda _: lambda text, tokens: console.print(Text(text, _shade(tokens)), end="", soft_wrap=True)
+        print()
 
-    def show(text: str, tokens: int) -> None:
-        shade = next((style for least, style in SHADES if tokens >= least), "")
-        console.print(Text(text, style=shade), end="", soft_wrap=True)
 
-    return show
+def _plain(title: str | None):
+    """For pipes and files: the text as it comes, under a title."""
+    if title:
+        print(f"\n--- {title} ---")
+    return lambda text, tokens: print(text, end="", flush=True)
+
+
+def _column(show, text):
+    """For a column of its own, a text of rich that grows."""
+    start, counts = time.perf_counter(), []
+
+    def portion(more: str, tokens: int) -> None:
+        counts.append(tokens)
+        text.append(more, _shade(tokens))
+        show(text, sum(counts), time.perf_counter() - start)
+
+    return portion
 
 
 def _figures(answers: list[Answer]) -> str:

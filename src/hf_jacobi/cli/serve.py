@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import TYPE_CHECKING
 
 from ..decoding.errors import UsageError
@@ -105,8 +106,9 @@ def load(arguments, decoding: str | None = None) -> tuple[Served, Found]:
     Raises:
         `UsageError`: there is no such model, or it cannot decode so.
     """
-    name = "miniature" if arguments.model is None else arguments.model
-    found = find(MINIATURE if arguments.model is None else arguments.model, arguments.adapter)
+    name = MINIATURE.name if arguments.model is None else arguments.model
+    own = arguments.model is None or (name == MINIATURE.name and not os.path.isdir(name))
+    found = find(MINIATURE if own else arguments.model, arguments.adapter)
     print(f"Loading {name} ...", flush=True)
 
     import torch
