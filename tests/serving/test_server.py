@@ -5,6 +5,8 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import threading
@@ -36,7 +38,7 @@ ENDLESS = "a b a b a b"  # which the miniature goes on with for long
 
 
 def load(model=None, **settings):
-    given = {"adapter": None, "decoding": None, "dtype": "auto", "attention": None} | settings
+    given = {"adapter": None, "dtype": "auto", "attention": None} | settings
     return command.load(Namespace(model=model, **given))[0]
 
 
@@ -192,7 +194,7 @@ def test_a_cancelled_stream_frees_the_model(client, miniature, texts):
         pass
     assert live(miniature)
     stream.close()
-    assert wait_until_idle(miniature) < 2
+    assert wait_until_idle(miniature) < 5, "1,900 tokens take longer"
     assert text_of(ask(client, PROMPTS[0])) == texts[0]
 
 
@@ -209,7 +211,7 @@ def test_a_client_that_leaves_before_its_answer_frees_the_model(port, miniature,
         time.sleep(0.01)
     for connection in reversed(connections):
         connection.close()
-    assert wait_until_idle(miniature) < 2
+    assert wait_until_idle(miniature) < 5, "1,900 tokens take longer"
     start = time.perf_counter()
     assert text_of(ask(client, PROMPTS[0])) == texts[0]
     assert time.perf_counter() - start < 5, "the second one did not begin"
@@ -352,18 +354,33 @@ def test_one_model_is_served_and_stays(client, port, texts):
     assert text_of(ask(client, PROMPTS[0])) == texts[0]
 
 
-def test_transformers_chat(port, miniature):
-    """Its own client, word for word; `decoding=` reaches no server, as it drops what `GenerationConfig` lacks."""
-    question = "Question: Grace has 12 plums. Grace finds 7 plums. How many are there? Solution:"
-    inputs = miniature.tokenizer(question, return_tensors="pt")
+def recorded(miniature, monkeypatch) -> list[str]:
+    """By what each request from now on is decoded."""
+    ways, generate = [], miniature.generate
+
+    def recording(inputs, config, streamer=None):
+        ways.append(config.decoding)
+        return generate(inputs, config, streamer)
+
+    monkeypatch.setattr(miniature, "generate", recording)
+    return ways
+
+
+QUESTION = "Question: Grace has 12 plums. Grace finds 7 plums. How many are there? Solution:"
+
+
+def test_transformers_chat(port, miniature, monkeypatch):
+    """Its own client, word for word."""
+    inputs = miniature.tokenizer(QUESTION, return_tensors="pt")
     tokens = miniature.model.generate(**inputs, decoding="ar", max_new_tokens=900)
     expected = miniature.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    ways = recorded(miniature, monkeypatch)
     address = f"http://127.0.0.1:{port}"
     program = "from transformers.cli.transformers import main; main()"
     typed = ["chat", "miniature", address, "decoding=jacobi", "do_sample=False", "max_new_tokens=900"]
     done = subprocess.run(
         [sys.executable, "-c", program, *typed],
-        input=f"{question}\n!exit\n",
+        input=f"{QUESTION}\n!exit\n",
         capture_output=True,
         text=True,
         timeout=120,
@@ -371,6 +388,20 @@ def test_transformers_chat(port, miniature):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert " ".join(expected.split())[:60] in " ".join(done.stdout.split())
+    assert ways == ["jacobi"]
+
+
+def test_transformers_chat_by_a_generation_config(port, miniature, monkeypatch, tmp_path):
+    """By itself it drops `decoding=`, which `GenerationConfig` lacks; where a file says it, it reaches the server."""
+    chat = pytest.importorskip("transformers.cli.chat")
+    ways, rest = recorded(miniature, monkeypatch), iter([QUESTION, "!exit"])
+    monkeypatch.setattr("builtins.input", lambda *_: next(rest))
+    (tmp_path / "config.json").write_text(json.dumps({"decoding": "ar"}))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    address = f"http://127.0.0.1:{port}"
+    flags = {"generate_flags": ["do_sample=False", "max_new_tokens=900"], "user": "me"}
+    chat.Chat("miniature", address, generation_config=str(tmp_path / "config.json"), **flags)
+    assert ways == ["ar"]
 
 
 # Adapters
@@ -439,6 +470,20 @@ def test_mistakes_are_told_before_a_model_is_loaded(name, capsys, monkeypatch):
     monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None)
     assert cli.main([name]) == 2
     assert "pip install 'hf_jacobi[serve]'" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_the_server_in_the_middle_of_an_answer():
+    command = [sys.executable, "-m", "hf_jacobi", "serve", "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        said = next(line for line in iter(process.stdout.readline, "") if "http" in line)
+        assert "Serving miniature" in said and "Jacobi decoding" in said
+        connection = http.client.HTTPConnection("localhost", int(re.search(r":(\d+)/v1", said)[1]))
+        body = {"messages": [{"role": "user", "content": ENDLESS}], "max_tokens": 1900, "stream": True}
+        connection.request("POST", "/v1/chat/completions", json.dumps(body | {"generation_config": AR}), JSON)
+        connection.getresponse().read(300)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
 
 
 def test_a_model_that_cannot_be_decoded_so_is_refused_before_it_is_served():

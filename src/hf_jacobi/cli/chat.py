@@ -78,7 +78,7 @@ def _as_page(arguments) -> int:
     print(f"Chat with {served.name} at {address} (Ctrl-C ends it).", flush=True)
     if not arguments.no_browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-    serve(app, listening)
+    serve(served, app, listening)
     return 0
 
 

@@ -38,6 +38,11 @@ def add_parser(commands) -> None:
     about = "Serve a model as `transformers serve` does (OpenAI-compatible), with Jacobi decoding"
     parser = commands.add_parser("serve", help=about, description=about)
     add_model(parser)
+    parser.add_argument(
+        "--decoding",
+        choices=("ar", "jacobi"),
+        help="for requests that do not say (default: as the checkpoint's generation config has it, else ar)",
+    )
     add_address(parser, PORT)
     parser.add_argument("--enable-cors", action="store_true", help="let pages of any origin call it")
     parser.add_argument(
@@ -49,14 +54,9 @@ def add_parser(commands) -> None:
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL and how it decodes."""
+    """Adds MODEL and how it is loaded."""
     parser.add_argument("model", nargs="?", help=ABOUT_MODEL)
     parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id")
-    parser.add_argument(
-        "--decoding",
-        choices=("ar", "jacobi"),
-        help="for requests that do not say (default: as the checkpoint's generation config has it, else ar)",
-    )
     add_dtype(parser)
     parser.add_argument("--attention", help="attention implementation, such as sdpa or eager")
 
@@ -84,14 +84,14 @@ def run(arguments) -> int:
 
     refuse_missing_packages()
     listening = listen(arguments.host, PORT if arguments.port is None else arguments.port)
-    served, _ = load(arguments)
+    served, _ = load(arguments, arguments.decoding)
     app = application(served, cors=arguments.enable_cors)
     print(
         f"Serving {served.name} at {address_of(listening)}/v1 ({TITLES[served.decoding]} unless a request says "
         "otherwise; Ctrl-C ends it).",
         flush=True,
     )
-    serve(app, listening, arguments.log_level)
+    serve(served, app, listening, arguments.log_level)
     return 0
 
 
@@ -101,7 +101,7 @@ def load(arguments, decoding: str | None = None) -> tuple[Served, Found]:
 
     Args:
         arguments: those of `add_model`.
-        decoding: how it decodes without `--decoding`; left out, as the checkpoint has it, else one token at a time.
+        decoding: how it decodes; left out, as the checkpoint has it, else one token at a time.
 
     Raises:
         `UsageError`: there is no such model, or it cannot decode so.
@@ -124,6 +124,6 @@ def load(arguments, decoding: str | None = None) -> tuple[Served, Found]:
     loaded = found.load(arguments.dtype, attention=arguments.attention)
     if found.adapter is not None:
         decoding = decoding or loaded.decoding  # which stands beside the adapter
-    served = Served(name, loaded.model, loaded.writer, tokenizer, arguments.decoding or decoding, loaded.config)
+    served = Served(name, loaded.model, loaded.writer, tokenizer, decoding, loaded.config)
     served.warm_up()
     return served, found

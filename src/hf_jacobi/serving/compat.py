@@ -2,8 +2,8 @@
 What is private to the server of transformers (`transformers serve`), or differs between its versions.
 
 `app_of` makes that server of one loaded model. It differs from `transformers serve` in who loads the model, in that
-text is sent once per forward with the number of its tokens, and in that a call that cannot be served is refused before
-the first token. `tests/decoding/test_compat.py` asserts that each name is there.
+text is sent with the number of tokens that each forward brought, and in that a call that cannot be served is refused
+before the first token. `tests/decoding/test_compat.py` asserts that each name is there.
 """
 
 from __future__ import annotations
@@ -37,6 +37,9 @@ HANDLERS = {
     "completion_handler": (CompletionHandler, "prompt"),
     "response_handler": (ResponseHandler, "input"),
 }
+PACE = (
+    0.008  # seconds between two pieces of text, at least: no eye sees more, and sending each costs a small model time
+)
 
 
 class Fault(Exception):
@@ -62,7 +65,7 @@ class Thought(ReasoningText):
 
 class Streamer(DirectStreamer):
     """
-    Sends text once per forward, and at the end how long it took.
+    Sends text as forwards bring it, and at the end how long it took.
 
     Args:
         tokenizer: the fast tokenizer's own.
@@ -78,7 +81,7 @@ class Streamer(DirectStreamer):
         self.decoding, self.loop, self.queue = decoding, loop, asyncio.Queue()
         self.began = loop.create_future()  # done with the first token, or the error that came in its place
         self.began.add_done_callback(lambda began: began.cancelled() or began.exception())
-        self.start = time.perf_counter()
+        self.start, self.due = time.perf_counter(), 0.0
         super().__init__(tokenizer, loop, self.queue, response_parser=parser)
 
     def put(self, value) -> None:
@@ -95,7 +98,9 @@ class Streamer(DirectStreamer):
         """The tokens of one forward are all there."""
         self.forwards.append((self.total_tokens - self.counted, self.length))
         self.counted, self.length = self.total_tokens, 0
-        self.send()
+        if (now := time.perf_counter()) >= self.due:
+            self.due = now + PACE
+            self.send()
 
     def end(self) -> None:
         super().end()
@@ -176,6 +181,7 @@ class Runner(GenerateManager):
         self.served = served
         self.live: set = set()  # streamers of answers that are not done
         self.latest: Streamer | None = None
+        self.has_ended = False
 
     def generate_streaming(self, model, processor, inputs, gen_config, request_id, response_parser=None):
         self.served.fit(inputs, gen_config)
@@ -211,7 +217,7 @@ class Runner(GenerateManager):
         """On the thread: the tokens of an answer."""
         self.live.add(streamer)
         try:
-            if streamer.is_cancelled:
+            if streamer.is_cancelled or self.has_ended:
                 raise _GenerationCancelled()
             return self.served.generate(inputs, gen_config, streamer)
         except (UsageError, _GenerationCancelled):
@@ -222,7 +228,8 @@ class Runner(GenerateManager):
             self.live.discard(streamer)
 
     def cancel_all(self) -> None:
-        """Breaks every answer off, as the server ends."""
+        """Breaks every answer off, those that wait for their turn, too, as the server ends."""
+        self.has_ended = True
         for streamer in list(self.live):
             streamer.cancel()
 
@@ -241,9 +248,9 @@ class State(GenerationState):
 class Manager(ModelManager):
     """Knows one model, which is loaded and stays so."""
 
-    def __init__(self, served, state: State):
+    def __init__(self, served):
         super().__init__()
-        self.served, self.state, self.force_model = served, state, served.name
+        self.served, self.force_model = served, served.name
 
     @staticmethod
     def process_model_name(model_id: str) -> str:
@@ -273,7 +280,7 @@ class Manager(ModelManager):
     get_gen_models = list_models  # its name before transformers 5.18
 
     def shutdown(self) -> None:
-        self.state.runner.cancel_all()
+        """The model stays: a client may ask for this (`/reset`)."""
 
 
 class Handler:
@@ -293,8 +300,10 @@ class Handler:
     async def handle_request(self, body: dict, request_id: str):
         try:
             response = await super().handle_request(body, request_id)
-        except (HTTPException, UsageError, Fault, _GenerationCancelled):
+        except (HTTPException, UsageError, Fault):
             raise
+        except _GenerationCancelled as error:
+            raise HTTPException(503, "the server is ending.") from error
         except Exception as error:  # of reading the body, as only that is left
             raise UsageError(f"the request cannot be read ({type(error).__name__}: {error}).") from error
         streamer = getattr(response, "streamer", None)
@@ -333,7 +342,7 @@ def app_of(served):
         served: a `hf_jacobi.serving.server.Served`.
     """
     state = State(served)
-    manager = Manager(served, state)
+    manager = Manager(served)
     handlers = {
         name: type(kind.__name__, (Handler, kind), {"prompt": prompt})(manager, state)
         for name, (kind, prompt) in HANDLERS.items()

@@ -266,13 +266,17 @@ def add_page(app, page: dict[str, Any]) -> None:
     app.get("/page/about", include_in_schema=False)(lambda: JSONResponse(page))
 
 
-def serve(app, listening: socket.socket, log_level: str = "warning") -> None:
-    """Serves until Ctrl-C."""
+def serve(served: Served, app, listening: socket.socket, log_level: str = "warning") -> None:
+    """Serves until Ctrl-C, which breaks answers off."""
     import uvicorn
 
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets=None) -> None:
+            served.runner.cancel_all()
+            await super().shutdown(sockets)
+
     sys.setswitchinterval(SWITCH)
-    config = uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=1)
-    uvicorn.Server(config).run(sockets=[listening])
+    Server(uvicorn.Config(app, log_level=log_level, timeout_graceful_shutdown=5)).run(sockets=[listening])
 
 
 def about(served: Served, examples: list[str], **more) -> dict[str, Any]:
