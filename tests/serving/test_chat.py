@@ -40,6 +40,10 @@ def test_text_comes_with_the_tokens_of_each_forward(served):
         assert "".join(text for text, _ in shown[way]) == found.text
         assert [tokens for _, tokens in shown[way]] == found.forwards
     assert answers["ar"].tokens_per_forward == 1 < answers["jacobi"].tokens_per_forward
+    inputs = served.encode([{"role": "user", "content": "t5 t6 t7"}])
+    settings = {"decoding": "jacobi", "max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True}
+    stats = served.model.generate(**inputs, **settings).jacobi_stats
+    assert answers["jacobi"].forwards == stats.accepted_per_forward and len(stats.accepted_per_forward) > 5
     assert answers["ar"].tokens == answers["jacobi"].tokens
     assert answers["jacobi"].tokens_per_second > 0
 

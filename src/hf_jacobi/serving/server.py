@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 def refuse_missing_packages() -> None:
     """Raises `MissingPackage` where what the server needs is not installed."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise MissingPackage(f"serving needs {' and '.join(missing)}: pip install 'hf_jacobi[serve]'")
+        raise MissingPackage(f"serving needs {', '.join(missing)}: pip install 'hf_jacobi[serve]'")
 
 
 def listen(host: str, port: int) -> socket.socket:
