@@ -15,6 +15,15 @@ EXTRAS = {
     "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8", "accelerate>=1.10", "peft>=0.19"],
     "harness": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.19"],  # which needs packages that come as source only
     "flash": ["flash-attn>=2.7"],
+    "serve": [  # as transformers' own extra `serving`, and what adapters and colours need
+        "fastapi>=0.110",
+        "starlette>=0.36",
+        "uvicorn>=0.29",
+        "openai>=1.98.0",
+        "pydantic>=2",
+        "rich>=13",
+        "peft>=0.19",
+    ],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",
@@ -44,7 +53,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*"]},
+    package_data={"hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*", "serving/page/*"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.16,<5.25"],
     extras_require=EXTRAS,

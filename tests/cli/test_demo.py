@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_jacobi import cli
-from hf_jacobi.cli.demo import _SideBySide, is_trained, print_report, remarks
+from hf_jacobi.cli.demo import SideBySide, is_trained, print_report, remarks
 from hf_jacobi.cli.models import MINIATURE
 from hf_jacobi.decoding.config import write_settings
 
@@ -154,7 +154,7 @@ def test_a_model_counts_as_trained_by_its_note_not_by_how_it_decodes(checkpoint,
 
 def test_side_by_side_the_newest_lines_are_seen(monkeypatch):
     monkeypatch.setattr("rich.console.Console", partial(Console, file=io.StringIO(), width=80, height=24))
-    screen = _SideBySide()
+    screen = SideBySide()
     screen.content["ar"] = ("\n".join(f"line {number}" for number in range(60)), 60, 1.0)
     for whole, first in ((False, 39), (True, 0)):
         file = io.StringIO()

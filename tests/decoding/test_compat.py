@@ -157,6 +157,40 @@ def test_a_private_name_stands_in_the_source(name, module, affected):
     assert name in source, f"{name} is gone from {module}; affected: {affected}"
 
 
+# Each name of serving/compat.py, by its module of `transformers.cli.serving` and its class there; without the extra
+# `serve` their source alone can be read. All that they affect are `hf-jacobi serve` and `hf-jacobi chat`.
+OF_THE_SERVER = [
+    ("server", "build_server", ()),
+    ("model_manager", "ModelManager", ("process_model_name", "load_model_and_processor", "load_model_streaming")),
+    ("model_manager", "ModelManager", ("shutdown", "force_model")),
+    ("chat_completion", "ChatCompletionHandler", ("handle_request", "_streaming", "_build_chunk_sse")),
+    ("completion", "CompletionHandler", ("handle_request", "_streaming", "_build_chunk_sse")),
+    ("response", "ResponseHandler", ("handle_request", "_streaming")),
+    ("utils", "BaseHandler", ("_validate_request", "_build_generation_config", "generation_state", "model_manager")),
+    ("utils", "GenerationState", ("get_manager",)),
+    ("utils", "GenerateManager", ("generate_streaming", "generate_non_streaming", "submit", "async_submit")),
+    ("utils", "DirectStreamer", ("_enqueue", "_cancelled", "total_tokens", "cancel", "_tokenizer")),
+    ("utils", "ReasoningText", ()),
+    ("utils", "_GenerationCancelled", ()),
+    ("utils", "_StreamError", ()),
+]
+
+
+@pytest.mark.parametrize(("module", "owner", "members"), OF_THE_SERVER)
+def test_a_private_name_of_the_server_stands_in_its_source(module, owner, members):
+    source = (Path(transformers.__file__).parent / "cli" / "serving" / f"{module}.py").read_text(encoding="utf-8")
+    trees = [node for node in ast.parse(source).body if getattr(node, "name", None) == owner]
+    assert trees, f"{owner} is gone from transformers.cli.serving.{module}; affected: hf-jacobi serve"
+    missing = [name for name in members if not re.search(rf"\b{name}\b", ast.unparse(trees[0]))]
+    assert not missing, f"{missing} are gone from {owner}; affected: hf-jacobi serve"
+
+
+def test_every_private_name_of_the_servers_compat_is_looked_for():
+    file = SOURCE / "serving" / "compat.py"
+    known = {name for _, owner, members in OF_THE_SERVER for name in (owner, *members)}
+    assert private_names(file) | imported_inside(file) <= known
+
+
 def test_every_private_name_of_compat_is_looked_for():
     found = private_names(SOURCE / "decoding" / "compat.py") | imported_inside(SOURCE / "decoding" / "compat.py")
     known = {entry[0] for entry in NAMES + IN_SOURCE} | {"past_key_values"}

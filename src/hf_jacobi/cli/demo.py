@@ -308,7 +308,7 @@ def _screen(arguments):
     if not sys.stdout.isatty():
         return nullcontext(_plain_lines)
     try:
-        return _SideBySide()
+        return SideBySide()
     except ImportError:
         return nullcontext(_plain_lines)
 
@@ -327,10 +327,10 @@ def _plain_lines(decoding: str):
     return show
 
 
-class _SideBySide:
+class SideBySide:
     """
-    Two panels in the terminal, one per decoding, redrawn as their texts grow: the newest lines that fit, and at the
-    end the whole.
+    Two panels in the terminal, one per decoding, redrawn as their texts, plain ones or of rich, grow: the newest lines
+    that fit, and at the end the whole.
     """
 
     def __init__(self):
@@ -351,7 +351,7 @@ class _SideBySide:
         panels = []
         for decoding, title in TITLES.items():
             text, tokens, seconds = self.content[decoding]
-            lines = self.Text(text).wrap(self.console, max(1, width))
+            lines = (self.Text(text) if isinstance(text, str) else text).wrap(self.console, max(1, width))
             shown = self.Text("\n").join(lines if whole else lines[-room:])
             table.add_column(ratio=1)
             panels.append(self.Panel(shown, title=title, subtitle=f"{tokens} tokens, {seconds:.1f} s"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 
+from ..decoding.errors import UsageError
+
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
     about = "Publish a checkpoint on the Hub so that it decodes fast for whoever loads it"
     parser = commands.add_parser("push", help=about, description=about)
-    parser.add_argument("model", help="the folder of a model or an adapter")
+    parser.add_argument("model", help="the folder of a model or an adapter; for --space also a name on the Hub")
     parser.add_argument("repo_id", help="user/name on the Hub")
     parser.add_argument("--tokenizer", help="a folder or a Hub id (default: beside the model, else of its base)")
     parser.add_argument(
@@ -19,11 +21,22 @@ def add_parser(commands) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--output-dir", help="keep what is pushed in this folder, empty or new")
     parser.add_argument("--dry-run", action="store_true", help="only write --output-dir, push nothing")
+    parser.add_argument("--space", action="store_true", help="push a Space instead, with a chat page of the model")
     parser.set_defaults(run=run)
 
 
 def run(arguments) -> int:
     """Runs the command."""
+    tell = functools.partial(print, flush=True)
+    if arguments.space:
+        if arguments.tokenizer or arguments.evaluation:
+            raise UsageError("--tokenizer and --evaluation are for a model: drop them, or drop --space.")
+        from ..hub.space import publish_space
+
+        settings = {"private": arguments.private, "tell": tell}
+        place = publish_space(arguments.model, arguments.repo_id, arguments.output_dir, arguments.dry_run, **settings)
+        print(f"{'written to' if arguments.dry_run else 'pushed:'} {place}")
+        return 0
     from ..hub import publish
 
     place = publish(
@@ -34,7 +47,7 @@ def run(arguments) -> int:
         arguments.dry_run,
         evaluation=arguments.evaluation,
         private=arguments.private,
-        tell=functools.partial(print, flush=True),
+        tell=tell,
     )
     print(f"{'written to' if arguments.dry_run else 'pushed:'} {place}")
     return 0

@@ -59,7 +59,10 @@ class Outputs:
         return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(first, length))
 
     def stream(self) -> None:
-        """Puts every position that all rows have reached, one `[B]` tensor each, as AR does."""
+        """
+        Puts every position that all rows have reached, one `[B]` tensor each, as AR does. A streamer with a method
+        `end_forward` is told when those of one forward are all there.
+        """
         if self.streamer is None:
             return
         reached = min((row.length for row in self.rows if not row.finished), default=None)
@@ -69,6 +72,8 @@ class Outputs:
             tokens = [row.tokens[index] if index < row.length else self.pad_token for row in self.rows]
             self.streamer.put(torch.tensor(tokens, device="cpu"))
         self.streamed = reached
+        if (end_forward := getattr(self.streamer, "end_forward", None)) is not None:
+            end_forward()
 
     def end_stream(self) -> None:
         """Says that nothing more will come."""

@@ -93,8 +93,8 @@ def publish(
     _check_names(model_or_dir=model_or_dir, tokenizer=tokenizer, output_dir=output_dir, evaluation=evaluation)
     in_memory = not isinstance(model_or_dir, (str, Path))
     _check_kinds(model_or_dir, tokenizer)
-    _check_repo(repo_id)
-    target = _target(output_dir, dry_run)
+    check_repo(repo_id)
+    target = target_of(output_dir, dry_run)
     evaluation = _read_evaluation(evaluation)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
@@ -136,14 +136,15 @@ def _check_kinds(model, tokenizer) -> None:
             )
 
 
-def _check_repo(repo_id: str) -> None:
+def check_repo(repo_id: str) -> None:
+    """Refuses a name that no repository can have, or that names no owner."""
     with of_usage(HFValidationError):
         validate_repo_id(repo_id)
     if "/" not in repo_id:
         raise UsageError(f"{repo_id!r} names no user or organization: pass 'user/name'.")
 
 
-def _target(output_dir: str | Path | None, dry_run: bool) -> Path | None:
+def target_of(output_dir: str | Path | None, dry_run: bool) -> Path | None:
     """Where the folder is kept; what lies above it is made."""
     if output_dir is None:
         if dry_run:

@@ -1,0 +1,193 @@
+"""`hf-jacobi chat`: a page, or the terminal, that shows which tokens came out of the same forward."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import webbrowser
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from ..decoding.errors import MissingFile, UsageError
+from .demo import SideBySide, is_miniature
+from .models import MINIATURE
+from .options import positive, wrapped
+from .serve import add_address, add_model, load
+
+
+if TYPE_CHECKING:
+    from ..serving.chat import Answer, Conversation
+    from .models import Found
+
+
+PORT = 7860  # as Spaces have it
+LENGTH = 512  # tokens of an answer
+SHADES = ((16, "bold black on bright_green"), (8, "black on green"), (4, "bold green"), (2, "green"))
+TITLES = {"ar": "one token at a time", "jacobi": "Jacobi"}
+HELP = "An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /1 to /{} ask an example, /clear starts anew."
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Chat with a model in the browser: each forward's tokens in a colour, one token at a time beside it"
+    parser = commands.add_parser("chat", help=about, description=about)
+    add_model(parser)
+    add_address(parser, PORT)
+    parser.add_argument("--terminal", action="store_true", help="keep to the terminal")
+    parser.add_argument("--compare", action="store_true", help="write each answer one token at a time, too")
+    parser.add_argument("--max-new-tokens", type=positive, default=LENGTH, help=f"of an answer (default: {LENGTH})")
+    parser.add_argument("--no-browser", action="store_true", help="only serve the page, open no browser")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    return _in_terminal(arguments) if arguments.terminal else _as_page(arguments)
+
+
+def examples_for(found: Found) -> list[str]:
+    """Prompts to try: the miniature's own, or such as any model may answer."""
+    if is_miniature(found):
+        return json.loads((MINIATURE / "prompts.json").read_text(encoding="utf-8"))
+    from ..evaluation.prompts import CHAT
+
+    return CHAT[:4]
+
+
+def _as_page(arguments) -> int:
+    from ..serving.server import about, address_of, application, listen, refuse_missing_packages, serve
+
+    refuse_missing_packages()
+    try:
+        listening = listen(arguments.host, PORT if arguments.port is None else arguments.port)
+    except MissingFile:
+        if arguments.port is not None:
+            raise
+        listening = listen(arguments.host, 0)
+    served, found = load(arguments, "jacobi")
+    page = about(
+        served,
+        examples_for(found),
+        is_miniature=is_miniature(found),
+        compare=arguments.compare,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    app, address = application(served, page), address_of(listening)
+    print(f"Chat with {served.name} at {address} (Ctrl-C ends it).", flush=True)
+    if not arguments.no_browser:
+        threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+    serve(served, app, listening)
+    return 0
+
+
+def _in_terminal(arguments) -> int:
+    served, found = load(arguments, "jacobi")
+    from ..serving.chat import Conversation
+
+    conversation = Conversation(served, arguments.max_new_tokens)
+    examples = examples_for(found)
+    print(wrapped(HELP.format(len(examples))), end="")
+    for number, example in enumerate(examples, 1):
+        print(wrapped(f"/{number}  {example.splitlines()[0]:.70}"), end="")
+    while (text := _read()) is not None:
+        if text == "/clear":
+            conversation.messages.clear()
+            continue
+        if text.startswith("/"):
+            text = _example(text, examples)
+            if text is None:
+                print(wrapped(HELP.format(len(examples))), end="")
+                continue
+            print(text.rstrip())
+        _exchange(conversation, text, arguments.compare)
+    return 0
+
+
+def _read() -> str | None:
+    """A message; `None` at the end."""
+    try:
+        return input("\n> ") or None
+    except EOFError:
+        return None
+
+
+def _example(typed: str, examples: list[str]) -> str | None:
+    number = typed[1:]
+    return examples[int(number) - 1] if number.isdecimal() and 0 < int(number) <= len(examples) else None
+
+
+def _exchange(conversation: Conversation, text: str, compare: bool) -> None:
+    """A message and its answer, one token at a time, too, where that is to be compared."""
+    conversation.ask(text)
+    answers = []
+    try:
+        with _screen(compare) as show:
+            for decoding in ("jacobi", "ar") if compare else ("jacobi",):
+                answers.append(conversation.answer(decoding, show(decoding)))
+    except UsageError as error:
+        print(wrapped(str(error)), end="")
+    if not answers:
+        conversation.messages.pop()
+        return
+    conversation.keep(answers[0])
+    print(_figures(answers))
+
+
+def _shade(tokens: int) -> str:
+    return next((style for least, style in SHADES if tokens >= least), "")
+
+
+@contextmanager
+def _screen(compare: bool):
+    """Gives `show(decoding)`, which gives what is called with each portion of an answer."""
+    try:
+        from rich.console import Console
+        from rich.text import Text
+    except ImportError:
+        Console = None
+    if Console is None or not sys.stdout.isatty():
+        yield lambda decoding: _plain(TITLES[decoding] if compare else None)
+        print()
+    elif compare:
+        with SideBySide() as columns:
+            yield lambda decoding: _column(columns(decoding), Text())
+    else:
+        console = Console(highlight=False)
+        yield lambda _: lambda text, tokens: console.print(Text(text, _shade(tokens)), end="", soft_wrap=True)
+        print()
+
+
+def _plain(title: str | None):
+    """For pipes and files: the text as it comes, under a title."""
+    if title:
+        print(f"\n--- {title} ---")
+    return lambda text, tokens: print(text, end="", flush=True)
+
+
+def _column(show, text):
+    """For a column of its own, a text of rich that grows."""
+    start, counts = time.perf_counter(), []
+
+    def portion(more: str, tokens: int) -> None:
+        counts.append(tokens)
+        text.append(more, _shade(tokens))
+        show(text, sum(counts), time.perf_counter() - start)
+
+    return portion
+
+
+def _figures(answers: list[Answer]) -> str:
+    """What an answer took, in a line; against one token at a time, where there is that."""
+    first = answers[0]
+    line = (
+        f"[{first.tokens} tokens in {len(first.forwards)} forwards, {first.tokens_per_forward:.2f} per forward; "
+        f"{first.tokens_per_second:.0f} tokens a second"
+    )
+    if len(answers) == 2:
+        other = answers[1]
+        faster = first.tokens_per_second / other.tokens_per_second if other.tokens_per_second else 0
+        same = "same text" if first.text == other.text else "another text"
+        line += f"; one token at a time {other.tokens_per_second:.0f}: {faster:.2f}x, {same}"
+    return wrapped(f"{line}]").rstrip("\n")
