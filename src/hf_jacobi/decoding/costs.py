@@ -93,7 +93,9 @@ def _is_curve(curve) -> bool:
         return False
     positions, costs = zip(*curve)
     rises = all(before < after for before, after in pairwise(positions))
-    return positions[0] == 1 and rises and all(map(_is_size, positions)) and all(0.0 < cost < math.inf for cost in costs)
+    return (
+        positions[0] == 1 and rises and all(map(_is_size, positions)) and all(0.0 < cost < math.inf for cost in costs)
+    )
 
 
 # Where nothing is measured: by the type of the device. On a CPU those of a machine on which a second position costs
