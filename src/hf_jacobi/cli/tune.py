@@ -38,7 +38,7 @@ def add_parser(commands) -> None:
         type=positive,
         nargs="+",
         default=[1],
-        help="rows together that costs are measured for (default: 1)",
+        help="rows together to measure costs for (default: 1)",
     )
     add_dtype(parser)
     parser.add_argument("--output", type=path, help="write what was measured to this JSON file")

@@ -77,7 +77,7 @@ class Own:
     """
     What the model's own predictions are worth, by how far ahead they are, from one token on.
 
-    What is not known of far ones is taken from those before them, so that a window grows as long as its end comes true.
+    What is not known of far ones is taken from those before them, so that drafts grow while their end comes true.
     """
 
     def __init__(self, depths: int):

@@ -63,7 +63,7 @@ class CostCurve:
 
 def check_cost(cost) -> None:
     """Raises `UsageError` where `cost` is no `JacobiConfig.position_cost`."""
-    if cost is None or _is_number(cost) and 0.0 <= cost < math.inf:
+    if cost is None or (_is_number(cost) and 0.0 <= cost < math.inf):
         return
     curves = list(cost.values()) if isinstance(cost, Mapping) and cost else [cost]
     sizes = list(cost) if isinstance(cost, Mapping) else []
