@@ -28,6 +28,7 @@ PROBES = 0.01  # share of the time that goes into them where nothing pays
 # What trying may lose: so many forwards over one position, and so many more for each token.
 FREE = 0.8
 ALLOWED = 0.01
+CREDIT = 1.0  # forwards that a forward may be expected to win back, however much its guesses promise
 
 
 class Odds:
@@ -113,9 +114,9 @@ class Economy:
     How many guesses a forward tries: those that bring most tokens per cost, none where that is no more than one.
 
     Where nothing pays, the model's own predictions are tried now and then, as they are known no other way. An account
-    of all forwards so far bounds what that loses against one token a forward: nothing is tried that is expected to
-    leave more than `FREE` forwards and `ALLOWED` of a forward for each token lost. All this depends on tokens and on
-    the curve alone: a call with a given curve can be repeated.
+    of all forwards so far bounds what trying loses against one token a forward: nothing is tried that is expected to
+    leave more than `FREE` forwards, and `ALLOWED` of one for each token, lost. All this depends on tokens and on the
+    curve alone: a call with a given curve can be repeated.
 
     The rows of a batch share a forward, which is as wide as its widest row. So one number of guesses serves all of
     them, and what counts is the progress of the row that is behind: the text of a batch is done when its last row is.
@@ -147,7 +148,7 @@ class Economy:
             chances: those of each row's guesses, falling.
         """
         guesses, tokens = self._best(chances)
-        if guesses and self._may_lose(self.cost(guesses) - tokens):
+        if guesses and self._may_lose(max(self.cost(guesses) - tokens, -CREDIT)):
             return guesses, False
         loss = self.cost(PROBE) - 1
         if self.probing <= PROBES * self.progress and self._may_lose(loss):

@@ -55,7 +55,7 @@ class CostCurve:
     def cost(self, positions: int) -> float:
         """Of a forward over so many positions in each row."""
         if len(self.points) == 1:
-            return 1.0
+            return self.points[0][1]
         ends = next((pair for pair in pairwise(self.points) if positions <= pair[1][0]), self.points[-2:])
         (first, low), (last, high) = ends
         return low + (high - low) * (positions - first) / (last - first)

@@ -223,7 +223,7 @@ class Lead:
         return drafted
 
 
-class _Tree:
+class Tree:
     """
     Ways the text may go on, merged where they begin alike, as tokens in the order of their chances.
 
@@ -309,7 +309,7 @@ class DraftRule:
         ways += self._copied(length)
         if not self.config.pool_size:
             ways = [max(ways, key=lambda way: sum(way[1]))]
-        self.tree = _Tree(ways)
+        self.tree = Tree(ways)
         return self.tree.chances
 
     def propose(self, room: int, guesses: int | None = None, probes: bool = False) -> Draft:

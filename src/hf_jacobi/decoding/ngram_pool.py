@@ -68,8 +68,8 @@ class NgramPool:
         latest.
 
         Returns:
-            `(match, tokens)`: how many tokens of the context, at most `LONGEST_MATCH`, stood before that place too; and
-            the 1 to `length` tokens that followed.
+            `(match, tokens)`: how many tokens of the context stood before that place, too, at most `LONGEST_MATCH`;
+            and the 1 to `length` tokens that followed.
         """
         found: dict[int, tuple[int, list[int], int]] = {}
         longest = min(LONGEST_MATCH, len(context))

@@ -37,33 +37,34 @@ def curve_of(step: Step, rows: list[Row], may_measure: bool = True) -> CostCurve
         may_measure: whether forwards may be run for it.
     """
     model = step.model
-    rounded = 1 << (len(rows) - 1).bit_length()
+    rounded = 1 << max(0, len(rows) - 1).bit_length()
     attention = attention_of(model.config.get_text_config(decoder=True))
     way = (step.device, model.dtype, attention, rounded, torch.get_num_threads(), step.draft_adapter is not None)
     known = _KNOWN.setdefault(model, {})
     if way not in known and may_measure and _is_long(rows) and _LOCK.acquire(blocking=False):
         try:
-            known[way] = measure(step, [row.length - 1 for row in rows], min(row.room for row in rows))
+            known[way] = measure(step, [row.tokens for row in rows], min(row.room for row in rows))
         finally:
             _LOCK.release()
     return known.get(way) or default_curve(step.device.type)
 
 
 def _is_long(rows: list[Row]) -> bool:
-    lengths = [SHORTEST if row.max_length is None else row.max_length - row.length for row in rows if not row.finished]
-    return max(lengths, default=0) >= SHORTEST and min(row.room for row in rows) >= WIDTHS[-1]
+    live = [row for row in rows if not row.finished]
+    is_long = any(row.max_length is None or row.max_length - row.prompt_length >= SHORTEST for row in live)
+    return is_long and min(row.room for row in rows) >= WIDTHS[-1]
 
 
-def measure(step: Step, starts: list[int], room: int) -> CostCurve:
+def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
     """
     Times forwards over 1, 2, 4, ... positions, written where the next forward writes anyway: nothing reads them after.
 
     Args:
-        step: its cache holds all tokens before `starts`.
-        starts: index in its sequence of each row's newest token.
-        room: how many positions there are from there on.
+        step: its cache holds all tokens of the rows but the newest.
+        texts: the tokens of each row, the last of which are tried: experts are chosen as for any text.
+        room: how many positions there are from the newest token on.
     """
-    logits = step.logits
+    logits, starts = step.logits, [len(text) - 1 for text in texts]
     widths = [width for width in WIDTHS if width <= room and not 1 < width < 4 * (step.draft_adapter is not None)]
 
     alone = step.device.type == "cpu" and torch.get_num_threads() == 1
@@ -72,15 +73,15 @@ def measure(step: Step, starts: list[int], room: int) -> CostCurve:
     def clocked(width: int) -> float:
         chain = width // 2 if step.draft_adapter and width > 1 else width
         begin = clock()
-        step([Draft([0] * chain) for _ in starts], starts)  # which waits for the device
+        step([Draft((chain * text[-chain:])[-chain:]) for text in texts], starts)  # which waits for the device
         return clock() - begin
 
     first, one = clocked(1), clocked(1)
     if first > COLD * one or step.device.type != "cpu":
         for width in widths[1:]:
             clocked(width)
-    seconds = {1: min(first, one)}
-    spent = first + one
+        first = one
+    seconds, spent = {1: min(first, one)}, first + one
     for width in (*widths[1:], *widths):
         likely = CostCurve(tuple(sorted(seconds.items()))).cost(width) if len(seconds) > 1 else seconds[1]
         if spent + likely > BUDGET * seconds[1] and len(seconds) > 1:

@@ -226,7 +226,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def _where_it_pays(report: Mapping[str, Any]) -> list[str]:
-    """Where there are several batch sizes: a line for each with its fastest Jacobi decoding, and what that comes to."""
+    """With several batch sizes: a line for each with its fastest Jacobi decoding, and from which on none pays."""
     jacobi = [row for row in report["results"] if row["decoding"].startswith("Jacobi")]
     best = {}
     for row in jacobi:

@@ -107,17 +107,17 @@ def tune(
             `position_cost` at what is measured here.
         present: the settings that the checkpoint has, those of the generation config if left out. They are tried and
             checked too, and stay unless others are faster by more than noise; their seed stays in any case.
-        batch_sizes: the rows together for which costs are measured, so that drafts adapt to them; the other settings are
-            those for one row.
+        batch_sizes: the rows together for which costs are measured, so that drafts adapt to them; the other settings
+            are those for one row.
         max_new_tokens: how far the prompts are decoded.
         progress: wraps what is gone through, given a title.
 
     Returns:
         `decoding` (`"jacobi"`, or `"ar"` where no setting was faster) and `jacobi`, the settings; `speedup`, measured;
         `predicted` and `measured` tokens per second of the chosen settings; `costs`, what a forward takes: `tokens`
-        (of each row), `seconds` (of such forwards, by batch size, over the first of these numbers) and `overhead` (seconds of a step beside it: drafting,
-        accepting, masks; the median over the settings); `grid` (every setting with its tokens per forward and its
-        prediction) and `checked` (the best few with AR); `setup`.
+        (of each row), `seconds` (by batch size, over the first of these numbers) and `overhead` (seconds of a step
+        beside its forward: drafting, accepting, masks; the median over the settings); `grid` (every setting with its
+        tokens per forward and its prediction) and `checked` (the best few with AR); `setup`.
 
     Raises:
         `ValueError`: there are no prompts, or AR has no form that is fast (`fastest_pair`).
