@@ -26,7 +26,7 @@ WORTHWHILE = 1.03  # tokens per cost from which guesses are tried at all
 PROBE = 3  # guesses of a probe
 PROBES = 0.01  # share of the time that goes into them where nothing pays
 # What trying may lose: so many forwards over one position, and so many more for each token.
-FREE = 0.8
+FREE = 0.3
 ALLOWED = 0.01
 CREDIT = 1.0  # forwards that a forward may be expected to win back, however much its guesses promise
 
