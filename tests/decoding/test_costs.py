@@ -41,6 +41,7 @@ def test_of_several_batch_sizes_the_nearest_counts():
 def test_there_is_a_default_for_every_device(device):
     curve = default_curve(device)
     assert curve.cost(1) == 1 < curve.cost(2) < curve.cost(64)
+    assert default_curve(device, 64).cost(16) > curve.cost(16), "more rows keep it busy sooner"
 
 
 @pytest.mark.parametrize("cost", [0.05, 0, AMD, {"1": AMD, "8": AMD}, None])

@@ -244,4 +244,4 @@ def test_a_draft_only_adapter_is_timed_with_its_own_positions(monkeypatch):
 def test_without_a_measurement_there_are_defaults(monkeypatch):
     step, _ = fake(monkeypatch, lambda widths: 1.0)
     step.model = trained_model()
-    assert timing.curve_of(step, [], may_measure=False) == default_curve("cpu")
+    assert timing.curve_of(step, [None] * 3, may_measure=False) == default_curve("cpu", 3)

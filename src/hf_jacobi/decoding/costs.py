@@ -98,12 +98,13 @@ def _is_curve(curve) -> bool:
     )
 
 
-# Where nothing is measured: by the type of the device. On a CPU those of a machine on which a second position costs
+# Where nothing is measured: by the positions of all rows. On a CPU those of a machine on which a second position costs
 # much (an AMD without AMX took 1.7, an Intel with AMX 1.06), so that what is tried there pays anywhere.
-CPU = ((1, 1.0), (2, 1.5), (8, 1.9), (16, 2.5))
-GPU = ((1, 1.0), (16, 1.05), (64, 1.3))
+CPU = CostCurve(((1, 1.0), (2, 1.5), (8, 1.9), (16, 2.5)))
+GPU = CostCurve(((1, 1.0), (16, 1.05), (64, 1.3), (256, 2.5)))
 
 
-def default_curve(device: str) -> CostCurve:
-    """What forwards cost on such a device (`torch.device.type`), roughly."""
-    return CostCurve(GPU if device in ("cuda", "xpu", "npu") else CPU)
+def default_curve(device: str, rows: int = 1) -> CostCurve:
+    """What forwards cost, roughly, on a device (`torch.device.type`) and for so many rows."""
+    whole = GPU if device in ("cuda", "xpu", "npu") else CPU
+    return CostCurve.of([(positions, whole.cost(positions * rows)) for positions in (1, 2, 4, 8, 16, 32)])

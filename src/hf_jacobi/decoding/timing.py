@@ -46,7 +46,7 @@ def curve_of(step: Step, rows: list[Row], may_measure: bool = True) -> CostCurve
             known[way] = measure(step, [row.tokens for row in rows], min(row.room for row in rows))
         finally:
             _LOCK.release()
-    return known.get(way) or default_curve(step.device.type)
+    return known.get(way) or default_curve(step.device.type, len(rows))
 
 
 def _is_long(rows: list[Row]) -> bool:
@@ -67,14 +67,13 @@ def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
     logits, starts = step.logits, [len(text) - 1 for text in texts]
     widths = [width for width in WIDTHS if width <= room and not 1 < width < 4 * (step.draft_adapter is not None)]
 
-    alone = step.device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.thread_time if alone else time.perf_counter  # the former stands still while other programs run
+    clock = _clock(step.device)
 
     def clocked(width: int) -> float:
         chain = width // 2 if step.draft_adapter and width > 1 else width
         begin = clock()
         step([Draft((chain * text[-chain:])[-chain:]) for text in texts], starts)  # which waits for the device
-        return clock() - begin
+        return max(clock() - begin, 1e-9)
 
     first, one = clocked(1), clocked(1)
     if first > COLD * one or step.device.type != "cpu":
@@ -91,3 +90,10 @@ def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
         seconds[width] = min(took, seconds.get(width, took))
     step.logits, step.copies = logits, 0
     return CostCurve.of(sorted(seconds.items()))
+
+
+def _clock(device: torch.device):
+    """On one thread of a CPU a clock that stands still while other programs run, where there is a fine one."""
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    fine = time.get_clock_info("thread_time").resolution < 1e-5
+    return time.thread_time if alone and fine else time.perf_counter
