@@ -28,7 +28,8 @@ PROBES = 0.01  # share of the time that goes into them where nothing pays
 # What trying may lose: so many forwards over one position, and so many more for each token.
 FREE = 0.3
 ALLOWED = 0.01
-CREDIT = 1.0  # forwards that a forward may be expected to win back, however much its guesses promise
+SURE = 0.6  # of the tokens that guesses promise, the share that the account counts on
+CREDIT = 1.0  # and at most so many forwards, however much they promise
 
 
 class Odds:
@@ -148,7 +149,8 @@ class Economy:
             chances: those of each row's guesses, falling.
         """
         guesses, tokens = self._best(chances)
-        if guesses and self._may_lose(max(self.cost(guesses) - tokens, -CREDIT)):
+        loss = self.cost(guesses) - 1
+        if guesses and self._may_lose(max(loss - SURE * (tokens - 1), -CREDIT)):
             return guesses, False
         loss = self.cost(PROBE) - 1
         if self.probing <= PROBES * self.progress and self._may_lose(loss):
