@@ -28,7 +28,7 @@ PROBES = 0.01  # share of the time that goes into them where nothing pays
 # What trying may lose: so many forwards over one position, and so many more for each token.
 FREE = 0.3
 ALLOWED = 0.01
-SURE = 0.6  # of the tokens that guesses promise, the share that the account counts on
+SURE = 0.3  # of the tokens that guesses promise, the share that the account counts on
 CREDIT = 1.0  # and at most so many forwards, however much they promise
 
 
