@@ -28,8 +28,11 @@ PROBES = 0.01  # share of the time that goes into them where nothing pays
 # What trying may lose: so many forwards over one position, and so many more for each token.
 FREE = 0.3
 ALLOWED = 0.01
-SURE = 0.3  # of the tokens that guesses promise, the share that the account counts on
-CREDIT = 1.0  # and at most so many forwards, however much they promise
+# Of what guesses promise to win back the account counts on a share, on all of it where they promise so many tokens per
+# cost, and at most on so many forwards.
+SURE = 0.3
+CLEAR = 1.8
+CREDIT = 2.0
 
 
 class Odds:
@@ -149,8 +152,9 @@ class Economy:
             chances: those of each row's guesses, falling.
         """
         guesses, tokens = self._best(chances)
-        loss = self.cost(guesses) - 1
-        if guesses and self._may_lose(max(loss - SURE * (tokens - 1), -CREDIT)):
+        cost = self.cost(guesses)
+        sure = 1.0 if tokens > CLEAR * cost else SURE
+        if guesses and self._may_lose(max(cost - 1 - sure * (tokens - 1), -CREDIT)):
             return guesses, False
         loss = self.cost(PROBE) - 1
         if self.probing <= PROBES * self.progress and self._may_lose(loss):
