@@ -31,8 +31,8 @@ ALLOWED = 0.01
 # Of what guesses promise to win back the account counts on a share, on all of it where they promise so many tokens per
 # cost, and at most on so many forwards.
 SURE = 0.3
-CLEAR = 1.8
-CREDIT = 2.0
+CLEAR = 2.2
+CREDIT = 1.5
 
 
 class Odds:
