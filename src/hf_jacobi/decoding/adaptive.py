@@ -28,9 +28,10 @@ PROBES = 0.01  # share of the time that goes into them where nothing pays
 # What trying may lose: so many forwards over one position, and so many more for each token.
 FREE = 0.3
 ALLOWED = 0.01
-# Of what guesses promise to win back the account counts on a share, on all of it where they promise so many tokens per
-# cost, and at most on so many forwards.
-SURE = 0.3
+# What guesses promise to win back counts in the account: a share of it, at first no more than a forward for so many
+# tokens of text; all of it where they promise so many tokens per cost; and at most so many forwards.
+SURE = 0.6
+EARLY = 16
 CLEAR = 2.2
 CREDIT = 1.5
 
@@ -153,8 +154,8 @@ class Economy:
         """
         guesses, tokens = self._best(chances)
         cost = self.cost(guesses)
-        sure = 1.0 if tokens > CLEAR * cost else SURE
-        if guesses and self._may_lose(max(cost - 1 - sure * (tokens - 1), -CREDIT)):
+        credit = tokens - 1 if tokens > CLEAR * cost else min(SURE * (tokens - 1), self.progress / EARLY)
+        if guesses and self._may_lose(cost - 1 - min(credit, CREDIT)):
             return guesses, False
         loss = self.cost(PROBE) - 1
         if self.probing <= PROBES * self.progress and self._may_lose(loss):
