@@ -100,8 +100,8 @@ def forced_drafts(right: float, known: Callable[[list[int], int], list[int]], vo
     draw = random.Random(0)
     propose = DraftRule.propose
 
-    def forced(self, room):
-        draft = propose(self, room)
+    def forced(self, room, *choice):
+        draft = propose(self, room, *choice)
         chain = list(draft.chain)
         for index, token in enumerate(known(self.text, len(chain) - 1), 1):
             wrong = 0 if draw.random() < right else 1 + draw.randrange(vocabulary - 2)

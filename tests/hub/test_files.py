@@ -118,7 +118,8 @@ def test_none_of_what_is_planted_beside_a_checkpoint_is_published_and_the_rest_d
     model = hf_jacobi.enable(AutoModelForCausalLM.from_pretrained(folder))
     inputs = torch.tensor([[5, 6, 7, 5, 6, 7, 5]])
     call = {"attention_mask": torch.ones_like(inputs), "max_new_tokens": 24, "do_sample": False}
-    out = model.generate(inputs, **call, decoding="jacobi", return_dict_in_generate=True)
+    jacobi = {"decoding": "jacobi", "jacobi_config": {"position_cost": 0.01}, "return_dict_in_generate": True}
+    out = model.generate(inputs, **call, **jacobi)
     assert torch.equal(out.sequences, model.generate(inputs, **call, decoding="ar"))
     assert out.jacobi_stats.tokens_per_forward > 1
     assert AutoTokenizer.from_pretrained(folder).get_vocab() == tiny_tokenizer().get_vocab()

@@ -33,7 +33,8 @@ class AttentionMask:
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, left_padding: torch.Tensor, groups: int = 1):
         self.left_padding = left_padding
         self.groups = groups
-        self.additive = attention_of(config) == "eager"  # eager adds the mask: a boolean one would do nothing
+        # Eager attention adds the mask: a boolean one would do nothing. Others turn it into such a one in every layer.
+        self.additive = attention_of(config) == "eager" or groups > 1
         self.dtype = dtype
         self.sliding_window = getattr(config, "sliding_window", None)
         self.chunk_size = getattr(config, "attention_chunk_size", None)
@@ -64,8 +65,8 @@ class AttentionMask:
             key_places: `[B, S]`, the index of the token in each slot; may be `None` where nothing `reads_places`.
 
         Returns:
-            `[B, 1, groups * Q, S]`, boolean for sdpa and additive for eager attention, or a dict of them by layer
-            type.
+            `[B, 1, groups * Q, S]`, additive for eager attention and folded groups, boolean otherwise, or a dict of
+            them by layer type.
         """
         kinds = self.layer_types or [self.single_kind()]
         masks = {kind: self._finish(self._restrict(visible, query_places, key_places, kind)) for kind in kinds}
@@ -81,11 +82,12 @@ class AttentionMask:
         return visible & ((query - start) // self.chunk_size == (key - start) // self.chunk_size)
 
     def _finish(self, visible: torch.Tensor) -> torch.Tensor:
-        visible = visible.unsqueeze(1).repeat(1, 1, self.groups, 1) if self.groups > 1 else visible.unsqueeze(1)
+        visible = visible.unsqueeze(1)
         if not self.additive:
             return visible
         mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-        return mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+        mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+        return mask.repeat(1, 1, self.groups, 1) if self.groups > 1 else mask
 
 
 class ChainMask:
@@ -190,7 +192,12 @@ def fold_groups(plain):
             return plain(module, query, key, value, attention_mask[:, :, :length], *arguments, **keywords)
         folded = query.reshape(query.shape[0], key.shape[1], groups * length, query.shape[3])
         result = torch.nn.functional.scaled_dot_product_attention(
-            folded, key, value, attention_mask, keywords.get("dropout") or 0.0, scale=keywords.get("scaling")
+            folded,
+            key,
+            value,
+            attention_mask.to(query.dtype),
+            keywords.get("dropout") or 0.0,
+            scale=keywords.get("scaling"),
         )
         return result.reshape(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
 

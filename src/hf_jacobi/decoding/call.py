@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from .batch import Row
+from .adaptive import Economy
+from .batch import Row, account, propose
 from .compat import pad_token_of
+from .costs import CostCurve
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .outputs import Outputs
 from .stats import JacobiStats
 from .step import Step
 from .stopping import StopCheck
+from .timing import curve_of
 from .verify import Greedy, Gumbel, TokenChooser, usable
 from .walk import Walk
 
@@ -53,12 +56,14 @@ class DecodeCall:
         self.step = Step(model, input_ids, generation_config, model_kwargs, chooser)
         self.step.draft_adapter = DraftAdapter.of(model) if drafts else None
         self.rows = _rows(self.step, config, stop.max_length, records)
+        self.config = config
+        self.economy: Economy | None = None
         pad_token = pad_token_of(generation_config) or 0
         self.outputs = Outputs(self.rows, generation_config, pad_token, streamer, records)
         self.walk = Walk(self.rows, chooser, stop, self.outputs, pad_token)
         self.stats = JacobiStats()
         self.keeps_home = self.outputs.as_dict or fills_cache
-        self.config = config
+        self.may_measure = True
         self.in_flight = self.rows  # those that forwards still serve, by place
         self.keeps_all_rows = self.keeps_home or not self.walk.by_row or not leaves
 
@@ -84,8 +89,22 @@ class DecodeCall:
     def advance(self) -> None:
         """Drafts, one forward, and the tokens that it brings."""
         self._let_rows_leave()
-        drafts = [row.propose() for row in self.in_flight]
+        drafts = propose(self.in_flight, self.economy)
         self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.in_flight]))
+        account(self.in_flight, self.economy, drafts)
+
+    def weigh_costs(self) -> None:
+        """Lets drafts follow what forwards over the rows in flight cost: as given, or measured where that may be."""
+        if not self.config.adapts or self.finished:
+            return
+        given = self.config.position_cost
+        measured = curve_of(self.step, self.in_flight, self.may_measure) if given is None else None
+        curve = measured or CostCurve.of(given, len(self.in_flight))
+        if self.economy is None:
+            columns = 2 if self.step.draft_adapter else 1
+            self.economy = Economy(curve, columns=columns, width=self.step.shapes.width)
+        else:
+            self.economy.follow(curve)
 
     def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
         copies, starts = self.step.copies, [row.length - 1 for row in self.in_flight]
@@ -113,6 +132,7 @@ class DecodeCall:
         self.in_flight = live
         for place, row in enumerate(live):
             row.place = place
+        self.weigh_costs()
 
     def output(self, synced_gpus: bool):
         """What `generate` returns; `synced_gpus` as in `jacobi_decode`."""

@@ -72,6 +72,8 @@ def run_to_end(call: DecodeCall, synced_gpus: bool = False) -> None:
     call.step.mends_drafts = not synced_gpus
     call.prefill()
     call.outputs.stream()
+    call.may_measure = not synced_gpus
+    call.weigh_costs()
     model = call.step.model
     with optimised_for_decoding(model):
         while go_on(model, call.finished, synced_gpus, call.step.device):

@@ -28,7 +28,9 @@ def _forward(model, arguments: dict) -> torch.Tensor:
 
 
 class Eager:
-    """The model's own forward. Any way of running a step is a class with this method."""
+    """The model's own forward. Any way of running a step is a class with these members."""
+
+    name = "as written"
 
     def __call__(self, model, arguments: dict, shape: tuple[int, ...]) -> torch.Tensor:
         """

@@ -15,7 +15,17 @@ from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .errors import UsageError
 from .layout import Layout
-from .running import Compiled, Eager, Graphs, Resident, leave_resident, recorder_of, take_resident, weights_of
+from .running import (
+    WARM_UPS,
+    Compiled,
+    Eager,
+    Graphs,
+    Resident,
+    leave_resident,
+    recorder_of,
+    take_resident,
+    weights_of,
+)
 from .shapes import FixedShapes, GrowingShapes
 from .slot_cache import SlotCache, capacity_of
 from .verify import UNDRAWABLE, TokenChooser
@@ -67,6 +77,11 @@ class Step:
         self._token_of_nan: int | None = None
         self._layouts: dict[tuple[int, int], Layout] = {}
         self._slots = torch.arange(0, device=self.device)
+
+    @property
+    def cold_runs(self) -> int:
+        """How many runs of a shape may take longer than those that follow."""
+        return 1 if self.graphs is None else WARM_UPS + 1
 
     @property
     def prompt_ends(self) -> list[int]:
@@ -177,9 +192,8 @@ class Step:
             `[B][Q]`, the token predicted at each node (`verify.UNDRAWABLE` for none); those of the draft-only adapter
             at the chain (`copies`) last.
         """
-        self.copies = 0
-        if self.draft_adapter:
-            self.copies = self.shapes.width(max(draft.chain_length for draft in drafts))
+        longest = max(draft.chain_length for draft in drafts)
+        self.copies = self.shapes.width(longest) if self.draft_adapter and longest > 1 else 0
         predictions = self._predictions(drafts, starts)
         if self.mends_drafts and self._are_spoilt(predictions):
             self.cache.plan.mends_drafts = True
