@@ -317,6 +317,21 @@ class DraftRule:
         self.pool.recycle(predicted)
         self._move(predicted)
 
+    def follow(self, accepted: list[int]) -> None:
+        """
+        Takes in tokens that were committed without the last proposal having been scored, as a server may do.
+
+        What the model predicted before stays its guess if they bear it out; nothing is learnt of how good guesses are.
+        """
+        said = self.own.predicted
+        predicted = said[len(accepted) :] if said[: len(accepted)] == accepted else []
+        for source in (self.own, *self.first_guesses):
+            source.observe(accepted, predicted)
+        self.text += accepted
+        self.pool.extend(accepted)
+        self.draft = Draft([])
+        self._move(predicted)
+
     def _move(self, predicted: list[int]) -> None:
         """Moves the blocks in flight on to the newest committed token, and spawns the next one."""
         before = dict(enumerate(self.draft.chain, self.start))
