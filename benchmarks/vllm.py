@@ -1,13 +1,13 @@
 """
 Jacobi drafts in vLLM against vLLM's own AR and n-gram drafts: tokens per forward, tokens a second, identical or not.
 
-    scripts/bench-vllm speed                                   # the miniature, one request at a time and 8 in flight
-    scripts/bench-vllm speed --model ~/.cache/hf_jacobi/smollm2-135m-instruct     # a model that was not trained for it
-    scripts/bench-vllm lengths --in-flight 1 4 8 16 32         # tokens a second by draft length: a table for draft_lengths
-    scripts/bench-vllm steps                                   # forwards in vLLM and in generate(window="sliding")
+    python -m benchmarks.vllm speed                  # the miniature, one request at a time and 8 in flight
+    python -m benchmarks.vllm speed --model ~/.cache/hf_jacobi/smollm2-135m-instruct    # which was not trained for it
+    python -m benchmarks.vllm lengths --in-flight 1 4 8 16 32    # by draft length: what to put into draft_lengths
+    python -m benchmarks.vllm steps                  # forwards in vLLM and in generate(window="sliding")
 
-All methods are up at once and take turns, so that a machine that slows down does so for all. `scripts/bench-vllm` runs
-this in the environment of `scripts/test-with-vllm`, with one thread for each model.
+with `scripts/test-with-vllm --run` before it, which makes the environment and keeps to one thread. All methods are up
+at once and take turns, so that a machine that slows down does so for all.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
