@@ -20,7 +20,7 @@ VOCABULARY = 64
 PLACEHOLDER = -1
 
 
-def install(monkeypatch, sampler=None) -> type:
+def install(monkeypatch, sampler=None, expand_batch_to_tokens=None) -> type:
     """Makes `import vllm` find what is here; returns the sampler class."""
 
     class RejectionSampler:
@@ -37,11 +37,24 @@ def install(monkeypatch, sampler=None) -> type:
             return sampled
 
     sampler = sampler or RejectionSampler
-    names = ["vllm", "vllm.v1", "vllm.v1.sample", "vllm.v1.sample.rejection_sampler"]
-    for name in names:
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    sys.modules[names[-1]].RejectionSampler = sampler
+    names = ["vllm", "vllm.platforms", "vllm.v1", "vllm.v1.sample", "vllm.v1.sample.rejection_sampler"]
+    modules = {name: ModuleType(name) for name in names}
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    modules["vllm.platforms"].current_platform = SimpleNamespace(is_cpu=lambda: True)
+    file = modules["vllm.v1.sample"].rejection_sampler = modules[names[-1]]
+    file.RejectionSampler = sampler
+    file.expand_batch_to_tokens = expand_batch_to_tokens or spread
     return sampler
+
+
+def spread(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
+    """What vLLM's function of that name is to do."""
+    values = [replace_to if value == replace_from else value for value in x.tolist()]
+    ends = [0, *cu_num_tokens.tolist()]
+    spread = [value for value, start, end in zip(values, ends, ends[1:]) for _ in range(start, end)]
+    assert len(spread) == num_tokens
+    return torch.tensor(spread, dtype=x.dtype)
 
 
 def config_of(length=15, jacobi=None, kept=None, max_model_len=512, stages=1, **speculative) -> SimpleNamespace:

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from fake_vllm import PLACEHOLDER, VOCABULARY, FakeRunner, config_of, install
+import torch
+from fake_vllm import PLACEHOLDER, VOCABULARY, FakeRunner, config_of, install, spread
 
 from hf_jacobi import JacobiConfig, UsageError
 from hf_jacobi.decoding.drafting import DraftRule
@@ -409,3 +410,19 @@ def test_what_the_drafts_brought_is_logged_now_and_then(serve, monkeypatch, capl
     lines = [record.getMessage() for record in caplog.records if "tokens per forward" in record.getMessage()]
     assert len(lines) == runner.proposer.stats.drafts + 1, "not when there was nothing"
     assert lines[0].startswith("Jacobi drafts: 1.00 tokens per forward (1 tokens, 0 drafts, 1 requests)")
+
+
+def test_temperatures_that_vllm_does_not_spread_are_spread(monkeypatch):
+    install(monkeypatch, expand_batch_to_tokens=lambda x, ends, count, *_: torch.zeros(count))
+    JacobiProposer(config_of())
+    mended = sys.modules["vllm.v1.sample.rejection_sampler"].expand_batch_to_tokens
+    for values in (torch.tensor([0.0, 0.7, 2.0]), torch.tensor([3, 0, 5], dtype=torch.int32)):
+        ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+        result = mended(values, ends, 5, replace_from=0, replace_to=1)
+        assert result.dtype == values.dtype and result.tolist() == spread(values, ends, 5, 0, 1).tolist()
+
+
+def test_a_sampler_that_works_is_left_alone(monkeypatch):
+    install(monkeypatch)
+    JacobiProposer(config_of())
+    assert sys.modules["vllm.v1.sample.rejection_sampler"].expand_batch_to_tokens is spread

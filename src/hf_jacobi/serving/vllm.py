@@ -104,6 +104,29 @@ class Capture:
         return [(list(islice(drafts, count)), list(islice(predictions, count + 1))) for count in counts]
 
 
+def mend_sampling() -> None:
+    """
+    Spreads temperatures over the tokens of drafts where vLLM fails to: on a CPU without Triton, 0.32 leaves them
+    unset, so that what is sampled with drafts, of any method, is noise.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.sample import rejection_sampler
+
+    if not current_platform.is_cpu():
+        return
+    import torch
+
+    ends, values = torch.tensor([1, 3]), torch.tensor([0.5, 2.0])
+    if rejection_sampler.expand_batch_to_tokens(values, ends, 3).tolist() == [0.5, 2.0, 2.0]:
+        return
+
+    def expand_batch_to_tokens(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return x.masked_fill(x == replace_from, replace_to).repeat_interleave(counts, output_size=num_tokens)
+
+    rejection_sampler.expand_batch_to_tokens = expand_batch_to_tokens
+
+
 @dataclass
 class Request:
     """
@@ -168,7 +191,9 @@ class JacobiProposer:
         self.max_model_len = vllm_config.model_config.max_model_len
         self.config, self.draft_lengths = settings_of(vllm_config)
         self.captures = Capture.install()
-        if not self.captures:
+        if self.captures:
+            mend_sampling()
+        else:
             self.config = dataclasses.replace(self.config, draft_init="ngram")
             logger.warning(
                 "This version of vLLM calls its RejectionSampler in a way that hf_jacobi was not tested with: drafts "
