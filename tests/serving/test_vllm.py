@@ -299,7 +299,7 @@ def test_sampling_without_heat_is_greedy(jacobi, ar):
 
 def test_sampled_tokens_are_as_frequent_as_the_model_says(jacobi, ar):
     """The third token of 400 texts, which drafts are tried for, at a high temperature."""
-    settings = {"temperature": 2.5, "max_tokens": 3, "ignore_eos": True}
+    settings = {"temperature": 2.0, "max_tokens": 3, "ignore_eos": True}
     counts = [[0] * 512 for _ in range(2)]
     for engine, count in zip((jacobi, ar), counts):
         for text in engine.write([PROMPTS[1]] * 400, **settings):
