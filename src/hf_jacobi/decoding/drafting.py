@@ -310,12 +310,7 @@ class DraftRule:
         if self.window:
             self.window.update(agreement(self.draft.chain[1:], accepted))
         self.lead.observe(accepted)
-        for source in (self.own, *self.first_guesses):
-            source.observe(accepted, predicted)
-        self.text += accepted
-        self.pool.extend(accepted)
-        self.pool.recycle(predicted)
-        self._move(predicted)
+        self._commit(accepted, predicted)
 
     def follow(self, accepted: list[int]) -> None:
         """
@@ -324,12 +319,16 @@ class DraftRule:
         What the model predicted before stays its guess if they bear it out; nothing is learnt of how good guesses are.
         """
         said = self.own.predicted
-        predicted = said[len(accepted) :] if said[: len(accepted)] == accepted else []
+        self.draft = Draft([])
+        self._commit(accepted, said[len(accepted) :] if said[: len(accepted)] == accepted else [])
+
+    def _commit(self, accepted: list[int], predicted: list[int]) -> None:
+        """Appends committed tokens, and takes in what is predicted beyond them."""
         for source in (self.own, *self.first_guesses):
             source.observe(accepted, predicted)
         self.text += accepted
         self.pool.extend(accepted)
-        self.draft = Draft([])
+        self.pool.recycle(predicted)
         self._move(predicted)
 
     def _move(self, predicted: list[int]) -> None:
