@@ -15,6 +15,7 @@ EXTRAS = {
     "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8", "accelerate>=1.10", "peft>=0.19"],
     "harness": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.19"],  # which needs packages that come as source only
     "flash": ["flash-attn>=2.7"],
+    "vllm": ['vllm>=0.32; python_version >= "3.11"'],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",

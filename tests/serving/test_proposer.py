@@ -14,7 +14,7 @@ from fake_vllm import PLACEHOLDER, VOCABULARY, FakeRunner, config_of, install, s
 from hf_jacobi import JacobiConfig, UsageError
 from hf_jacobi.decoding.drafting import DraftRule
 from hf_jacobi.serving import vllm as serving
-from hf_jacobi.serving.vllm import DRAFT_LENGTHS, STEPS_KEPT, JacobiProposer, JacobiWorker, tokens_per_forward
+from hf_jacobi.serving.vllm import STEPS_KEPT, JacobiProposer, JacobiWorker, tokens_per_forward
 
 
 FIXED = {"block_size": 16, "adaptive": False}
@@ -259,11 +259,20 @@ def test_draft_length_falls_with_the_number_of_requests(serve):
     assert longest[6] == 0 and longest[1] == 9
 
 
+def test_blocks_in_flight_do_not_make_drafts_longer_than_vllm_takes(serve):
+    blocks = {"block_size": 16, "window": "block", "max_blocks": 4, "spawn_ratio": 0.1, "draft_lengths": {1: 99}}
+    runner = serve(wanders, jacobi=blocks)
+    request = runner.add(prompt_of(0), 150)
+    runner.run()
+    assert check(request, wanders) > 1.5
+    assert runner.most_drafted == 15
+
+
 def test_default_draft_lengths_fall(serve):
     lengths = [
-        serve(jacobi={"draft_lengths": None}, length=15).proposer._draft_length(count) for count in range(1, 300)
+        serve(jacobi={"draft_lengths": None}, length=31).proposer._draft_length(count) for count in range(1, 300)
     ]
-    assert lengths == sorted(lengths, reverse=True) and lengths[0] == max(DRAFT_LENGTHS.values()) > lengths[-1] > 0
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] == 31 > lengths[-1] > 0
 
 
 def test_vllms_own_table_of_draft_lengths_counts(serve):

@@ -275,7 +275,8 @@ class JacobiProposer:
 
     def _draft_length(self, requests: int) -> int:
         """How many tokens may be drafted for each of so many requests."""
-        return next((length for least, length in self.draft_lengths if requests >= least), self.most)
+        length = next((length for least, length in self.draft_lengths if requests >= least), self.most)
+        return min(length, self.most)
 
     def _log(self) -> None:
         """Now and then, what the drafts have brought since the last time."""
