@@ -15,6 +15,8 @@ from fixtures import permuted_copy_model
 from hypothesis import HealthCheck, settings
 
 import hf_jacobi
+from hf_jacobi.decoding import timing
+from hf_jacobi.decoding.costs import CostCurve
 
 
 torch.set_num_threads(1)
@@ -37,6 +39,13 @@ def permuted_copy():
 def _same_random_numbers_in_every_run():
     """How many drafts a random model accepts depends on its weights and on its inputs."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_costs_in_every_run(request, monkeypatch):
+    """What forwards cost here depends on the clock; tests of the timing itself ask for it by the marker `timed`."""
+    if not request.node.get_closest_marker("timed"):
+        monkeypatch.setattr(timing, "measure", lambda *call: CostCurve.of(0.01))
 
 
 @pytest.fixture(autouse=True)

@@ -42,7 +42,11 @@ def test_every_setting_of_the_grid_fits_the_screen(monkeypatch, capsys):
     grid = [{**settings, "adaptive": True, "position_cost": 0.0123} for settings in tune.GRID]
     report = {
         "setup": {"device": "AMD EPYC 9V74 80-Core Processor, 128 cores", "threads": 64, "dtype": "bfloat16"},
-        "knee": {"tokens": tune.SIZES, "seconds": [1.2345] * len(tune.SIZES), "overhead": 0.0},
+        "costs": {
+            "tokens": tune.SIZES,
+            "seconds": {"1": [1.2345] * len(tune.SIZES), "16": [1.2345] * 5},
+            "overhead": 0.0,
+        },
         "grid": [
             {"settings": one, "tokens_per_forward": 12.3, "positions_per_forward": 123.4, "predicted": 23456.7}
             for one in grid

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import subprocess
 import sys
@@ -11,8 +10,7 @@ import pytest
 
 from hf_jacobi import JacobiConfig
 from hf_jacobi.decoding import config as settings
-from hf_jacobi.decoding.adaptive import FIRST_REST, PROBE, AdaptiveReach, AdaptiveWindow
-from hf_jacobi.decoding.drafting import FIRST_GUESSES, Draft, DraftRule, DraftSource, Lead, Ngrams
+from hf_jacobi.decoding.drafting import FIRST_GUESSES, Draft, DraftRule, DraftSource, Lead, Ngrams, Tree
 from hf_jacobi.decoding.ngram_pool import NgramPool
 
 
@@ -90,16 +88,16 @@ def test_a_sliding_window_is_refilled():
 
 
 def test_tokens_that_came_without_the_draft_are_followed():
-    rule = rule_of(block_size=4, window="sliding", adaptive=True, position_cost=0)
+    rule = rule_of(block_size=4, window="sliding")
     chain_of(rule)
     accept(rule, [11], [21, 22, 23])
-    before = vars(rule.window).copy(), list(rule.lead.ahead)
+    before = list(rule.lead.ahead)
     rule.follow([21])
     assert chain_of(rule) == (5, 9, [21, 22, 23, 23]), "what was predicted beyond them stays"
     rule.follow([23, 30])
     assert chain_of(rule) == (7, 11, [30, 30, 30, 30]), "unless they prove it wrong"
     assert rule.text == [9, 9, 9, 10, 11, 21, 23, 30]
-    assert (vars(rule.window), rule.lead.ahead) == before
+    assert rule.lead.ahead == before
     assert rule.pool.continuations([21, 23], 1, 1) == [[30]]
 
 
@@ -208,48 +206,83 @@ def test_n_grams_go_on_from_the_text_or_from_what_is_drafted():
     assert ngrams.propose([1], [], 2) == []
 
 
-def test_adaptive_window_grows_with_acceptance():
-    window = AdaptiveWindow(64, 0.05)
-    sizes = []
+def adapting(prompt: list[int], **config) -> DraftRule:
+    """After a prompt and the first token, 1."""
+    rule = DraftRule(JacobiConfig(**config), prompt, "seed")
+    rule.begin(1)
+    return rule
+
+
+def test_what_may_be_tried_comes_in_order_of_its_chances():
+    rule = adapting([1, 2, 3, 4, 1, 5, 6], draft_init="repeat", pool_size=4)
+    chances = rule.outlook(99)
+    assert chances == sorted(chances, reverse=True) and len(chances) > 5
+    assert len(rule.propose(99, 0)) == 1, "nothing but the newest token"
+    for guesses in range(1, len(chances) + 1):
+        rule.outlook(99)
+        assert len(rule.propose(99, guesses)) == 1 + guesses
+    assert max(rule.draft.depths) <= 15
+
+
+def test_the_newest_of_the_longest_matches_is_tried_before_what_matches_less():
+    rule = adapting([7, 8, 1, 2, 3, 9, 1, 4, 7, 8], pool_size=4)
+    rule.outlook(99)
+    assert rule.propose(99, 1).tokens == [1, 2]
+
+
+def test_what_is_copied_goes_round_where_the_text_repeats_itself():
+    rule = adapting([1, 2, 3] * 4, pool_size=1)
+    rule.outlook(99)
+    draft = rule.propose(99, 15)
+    assert [draft.tokens[node] for node in draft.path(draft.depths.index(max(draft.depths)))] == [1, 2, 3] * 5 + [1]
+
+
+def test_own_predictions_that_come_true_are_tried_further():
+    rule = adapting([9, 9], draft_init="repeat", pool_size=0)
+    lengths, token = [], 1
     for _ in range(12):
-        window.update(accepted=window.size - 1)
-        sizes.append(window.size)
-    assert sizes == sorted(sizes) and sizes[-1] == 64
+        chances = rule.outlook(99)
+        lengths.append(sum(chance > 0.2 for chance in chances))
+        rule.propose(99, len(chances))
+        rule.observe(
+            [token + 1], [token + 1, *range(token + 2, token + 17)], [0], drafted=[0, *range(token + 2, token + 17)]
+        )
+        token += 1
+    assert lengths == sorted(lengths) and lengths[0] < 4 and lengths[-1] == 15
 
 
-def test_adaptive_window_rests_and_probes_ever_more_rarely():
-    window = AdaptiveWindow(16, 0.05)
-    assert window.size == PROBE
-    drafting = []
-    for step in range(400):
-        if window.size > 1:
-            drafting.append(step)
-        window.update(accepted=0)
-    assert len(drafting) < 20
-    pauses = [b - a for a, b in itertools.pairwise(drafting) if b - a > 1]
-    assert pauses[0] > FIRST_REST and pauses == sorted(pauses) and len(pauses) >= 2
-    for _ in range(1000):
-        window.update(accepted=4)
-    assert window.size == 16, "a probe that succeeds ends the rest"
-    assert AdaptiveWindow(2, 0.05).size == 2 < PROBE
+def test_without_recycling_there_is_one_chain():
+    rule = adapting([1, 2, 3] * 4, pool_size=0)
+    for guesses in (1, 5, 15):
+        rule.outlook(99)
+        draft = rule.propose(99, guesses)
+        assert len(draft) == draft.chain_length == 1 + guesses
+    rule = adapting([5, 6, 7], pool_size=0)
+    rule.outlook(99)
+    assert len(rule.propose(99, 2)) == 3
 
 
-@pytest.mark.parametrize(("cost", "size"), [(0.2, 2), (0.05, 8), (0.02, 32), (0.0, 64)])
-def test_where_positions_cost_less_the_window_grows_further(cost, size):
-    window = AdaptiveWindow(64, cost)
-    for _ in range(50):
-        window.update(accepted=min(1.9, window.size - 1))
-    assert window.size == size
+def test_a_probe_tries_own_predictions():
+    rule = adapting([1, 2, 3] * 4, draft_init="repeat", pool_size=4)
+    rule.outlook(99)
+    assert rule.propose(99, 3, probes=True).tokens == [1, 1, 1, 1]
+    assert rule.propose(2, 3, probes=True).tokens == [1, 1], "never beyond the room there is"
 
 
-def test_reach_follows_the_candidates():
-    reach = AdaptiveReach(16)
-    for _ in range(5):
-        reach.update(tried=reach.tokens, accepted=reach.tokens)
-    assert reach.tokens == 16
-    reach.update(tried=16, accepted=3)
-    reach.update(tried=0, accepted=0)
-    assert reach.tokens == 16, "neither a part nor no candidate at all is a failure"
-    for _ in range(6):
-        reach.update(tried=reach.tokens, accepted=0)
-    assert reach.tokens == 1
+def test_what_is_tried_stays_within_its_room():
+    for room in (1, 2, 5):
+        rule = adapting([1, 2, 3] * 4, pool_size=4)
+        chances = rule.outlook(room)
+        assert max(rule.propose(room, len(chances)).depths) <= room - 1
+
+
+def test_branches_and_chain_that_begin_alike_share_their_tokens():
+    tree = Tree([([1, 2, 3], [0.5, 0.4, 0.3]), ([1, 4], [0.8, 0.2]), ([5], [0.005])])
+    assert tree.chances == [0.8, 0.4, 0.3, 0.2]
+    assert [tree.cut(guesses) for guesses in range(5)] == [
+        [[], [], []],
+        [[1], [1], []],
+        [[1, 2], [1], []],
+        [[1, 2, 3], [1], []],
+        [[1, 2, 3], [1, 4], []],
+    ]

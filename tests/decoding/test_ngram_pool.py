@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_jacobi.decoding.ngram_pool import CONTEXT_LENGTHS, KEPT_PER_CONTEXT, NgramPool
+from hf_jacobi.decoding.ngram_pool import CONTEXT_LENGTHS, KEPT_PER_CONTEXT, LONGEST_MATCH, NgramPool
 
 
 def pool_of(*tokens: int) -> NgramPool:
@@ -22,6 +22,20 @@ def test_the_longest_match_comes_before_a_later_one():
 
 def test_a_single_candidate_counts():
     assert pool_of(1, 2).continuations([1], length=3, limit=4) == [[2]]
+
+
+def test_matches_say_how_long_they_are_and_begin_differently():
+    pool = pool_of(5, 6, 7, 1, 2, 9, 7, 1, 3, 4, 1, 3, 8, 8)
+    assert pool.matches([5, 6, 7, 1], length=2, limit=4) == [(4, [2, 9]), (2, [3, 4])]
+    assert pool.matches([5, 6, 7, 1], length=9, limit=1) == [(4, [2, 9, 7, 1, 3, 4, 1, 3, 8])]
+    assert pool.matches([0, 1], length=2, limit=4) == [(1, [3, 8]), (1, [2, 9])], "among equals the latest first"
+    assert pool.matches([0, 0], 2, 4) == pool.matches([], 2, 4) == pool.matches([1], 0, 4) == []
+    assert len(pool.matches([1], 1, 1)) == 1
+
+
+def test_a_match_is_compared_so_far_and_no_further():
+    pool = pool_of(*range(20), 99)
+    assert pool.matches(list(range(20)), length=1, limit=1) == [(LONGEST_MATCH, [99])]
 
 
 def test_the_end_of_the_text_itself_is_no_match():

@@ -60,6 +60,21 @@ def test_the_table_fits_80_columns_and_names_each_way():
     assert "75.0 GB" in next(line for line in lines if line.startswith("last"))
 
 
+def test_the_table_says_from_which_batch_on_it_does_not_pay():
+    same = dict.fromkeys(("tokens_per_forward", "tokens_per_second", "slowest", "fastest", "first_token_seconds"), 1.0)
+    same |= {"identical": 1, "peak_bytes": None}
+    paces = {1: (1.0, 1.4, 1.9), 4: (1.0, 1.1, 1.2), 16: (1.0, 0.99, 0.8)}
+    results = [
+        {"batch_size": size, "decoding": name, **same, "speedup": pace}
+        for size, paces_of_size in paces.items()
+        for name, pace in zip(("AR", "Jacobi, default", "Jacobi, n=16"), paces_of_size)
+    ]
+    text = table({"results": results})
+    assert "   4     1.20x  Jacobi, n=16\n  16     0.99x  Jacobi, default\nIt stops paying at batches of 16.\n" in text
+    assert "It pays at every size." in table({"results": results[:6]})
+    assert "pay" not in table({"results": results[:3]}), "one size shows no bound"
+
+
 def test_the_picture_has_a_bar_for_each_figure(report):
     axes = bench_bars(report)
     assert len([patch for patch in axes.patches if patch.get_width()]) == len(report["results"])

@@ -7,10 +7,11 @@ import torch
 from models import tiny_model, tiny_tokenizer, trained_model
 
 import hf_jacobi
-from hf_jacobi import plots
+from hf_jacobi import JacobiConfig, plots
+from hf_jacobi.decoding.costs import CostCurve
 from hf_jacobi.evaluation import measuring
 from hf_jacobi.evaluation import tune as tune_module
-from hf_jacobi.evaluation.tune import Knee, measure_knee, tune
+from hf_jacobi.evaluation.tune import measure_costs, tune
 
 
 PROMPTS = [[3 + (row + column) % 5 for column in range(10)] for row in range(2)]
@@ -114,11 +115,10 @@ def test_what_was_chosen_was_checked_and_writes_the_same_text(report):
     assert all(row["identical"] == 1 for row in report["checked"].values())
 
 
-def test_the_knee_is_that_of_the_model(report):
-    knee = Knee(**report["knee"])
-    for tokens in (1, 2, 8, 16, 128):
-        assert knee.step(tokens) - knee.overhead == pytest.approx(knee_at_eight(tokens))
-    assert knee.step(3) == knee.step(1) < knee.step(12) < knee.step(16)
+def test_the_costs_are_those_of_the_model(report):
+    tokens, seconds = report["costs"]["tokens"], report["costs"]["seconds"]
+    assert tokens == [1, 2, 4, 8, 16, 32, 64, 128] and list(seconds) == ["1"]
+    assert seconds["1"] == pytest.approx([knee_at_eight(count) for count in tokens])
 
 
 def test_where_tokens_cost_what_they_yield_it_says_ar(clock):
@@ -128,7 +128,7 @@ def test_where_tokens_cost_what_they_yield_it_says_ar(clock):
 
 
 def test_the_pictures(report):
-    assert len(plots.knee(report).lines[0].get_xdata()) == len(report["knee"]["tokens"])
+    assert len(plots.knee(report).lines[0].get_xdata()) == len(report["costs"]["tokens"])
     assert len(plots.tuned_settings(report).collections[-2].get_offsets()) == len(report["grid"])
     assert len(plots.predicted_against_measured(report).collections[0].get_offsets()) == 3
 
@@ -138,24 +138,37 @@ def test_no_prompts_are_refused():
         tune(hf_jacobi.enable(tiny_model()), tiny_tokenizer(), [])
 
 
-def test_the_knee_of_a_model_with_a_sliding_window():
-    assert len(measure_knee(tiny_model("gemma3"), sizes=(1, 4), repeats=1).seconds) == 2
-
-
-def test_the_cost_of_a_position_is_that_of_the_forward_alone():
-    knee = Knee((1, 2, 4, 8), (1.0, 1.1, 1.3, 1.7), overhead=1.0)
-    assert knee.position_cost == pytest.approx(0.1)
+def test_the_costs_of_a_model_with_a_sliding_window():
+    assert len(measure_costs(tiny_model("gemma3"), sizes=(1, 4), repeats=1).points) == 2
 
 
 def test_settings_that_adapt_are_tried_at_the_measured_cost(report):
+    """At that of the forward alone, relative to one position; settings that do not adapt need none."""
     costs = [row["settings"].get("position_cost") for row in report["grid"]]
-    assert costs[0] is None and costs[-1] == Knee(**report["knee"]).position_cost
-    assert type(costs[-1]) is float, "as settings are written into reports"
+    assert costs[1:] == [None] * 3 and costs[0][:4] == [[1, 1.0], [2, 1.0], [4, 1.0], [8, 1.0]]
+    assert dict(map(tuple, costs[0]))[16] == pytest.approx(1 + 0.08 * 8)
+    assert JacobiConfig(position_cost=costs[0]).adapts
 
 
-def test_the_knee_of_a_model_with_few_positions():
-    knee = measure_knee(tiny_model(max_position_embeddings=64), repeats=1)
-    assert knee.tokens == (1, 2, 4, 8, 16, 32)
+def test_costs_are_measured_for_every_batch_size_asked_for(clock):
+    model = clock.timed(drafting(), knee_at_eight)
+    report = tune(model, tiny_tokenizer(), PROMPTS, grid=({},), batch_sizes=(4, 16), max_new_tokens=24)
+    assert report["decoding"] == "jacobi" and list(report["costs"]["seconds"]) == ["1", "4", "16"]
+    settings = JacobiConfig(**report["jacobi"])
+    assert list(settings.position_cost) == ["1", "4", "16"]
+    assert CostCurve.of(settings.position_cost, 3).points[-1][0] == 32, "128 tokens in all"
+    assert len(plots.knee(report).get_legend().get_texts()) == 2
+
+
+def test_costs_measured_elsewhere_are_replaced(clock):
+    model = clock.timed(drafting(), knee_at_eight)
+    report = tune(model, tiny_tokenizer(), PROMPTS, grid=(), present={"position_cost": 5.0}, max_new_tokens=24)
+    assert report["jacobi"]["position_cost"][0] == [1, 1.0] and report["decoding"] == "jacobi"
+
+
+def test_the_costs_of_a_model_with_few_positions():
+    curve = measure_costs(tiny_model(max_position_embeddings=64), repeats=1)
+    assert [tokens for tokens, _ in curve.points] == [1, 2, 4, 8, 16, 32]
 
 
 def test_a_setting_that_drafts_nothing_is_no_winner(clock):

@@ -184,18 +184,19 @@ def test_a_draft_that_is_cut_short_keeps_the_models_predictions(serve):
     assert check(request, copies) > 3, "six tokens, then one, as nothing is predicted beyond what was scored"
 
 
-def test_a_draft_that_is_not_scored_at_all_teaches_nothing(serve):
+def test_a_draft_that_is_not_scored_at_all_costs_nothing(serve):
     runner = serve(copies, jacobi={"block_size": None, "adaptive": None})
     request = runner.add(prompt_of(1), 150)
-    while runner.proposer.rows == [] or runner.proposer.rows[0].rule.window.size < 16:
+    while not request.draft:
         runner.step()
-    before = vars(runner.proposer.rows[0].rule.window).copy()
+    economy = runner.proposer.rows[0].economy
+    spent = economy.spent
     runner.scored = 0
     runner.step()
-    assert vars(runner.proposer.rows[0].rule.window) == before
+    assert economy.spent == spent + 1
     runner.scored = 16
     runner.run()
-    check(request, copies)
+    assert check(request, copies) > 1.5
 
 
 def test_placeholders_that_vllm_scores_in_place_of_a_draft(serve):
@@ -435,3 +436,27 @@ def test_a_sampler_that_works_is_left_alone(monkeypatch):
     install(monkeypatch)
     JacobiProposer(config_of())
     assert sys.modules["vllm.v1.sample.rejection_sampler"].expand_batch_to_tokens is spread
+
+
+def test_positions_cost_more_where_more_requests_run():
+    for cost in (None, 0.05, [[1, 10], [2, 12], [16, 20]]):
+        curves = [serving.curve_of(cost, "cpu", requests) for requests in (1, 2, 8, 64)]
+        costs = [curve.cost(4) for curve in curves]
+        assert costs[0] < costs[-1] < 4, "a jump at the second position is paid where two run"
+        assert [curve.cost(1) for curve in curves] == [1.0] * 4
+    assert serving.curve_of(0.05, "cpu", 1).cost(16) == pytest.approx(1.75)
+    assert serving.curve_of(0.05, "cpu", 8).cost(16) == pytest.approx((1 + 0.05 * 127) / (1 + 0.05 * 7))
+    assert serving.curve_of({"1": [[1, 1], [2, 1]], "8": [[1, 1], [2, 3]]}, "cpu", 8).cost(2) == 3
+
+
+def test_fewer_guesses_are_tried_where_more_requests_run(serve):
+    drafted = []
+    for requests in (1, 32):
+        runner = serve(
+            copies, jacobi={"block_size": None, "adaptive": None, "position_cost": 0.05}, max_model_len=4096
+        )
+        served = [runner.add(prompt_of(number), 200) for number in range(requests)]
+        runner.run()
+        assert all(request.text == plain(copies, request.prompt, 200) for request in served)
+        drafted.append(runner.proposer.stats.drafted / requests)
+    assert drafted[1] < drafted[0]

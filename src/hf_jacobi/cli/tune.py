@@ -33,6 +33,13 @@ def add_parser(commands) -> None:
     parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id; its settings are tuned")
     add_prompts(parser, count=6)
     parser.add_argument("--max-new-tokens", type=positive, default=48, help="length of the texts (default: 48)")
+    parser.add_argument(
+        "--batch-sizes",
+        type=positive,
+        nargs="+",
+        default=[1],
+        help="rows together to measure costs for (default: 1)",
+    )
     add_dtype(parser)
     parser.add_argument("--output", type=path, help="write what was measured to this JSON file")
     parser.add_argument("--plots", type=path, help="draw the knee, the settings and the check into this folder")
@@ -64,6 +71,7 @@ def run(arguments) -> int:
         ids,
         base=loaded.writer,
         present=loaded.config.to_dict() if loaded.tuned else None,
+        batch_sizes=arguments.batch_sizes,
         max_new_tokens=arguments.max_new_tokens,
         progress=lambda items, title: tqdm(items, desc=title, leave=False),
     )
@@ -131,19 +139,26 @@ def target_of(arguments) -> Path:
 def print_report(report: dict) -> None:
     """What was found, and on what."""
     print(wrapped(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value)), end="")
-    print("\nforward over" + "".join(f"{tokens:>7}" for tokens in report["knee"]["tokens"]) + "  tokens")
-    print("takes       " + "".join(f"{1000 * value:>7.1f}" for value in report["knee"]["seconds"]) + "  ms")
+    print("\nforward over" + "".join(f"{tokens:>7}" for tokens in report["costs"]["tokens"]) + "  tokens")
+    for rows, seconds in report["costs"]["seconds"].items():
+        title = "takes" if rows == "1" else f"{rows} rows"
+        print(f"{title:12}" + "".join(f"{1000 * value:>7.1f}" for value in seconds) + "  ms")
     print(f"\n{'tokens per second':>37}")
     print(f"{'TPF':>6}{'positions':>11}{'predicted':>11}{'measured':>10}  settings")
     for row in sorted(report["grid"], key=lambda row: -row["predicted"]):
         checked = report["checked"].get(str(row["settings"]))
         measured = f"{checked['tokens_per_second']:.1f}" if checked else ""
         figures = f"{row['tokens_per_forward']:>6.2f}{row['positions_per_forward']:>11.1f}{row['predicted']:>11.1f}"
-        lines = textwrap.wrap(named(row["settings"]), max(24, shutil.get_terminal_size().columns - 40))
+        lines = textwrap.wrap(_named(row["settings"]), max(24, shutil.get_terminal_size().columns - 40))
         print(f"{figures}{measured:>10}  " + f"\n{'':40}".join(lines))
     print(f"{1:>6.2f}{1:>11.1f}{'':>11}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
     if report["decoding"] == "ar":
         found = "Nothing was faster than one token at a time, so that is what the checkpoint is to do."
     else:
-        found = f"{report['speedup']:.2f}x AR with {named(report['jacobi'])}"
+        found = f"{report['speedup']:.2f}x AR with {_named(report['jacobi'])}"
     print(f"\n{wrapped(found)}", end="")
+
+
+def _named(settings: dict) -> str:
+    """Settings as one types them, without the costs that were measured: those stand above."""
+    return named({name: value for name, value in settings.items() if not isinstance(value, (list, dict))})

@@ -1,79 +1,181 @@
-"""How many tokens are worth trying: the draft and the recycled n-grams follow the acceptance seen so far."""
+"""
+How many tokens are worth trying: what guesses have been worth, against what positions cost.
+
+Every guessed token has a chance to be committed by the next forward: that of all guesses before it on its path, times
+its own. The guesses are taken in order of their chances, as many as bring most tokens per cost (`Economy`). Chances
+are running shares of the guesses of a kind that came true (`Odds`), and most of them cost nothing to learn: a guess
+is compared with the text that comes, whether it was tried or not.
+"""
 
 from __future__ import annotations
 
-
-PROBE = 4  # size of the window when nothing is known yet
-MEMORY = 0.7  # weight of the past in the running mean of accepted guesses
-# Accepted guesses, in costs of all positions of the window, from which it grows and below which it shrinks.
-GROWS = 5.0
-SHRINKS = 2.5
-RESTS = 8.0  # accepted guesses, in costs of a position and at most one, below which drafting rests
-FIRST_REST = 32  # forwards until the next probe, doubled each time that probe fails
+from .costs import CostCurve
+from .ngram_pool import LONGEST_MATCH
 
 
-class AdaptiveWindow:
+MEMORY = 0.97  # weight of the past in the running share of guesses that came true
+# Shares that came true in chat, code and arithmetic of a small model, by the length of the match, from one token on.
+MATCHED = (0.18, 0.45, 0.55, 0.65, 0.75, 0.8, 0.8, 0.85)
+SECOND = 0.1  # of what stood elsewhere after the same tokens
+OWN = 0.3
+PRIOR = 4.0  # observations that such a share counts for
+OWN_PRIOR = 1.0  # the same of the model's own predictions, which differ much from model to model
+LEAST = 0.01  # chance below which a guess is not looked at
+
+WORTHWHILE = 1.03  # tokens per cost from which guesses are tried at all
+PROBE = 3  # guesses of a probe
+PROBES = 0.01  # share of the time that goes into them where nothing pays
+# What trying may lose: so many forwards over one position, and so many more for each token.
+FREE = 0.3
+ALLOWED = 0.01
+CREDIT = 1.0  # forwards that a forward may be expected to win back, however much its guesses promise
+
+
+class Odds:
+    """The running share of guesses of one kind that came true, from a first belief on."""
+
+    def __init__(self, share: float, weight: float):
+        self.right, self.tried = share * weight, weight
+
+    def see(self, right: bool) -> None:
+        """Takes in one guess."""
+        self.right = MEMORY * self.right + right
+        self.tried = MEMORY * self.tried + 1
+
+    @property
+    def share(self) -> float:
+        return self.right / self.tried
+
+
+class Copied:
     """
-    The size of one sequence's window, between 1 (no draft) and `largest`.
+    What guesses copied from earlier text are worth.
 
-    It doubles while the guesses that are accepted are worth what the window's positions cost, with something to spare,
-    and halves when they are not; at a cost of 0.05, while a quarter of the window is accepted and when less than an
-    eighth is. When next to nothing is accepted, drafting rests and is probed again after a while, so a model or a
-    passage that cannot be decoded in parallel pays for a few small drafts only. The size depends on the tokens alone,
-    not on the clock: a call can be repeated.
+    How many tokens before the guess are those before the place it is copied from says most about it. Each right guess
+    makes that match longer.
+    """
+
+    def __init__(self):
+        self.best = [Odds(share, PRIOR) for share in MATCHED]
+        self.others = Odds(SECOND, PRIOR)
+
+    def see(self, candidates: list[tuple[int, list[int]]], token: int) -> None:
+        """Takes in the token that came where candidates, `(match, tokens)` with the best first, said their first."""
+        for rank, (match, tokens) in enumerate(candidates):
+            (self.others if rank else self.best[match - 1]).see(tokens[0] == token)
+
+    def chances(self, rank: int, match: int, count: int) -> list[float]:
+        """That the first 1, 2, ... of so many tokens of a candidate come true."""
+        chance, found = 1.0, []
+        for place in range(count):
+            odds = self.others if rank and not place else self.best[min(match + place, LONGEST_MATCH) - 1]
+            chance *= odds.share
+            found.append(chance)
+        return found
+
+
+class Own:
+    """
+    What the model's own predictions are worth, by how far ahead they are, from one token on.
+
+    What is not known of far ones is taken from those before them, so that drafts grow while their end comes true.
+    """
+
+    def __init__(self, depths: int):
+        self.odds = [Odds(0.0, 0.0) for _ in range(depths)]
+        self.pending: list[tuple[int, list[int]]] = []  # guesses that came true so far: (depth of the first, tokens)
+
+    def see(self, accepted: list[int], predicted: list[int]) -> None:
+        """Takes in the tokens that came, and what the model predicts for those after them."""
+        waiting, self.pending = self.pending, [(0, predicted)] if predicted else []
+        for depth, tokens in waiting:
+            for guess, token in zip(tokens, accepted):
+                if depth < len(self.odds):
+                    self.odds[depth].see(guess == token)
+                if guess != token:
+                    break
+                depth += 1
+            else:
+                if len(tokens) > len(accepted):
+                    self.pending.append((depth, tokens[len(accepted) :]))
+
+    def chances(self, count: int) -> list[float]:
+        """That the first 1, 2, ... of so many come true."""
+        chance, share, found = 1.0, OWN, []
+        for odds in self.odds[:count]:
+            share = (odds.right + OWN_PRIOR * share) / (odds.tried + OWN_PRIOR)
+            chance *= share
+            found.append(chance)
+        return found
+
+
+class Economy:
+    """
+    How many guesses a forward tries: those that bring most tokens per cost, none where that is no more than one.
+
+    Where nothing pays, the model's own predictions are tried now and then, as they are known no other way. An account
+    of all forwards so far bounds what trying loses against one token a forward: nothing is tried that is expected to
+    leave more than `FREE` forwards, and `ALLOWED` of one for each token, lost. All this depends on tokens and on the
+    curve alone: a call with a given curve can be repeated.
+
+    The rows of a batch share a forward, which is as wide as its widest row. So one number of guesses serves all of
+    them, and what counts is the progress of the row that is behind: the text of a batch is done when its last row is.
 
     Args:
-        largest: the size it may grow to.
-        cost: of one more position, in forwards over one token (`JacobiConfig.position_cost`).
+        curve: what a forward costs.
+        columns: positions that a token takes where something is tried (two with a draft-only adapter, which scores
+            each again).
     """
 
-    def __init__(self, largest: int, cost: float):
-        self.largest = largest
-        self.cost = cost
-        self.rest = FIRST_REST
-        self._probe()
+    def __init__(self, curve: CostCurve, columns: int = 1):
+        self.curve, self.columns = curve, columns
+        self.costs: list[float] = []
+        self.spent, self.probing = 1.0, 0.0  # in forwards over one position, the prefill among them
+        self.progress = 1  # forwards that one token at a time would have taken
 
-    def _probe(self) -> None:
-        self.size = min(PROBE, self.largest)
-        self.accepted = 1.0
-        self.resting = 0
+    def cost(self, guesses: int) -> float:
+        """Of a forward over so many guesses in each row."""
+        while len(self.costs) <= guesses:
+            positions = self.columns * (1 + len(self.costs)) if self.costs else 1
+            self.costs.append(self.curve.cost(positions))
+        return self.costs[guesses]
 
-    def update(self, accepted: int) -> None:
-        """Takes in how many guesses of the draft the last forward accepted."""
-        if self.resting:
-            self.resting -= 1
-            if not self.resting:
-                self._probe()
-            return
-        self.accepted = MEMORY * self.accepted + (1 - MEMORY) * accepted
-        if self.accepted < min(1.0, RESTS * self.cost):
-            self.size, self.resting = 1, self.rest
-            self.rest *= 2
-        elif self.accepted >= GROWS * self.cost * self.size:
-            self.size = min(2 * self.size, self.largest)
-        elif self.accepted < SHRINKS * self.cost * self.size:
-            self.size = max(1, self.size // 2)
-        if self.size > PROBE:
-            self.rest = FIRST_REST
+    def decide(self, chances: list[list[float]]) -> tuple[int, bool]:
+        """
+        How many guesses each row is to try at most, and whether that is a probe.
 
+        Args:
+            chances: those of each row's guesses, falling.
+        """
+        guesses, tokens = self._best(chances)
+        if guesses and self._may_lose(max(self.cost(guesses) - tokens, -CREDIT)):
+            return guesses, False
+        loss = self.cost(PROBE) - 1
+        if self.probing <= PROBES * self.progress and self._may_lose(loss):
+            self.probing += loss
+            return PROBE, True
+        return 0, False
 
-class AdaptiveReach:
-    """
-    How far recycled n-grams are followed, between 1 token and `largest`.
+    def _best(self, chances: list[list[float]]) -> tuple[int, float]:
+        """How many guesses bring most tokens per cost, and how many tokens of a row those are."""
+        rows, tokens = len(chances), 1.0
+        best, count, brings = WORTHWHILE, 0, 1.0
+        for guesses in range(1, max(map(len, chances), default=0) + 1):
+            tokens += sum(row[guesses - 1] for row in chances if len(row) >= guesses) / rows
+            if tokens > best * self.cost(guesses):
+                best, count, brings = tokens / self.cost(guesses), guesses, tokens
+        return count, brings
 
-    It doubles when an n-gram was accepted to its end and halves when none of its tokens was, so text that repeats
-    itself is copied in long strides and text that does not costs one position more.
-    """
+    def _may_lose(self, loss: float) -> bool:
+        """Whether the account allows a forward that is expected to lose so much."""
+        return self.spent + loss <= FREE + (1 + ALLOWED) * self.progress
 
-    def __init__(self, largest: int):
-        self.largest = largest
-        self.tokens = min(2, largest)
+    def follow(self, curve: CostCurve) -> None:
+        """Goes on with another curve, as where the batch is another one."""
+        if curve is not self.curve:
+            self.curve, self.costs = curve, []
 
-    def update(self, tried: int, accepted: int) -> None:
-        """Takes in how many tokens the longest candidate had, and how many tokens of a candidate came true."""
-        if not tried:
-            return
-        if accepted >= tried:
-            self.tokens = min(2 * self.tokens, self.largest)
-        elif not accepted:
-            self.tokens = max(1, self.tokens // 2)
+    def took(self, guesses: int, progress: int) -> None:
+        """Takes in how many guesses a forward tried, and how many tokens the shortest row has by now."""
+        self.spent += self.cost(guesses)
+        self.progress = progress

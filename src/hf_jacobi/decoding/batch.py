@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .adaptive import Economy
 from .config import JacobiConfig
 from .drafting import Draft, DraftRule
 from .stats import JacobiStats, Trajectory, TrajectoryStep
@@ -70,9 +71,12 @@ class Row:
             rooms.append(self.last_position - newest + 1)
         return max(1, min(rooms, default=self.rule.size * self.rule.config.max_blocks))
 
-    def propose(self) -> Draft:
-        """The nodes to score next; a finished row goes along with one token that leads nowhere."""
-        return Draft([0]) if self.finished else self.rule.propose(self.room)
+    def propose(self, guesses: int | None = None, probes: bool = False) -> Draft:
+        """
+        The nodes to score next; a finished row goes along with one token that leads nowhere. The arguments are those
+        of `DraftRule.propose`.
+        """
+        return Draft([0]) if self.finished else self.rule.propose(self.room, guesses, probes)
 
     def commit(
         self, draft: Draft, start: int, path: list[int], predictions: list[int], drafted: list[int] | None = None
@@ -102,3 +106,18 @@ class Row:
         else:
             self.rule.observe(accepted, predictions, path, drafted)
         self.stats.blocks_spawned = self.rule.spawned
+
+
+def propose(rows: list[Row], economy: Economy | None) -> list[Draft]:
+    """The drafts of all rows; `economy` says how large they are, where they adapt."""
+    if economy is None:
+        return [row.propose() for row in rows]
+    choice = economy.decide([row.rule.outlook(row.room) for row in rows if not row.finished])
+    return [row.propose(*choice) for row in rows]
+
+
+def account(rows: list[Row], economy: Economy | None, drafts: list[Draft]) -> None:
+    """Tells `economy`, if there is one, what a forward over the drafts cost and how far all rows are now."""
+    live = [row.stats.new_tokens for row in rows if not row.finished]
+    if economy is not None and live:
+        economy.took(max(map(len, drafts)) - 1, min(live))

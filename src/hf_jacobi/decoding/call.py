@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 
-from .batch import Row
+from .adaptive import Economy
+from .batch import Row, account, propose
 from .compat import pad_token_of
+from .costs import CostCurve
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .outputs import Outputs
 from .stats import JacobiStats
 from .step import Step
 from .stopping import StopCheck
+from .timing import curve_of
 from .verify import Greedy, Gumbel, TokenChooser, usable
 from .walk import Walk
 
@@ -51,6 +54,8 @@ class DecodeCall:
         self.step = Step(model, input_ids, generation_config, model_kwargs, chooser)
         self.step.draft_adapter = DraftAdapter.of(model) if drafts else None
         self.rows = _rows(self.step, config, stop.max_length, records)
+        self.config = config
+        self.economy: Economy | None = None
         pad_token = pad_token_of(generation_config) or 0
         self.outputs = Outputs(self.rows, generation_config, pad_token, streamer, records)
         self.walk = Walk(self.rows, chooser, stop, self.outputs, pad_token)
@@ -68,8 +73,17 @@ class DecodeCall:
 
     def advance(self) -> None:
         """Drafts, one forward, and the tokens that it brings."""
-        drafts = [row.propose() for row in self.rows]
+        drafts = propose(self.rows, self.economy)
         self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.rows]))
+        account(self.rows, self.economy, drafts)
+
+    def weigh_costs(self, may_measure: bool) -> None:
+        """After the prefill: lets drafts follow what forwards cost, as given, or as measured where that may be."""
+        if self.config.adapts and not self.finished:
+            given = self.config.position_cost
+            measured = curve_of(self.step, self.rows, may_measure) if given is None else None
+            curve = measured or CostCurve.of(given, len(self.rows))
+            self.economy = Economy(curve, columns=2 if self.step.draft_adapter else 1)
 
     def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
         copies, starts = self.step.copies, [row.length - 1 for row in self.rows]

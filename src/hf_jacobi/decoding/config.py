@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from .costs import check_cost
 from .errors import UsageError
 from .files import read_json, write_whole
 
@@ -43,14 +44,17 @@ class JacobiConfig:
             again. With `"ngram"`, the pool's continuation also replaces the model's own rejected predictions as the
             next draft while it turns out right further than they do.
         adaptive (`bool`, *optional*):
-            Let the window shrink and grow with the acceptance seen so far, up to `block_size`, so that text the model
-            cannot predict in parallel does not pay for large drafts; how far n-grams are followed adapts likewise,
-            up to `block_size` instead of `ngram_size`. Needs `window="sliding"`. Defaults to `True` exactly when
-            `block_size` is left out.
-        position_cost (`float`, defaults to 0.05):
-            What one more position adds to the time of a forward, in forwards over one token; the adaptive window grows
-            as far as acceptance repays it. 0.05 is near a CPU's in float32 (0.06 to 0.07 measured); with 0 the window
-            grows to `block_size` and stays there. `hf-jacobi tune` measures it.
+            Let each forward try as many tokens, of its own predictions and of n-grams, as bring most tokens per cost,
+            by what has come true so far and by `position_cost`: up to `block_size` each, and none where nothing pays,
+            so that text the model cannot predict in parallel costs what it costs without drafts. Needs
+            `window="sliding"`. Defaults to `True` exactly when `block_size` is left out.
+        position_cost (`float`, `list` or `dict`, *optional*):
+            What the positions of a forward cost, which the draft follows where it adapts: what one more position adds,
+            in forwards over one token (`0.05`); or the cost by positions, in any unit (`[[1, 77], [2, 130], [16,
+            216]]`); or such lists by batch size (`{1: [...], 8: [...]}`). Left out, it is measured in the first call
+            of at least 32 new tokens, in about the time of ten tokens, and kept as long as the model. Which drafts are
+            tried, and in half precision how ties fall, then depends on the clock; the text does not. `hf-jacobi tune`
+            writes it into a checkpoint.
 
     > Parameters that control rejection recycling
 
@@ -89,7 +93,7 @@ class JacobiConfig:
     spawn_ratio: float = 0.85
     draft_init: Literal["prompt", "ngram", "repeat"] = "ngram"
     adaptive: bool | None = None
-    position_cost: float = 0.05
+    position_cost: float | list | dict | None = None
     pool_size: int = 4
     ngram_size: int = 6
     pool_prompt: bool = True
@@ -125,9 +129,7 @@ class JacobiConfig:
         ratio = self.spawn_ratio
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
             raise UsageError(f"JacobiConfig: `spawn_ratio` must lie in (0, 1], got {ratio!r}.")
-        cost = self.position_cost
-        if isinstance(cost, bool) or not isinstance(cost, (int, float)) or not 0.0 <= cost < float("inf"):
-            raise UsageError(f"JacobiConfig: `position_cost` must be a number of at least 0, got {cost!r}.")
+        check_cost(self.position_cost)
         if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
             raise UsageError(f"JacobiConfig: `seed` must be an integer or None, got {self.seed!r}.")
         if not isinstance(self.pool_prompt, bool):

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import random
 
-from .adaptive import MEMORY, AdaptiveReach, AdaptiveWindow
+from .adaptive import LEAST, Copied, Own
 from .config import JacobiConfig
-from .ngram_pool import CONTEXT_LENGTHS, NgramPool
+from .ngram_pool import CONTEXT_LENGTHS, LONGEST_MATCH, NgramPool
 
 
 CONTEXT = max(CONTEXT_LENGTHS)  # tokens that n-grams are looked up by, at most
+MEMORY = 0.7  # weight of the past in the running mean of how far a source is right
 
 
 def agreement(guess: list[int], text: list[int]) -> int:
@@ -222,6 +223,38 @@ class Lead:
         return drafted
 
 
+class Tree:
+    """
+    Ways the text may go on, merged where they begin alike, as tokens in the order of their chances.
+
+    Args:
+        ways: `(tokens, chances)` each; the chances fall along a way.
+    """
+
+    def __init__(self, ways: list[tuple[list[int], list[float]]]):
+        self.ways: list[tuple[list[int], list[int]]] = []  # (tokens, their nodes) of each
+        chances: list[float] = []
+        nodes: dict[tuple[int, int], int] = {}
+        for tokens, of_tokens in ways:
+            node, found = -1, []
+            for token, chance in zip(tokens, of_tokens):
+                if chance < LEAST:
+                    break
+                node = nodes.setdefault((node, token), len(chances))
+                if node == len(chances):
+                    chances.append(chance)
+                chances[node] = max(chances[node], chance)
+                found.append(node)
+            self.ways.append((tokens, found))
+        order = sorted(range(len(chances)), key=lambda node: -chances[node])  # stable: no token before its parent
+        self.rank = {node: place for place, node in enumerate(order)}
+        self.chances = [chances[node] for node in order]
+
+    def cut(self, guesses: int) -> list[list[int]]:
+        """Of each way what belongs to the so many tokens of the best chances."""
+        return [tokens[: sum(self.rank[node] < guesses for node in nodes)] for tokens, nodes in self.ways]
+
+
 class DraftRule:
     """
     The draft of one sequence: one real-active block and up to `max_blocks` - 1 pseudo-active ones after it.
@@ -252,40 +285,77 @@ class DraftRule:
         self.first_guesses = [source(*known) for source in FIRST_GUESSES[config.draft_init]]
         self.own = OwnPredictions(*known)
         self.lead = Lead([self.own, *(source for source in self.first_guesses if source.leads)])
-        self.window = AdaptiveWindow(self.size, config.position_cost) if config.adapts else None
-        self.reach = AdaptiveReach(self.size) if config.adapts else None
         self.start = self.end = len(prompt)
         self.draft = Draft([])
         self.candidates: list[list[int]] = []
         self.spawned = 0
+        if config.adapts:
+            self.worth_of_own, self.worth_of_copied = Own(self.size * config.max_blocks), Copied()
 
     def begin(self, token: int) -> None:
         """Takes in the token that the prefill brought, before anything is proposed."""
-        if self.window:
-            self.window.update(0)
-        self.text.append(token)
-        self.pool.extend([token])
+        self._append([token])
         self._move([])
 
-    def propose(self, room: int) -> Draft:
+    def outlook(self, room: int) -> list[float]:
+        """
+        The chances of the tokens that may be tried next to be committed by the next forward, falling.
+
+        Args:
+            room: as for `propose`.
+        """
+        length = min(self.end - self.start, room) - 1
+        ways = [(self._chain(self.own.propose(self.text, [], length), length), self.worth_of_own.chances(length))]
+        ways += self._copied(length)
+        if not self.config.pool_size:
+            ways = [max(ways, key=lambda way: sum(way[1]))]
+        self.tree = Tree(ways)
+        return self.tree.chances
+
+    def propose(self, room: int, guesses: int | None = None, probes: bool = False) -> Draft:
         """
         The tokens to score next: the chain, and candidates out of the pool as branches.
 
         Args:
             room: how many tokens a path may have at most, the newest committed one included.
+            guesses: how many of those that `outlook` found are tried, where the draft adapts.
+            probes: whether so many of the model's own predictions are tried instead.
         """
-        length = min(self.end - self.start, room)
-        guesses = self.lead.propose(self.text, length - 1)
-        for source in self.first_guesses:
-            if len(guesses) < length - 1:
-                guesses = guesses + source.propose(self.text, guesses, length - 1 - len(guesses))
-        self.draft = Draft([self.text[-1], *guesses])
-        reach = self.reach.tokens if self.reach else self.config.ngram_size
-        limit = min(self.config.pool_size, self.reach.tokens) if self.reach else self.config.pool_size
-        self.candidates = self.pool.continuations(self.text[-CONTEXT:], min(reach, room - 1), limit)
+        length = min(self.end - self.start, room) - 1
+        if guesses is None:
+            chain = self._chain(self.lead.propose(self.text, length), length)
+            reach = min(self.config.ngram_size, room - 1)
+            self.candidates = self.pool.continuations(self.text[-CONTEXT:], reach, self.config.pool_size)
+        elif probes:
+            length = min(length, guesses)
+            chain, self.candidates = self._chain(self.own.propose(self.text, [], length), length), []
+        else:
+            chain, *self.candidates = self.tree.cut(guesses)
+        self.draft = Draft([self.text[-1], *chain])
         for candidate in self.candidates:
             self.draft.add_branch(candidate)
         return self.draft
+
+    def _chain(self, guesses: list[int], length: int) -> list[int]:
+        """Guesses, and after them first guesses up to `length`."""
+        for source in self.first_guesses:
+            if len(guesses) < length:
+                guesses = guesses + source.propose(self.text, guesses, length - len(guesses))
+        return guesses
+
+    def _copied(self, length: int) -> list[tuple[list[int], list[float]]]:
+        """What may be copied from earlier text, at most `length` tokens each, with their chances."""
+        limit = max(self.config.pool_size, any(source.leads for source in self.first_guesses))
+        found = self.pool.matches(self.text[-LONGEST_MATCH:], length, limit)
+        ways = []
+        for rank, (match, tokens) in enumerate(found):
+            while not rank and len(tokens) < length:  # what ends with the text goes round
+                more = self.pool.matches((self.text + tokens)[-LONGEST_MATCH:], length - len(tokens), 1)
+                if not more:
+                    break
+                tokens = tokens + more[0][1]
+            ways.append((tokens, self.worth_of_copied.chances(rank, match, len(tokens))))
+        return ways
 
     def observe(
         self, accepted: list[int], predictions: list[int], path: list[int], drafted: list[int] | None = None
@@ -304,11 +374,6 @@ class DraftRule:
             predicted = drafted[len(path) :]
         else:
             predicted = self.draft.predictions_beyond(path[-1], predictions)
-        if self.reach:
-            longest = max(map(len, self.candidates), default=0)
-            self.reach.update(longest, max((agreement(tokens, accepted) for tokens in self.candidates), default=0))
-        if self.window:
-            self.window.update(agreement(self.draft.chain[1:], accepted))
         self.lead.observe(accepted)
         self._commit(accepted, predicted)
 
@@ -326,19 +391,27 @@ class DraftRule:
         """Appends committed tokens, and takes in what is predicted beyond them."""
         for source in (self.own, *self.first_guesses):
             source.observe(accepted, predicted)
-        self.text += accepted
-        self.pool.extend(accepted)
+        self._append(accepted)
+        if self.config.adapts:
+            self.worth_of_own.see(accepted, predicted)
         self.pool.recycle(predicted)
         self._move(predicted)
+
+    def _append(self, tokens: list[int]) -> None:
+        """Goes on with the text, and compares it with what earlier text said."""
+        for token in tokens:
+            if self.config.adapts:
+                limit = max(self.config.pool_size, 1)
+                self.worth_of_copied.see(self.pool.matches(self.text[-LONGEST_MATCH:], 1, limit), token)
+            self.text.append(token)
+            self.pool.extend([token])
 
     def _move(self, predicted: list[int]) -> None:
         """Moves the blocks in flight on to the newest committed token, and spawns the next one."""
         before = dict(enumerate(self.draft.chain, self.start))
         self.start = len(self.text) - 1
         converged = self._newest_converged(before, [self.text[-1], *predicted])
-        if self.window and self.window.size < self.size:
-            self.end, converged = self.start + self.window.size, False
-        elif self.config.window == "sliding":
+        if self.config.window == "sliding":
             self.end = max(self.end, self.start + self.size)
         while self.end <= self.start:
             self.end += self.size

@@ -72,6 +72,7 @@ def run_to_end(call: DecodeCall, synced_gpus: bool = False) -> None:
     call.step.mends_drafts = not synced_gpus
     call.prefill()
     call.outputs.stream()
+    call.weigh_costs(may_measure=not synced_gpus)
     while go_on(call.step.model, call.finished, synced_gpus, call.step.device):
         if call.finished:
             call.step.idle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 
 CONTEXT_LENGTHS = (3, 2, 1)  # how many tokens an n-gram's context may have; the longest match is tried first
+LONGEST_MATCH = 8  # tokens before a place that are compared with a context, at most
 KEPT_PER_CONTEXT = 8
 
 
@@ -60,3 +61,28 @@ class NgramPool:
                     if len(found) == limit:
                         return found
         return found
+
+    def matches(self, context: list[int], length: int, limit: int) -> list[tuple[int, list[int]]]:
+        """
+        Up to `limit` continuations of `context` that begin differently, the longest match first, among equals the
+        latest.
+
+        Returns:
+            `(match, tokens)`: how many tokens of the context stood before that place, too, at most `LONGEST_MATCH`;
+            and the 1 to `length` tokens that followed.
+        """
+        found: dict[int, tuple[int, list[int], int]] = {}
+        longest = min(LONGEST_MATCH, len(context))
+        for size in CONTEXT_LENGTHS:
+            if size > longest or limit < 1 or length < 1:
+                continue
+            for text, end in reversed(self._ends.get(tuple(context[-size:]), ())):
+                if end == len(text):
+                    continue
+                match = size
+                while match < min(longest, end) and text[end - 1 - match] == context[-1 - match]:
+                    match += 1
+                if match > found.get(text[end], (0,))[0]:
+                    found[text[end]] = (match, text, end)
+        best = sorted(found.values(), key=lambda one: -one[0])[:limit]
+        return [(match, text[end : end + length]) for match, text, end in best]

@@ -105,7 +105,8 @@ class Step:
             `[B][Q]`, the token predicted at each node (`verify.UNDRAWABLE` for none); those of the draft-only adapter
             at the chain (`copies`) last.
         """
-        self.copies = max(draft.chain_length for draft in drafts) if self.draft_adapter else 0
+        longest = max(draft.chain_length for draft in drafts)
+        self.copies = longest if self.draft_adapter and longest > 1 else 0
         predictions = self._predictions(drafts, starts)
         if self.mends_drafts and self._are_spoilt(predictions):
             self.cache.plan.mends_drafts = True

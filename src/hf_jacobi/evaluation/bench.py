@@ -20,6 +20,7 @@ from .pairs import fastest_pair
 
 
 WIDTH = 80  # columns of a table
+PAYS = 1.02  # times AR; less is noise
 LEGEND = """\
 range: the speed-up on the slowest and on the fastest batch; first: the time
 until the first token; same: the share of texts that are those of the first line"""
@@ -218,10 +219,25 @@ def table(report: Mapping[str, Any]) -> str:
             first, *others = textwrap.wrap(row["decoding"], room, subsequent_indent="  ") or [""]
             lines.append(f"{first:{room}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
             lines += others
-    lines += ["", LEGEND]
+    lines += [*_where_it_pays(report), "", LEGEND]
     if differs:
         lines += ["* Some of the text is not that of the first line."]
     return "\n".join(lines[1:])
+
+
+def _where_it_pays(report: Mapping[str, Any]) -> list[str]:
+    """With several batch sizes: a line for each with its fastest Jacobi decoding, and from which on none pays."""
+    jacobi = [row for row in report["results"] if row["decoding"].startswith("Jacobi")]
+    best = {}
+    for row in jacobi:
+        best[row["batch_size"]] = max(best.get(row["batch_size"], row), row, key=lambda one: one["speedup"])
+    if len(best) < 2:
+        return []
+    lines = ["", f"{'rows':>4}  {'speed-up':>8}  fastest Jacobi decoding"]
+    for size, row in best.items():
+        lines.append(f"{size:>4}  {row['speedup']:>7.2f}x  {row['decoding']}"[:WIDTH])
+    loses = min((size for size, row in best.items() if row["speedup"] < PAYS), default=None)
+    return lines + ["It pays at every size." if loses is None else f"It stops paying at batches of {loses}."]
 
 
 def _memory(peak: int | None) -> str:

@@ -272,11 +272,15 @@ def knee(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
         axes: where to draw; new axes if left out.
     """
     axes = axes or pyplot.figure(figsize=(4.5, 3.2)).subplots()
-    tokens, seconds = report["knee"]["tokens"], report["knee"]["seconds"]
-    axes.plot(tokens, [1000 * value for value in seconds], marker="o")
-    axes.axhline(1000 * seconds[0], color="gray", linestyle="--", linewidth=0.8)
+    for rows, seconds in report["costs"]["seconds"].items():
+        label = None if rows == "1" else f"batches of {rows}"
+        tokens = report["costs"]["tokens"][: len(seconds)]
+        (line,) = axes.plot(tokens, [1000 * value for value in seconds], marker="o", label=label)
+        axes.axhline(1000 * seconds[0], color=line.get_color(), linestyle="--", linewidth=0.8)
+    if len(report["costs"]["seconds"]) > 1:
+        axes.legend(fontsize=7, **ABOVE)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens of a forward", ylabel="milliseconds", ylim=(0, None))
+    axes.set(xlabel="tokens of a row in a forward", ylabel="milliseconds", ylim=(0, None))
     return axes
 
 
@@ -289,13 +293,13 @@ def tuned_settings(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
         axes: where to draw; new axes if left out.
     """
     axes = axes or pyplot.figure(figsize=(5.5, 4)).subplots()
-    costs = report["knee"]
+    costs = report["costs"]
     rows = report["grid"]
     across = [row["positions_per_forward"] for row in rows]
     up = [row["tokens_per_forward"] for row in rows]
     positions = np.linspace(1, 1.05 * max(across), 60)
     yields = np.linspace(1, 1.1 * max(up), 60)
-    seconds = np.interp(positions, costs["tokens"], costs["seconds"]) + costs["overhead"]
+    seconds = np.interp(positions, costs["tokens"], costs["seconds"]["1"]) + costs["overhead"]
     lines = axes.contourf(positions, yields, yields[:, None] / seconds[None, :], levels=12, cmap="Blues")
     axes.figure.colorbar(lines, ax=axes, label="tokens per second, predicted")
     axes.scatter(across, up, color="black", s=12)

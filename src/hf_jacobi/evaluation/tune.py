@@ -12,16 +12,15 @@ import copy
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import DynamicCache
 
 from ..decoding.compat import cache_argument
 from ..decoding.config import JacobiConfig
+from ..decoding.costs import CostCurve
 from ..decoding.draft_adapter import DraftAdapter
 from ..decoding.errors import UsageError
 from ..decoding.mixin import setting_of, unwrap
@@ -43,46 +42,23 @@ GRID: tuple[Mapping[str, Any], ...] = (
     {"block_size": 64, "pool_size": 4},
     *({"block_size": n, "window": "block", "max_blocks": 2} for n in (16, 32)),
 )
-WINDOW = 16  # tokens of a forward up to which the cost of a position is taken
+LARGEST = 64  # tokens of a row up to which costs are written into settings
 Progress = Callable[[Iterable, str], Iterable]
 
 
-@dataclass(frozen=True)
-class Knee:
-    """
-    What a forward takes by the number of tokens it scores.
-
-    Attributes:
-        tokens: numbers of tokens, rising.
-        seconds: what a forward over so many took, the median.
-        overhead: seconds of a step beside such a forward: drafting, accepting, masks; the median over the settings.
-    """
-
-    tokens: tuple[int, ...]
-    seconds: tuple[float, ...]
-    overhead: float = 0.0
-
-    @property
-    def position_cost(self) -> float:
-        """What one more token adds to the time of a forward, in forwards over one; over the first `WINDOW` tokens."""
-        window = min(WINDOW, self.tokens[-1])
-        first, last = np.interp((1, window), self.tokens, self.seconds)
-        return round(float(max(0.0, (last / first - 1) / max(1, window - 1))), 4)
-
-    def step(self, tokens: float) -> float:
-        """Seconds of a step whose forward scores so many tokens, between the measured ones along a line."""
-        return float(np.interp(tokens, self.tokens, self.seconds)) + self.overhead
-
-
 @torch.inference_mode()
-def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
+def measure_costs(model, sizes: Sequence[int] = SIZES, *, rows: int = 1, repeats: int = 5) -> CostCurve:
     """
-    Times forwards over 1, 2, 4, ... tokens after a cache of `CONTEXT` tokens, for one row.
+    Times forwards over 1, 2, 4, ... tokens of each row after a cache of `CONTEXT` tokens.
 
     Args:
         model: a model; a draft-only adapter is on for half of the tokens, as when it drafts.
         sizes: the numbers of tokens.
+        rows: of the batch.
         repeats: how often each is timed, in turn.
+
+    Returns:
+        what a forward takes by its tokens in each row, in seconds, the median.
     """
     inner = unwrap(model)
     room = getattr(inner.config.get_text_config(decoder=True), "max_position_embeddings", None) or sys.maxsize
@@ -90,7 +66,7 @@ def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
     count = min(CONTEXT, room - max(sizes))
     vocabulary = inner.config.get_text_config(decoder=True).vocab_size
     draw = torch.Generator().manual_seed(0)
-    context = torch.randint(vocabulary, (1, count), generator=draw).to(inner.device)
+    context = torch.randint(vocabulary, (rows, count), generator=draw).to(inner.device)
     cache, name = DynamicCache(config=inner.config), cache_argument(inner)
     inner(input_ids=context, **{name: cache}, use_cache=True, logits_to_keep=1)
     adapter = DraftAdapter.of(inner)
@@ -98,13 +74,13 @@ def measure_knee(model, sizes: Sequence[int] = SIZES, repeats: int = 5) -> Knee:
     with adapter.listening() if adapter else nullcontext():
         for repeat in range(repeats + 1):
             for size in sizes:
-                ids, copied = context[:, :1].expand(1, size), copy.deepcopy(cache)
+                ids, copied = context[:, :1].expand(rows, size), copy.deepcopy(cache)
                 with adapter.on(size // 2) if adapter else nullcontext():
                     start = now(inner)
                     inner(input_ids=ids, **{name: copied}, use_cache=True)
                     if repeat:  # after a warm-up
                         times[size].append(now(inner) - start)
-    return Knee(tuple(sizes), tuple(median(times[size]) for size in sizes))
+    return CostCurve(tuple((size, median(times[size])) for size in sizes))
 
 
 def tune(
@@ -115,6 +91,7 @@ def tune(
     base=None,
     grid: Sequence[Mapping[str, Any]] = GRID,
     present: Mapping[str, Any] | None = None,
+    batch_sizes: Sequence[int] = (1,),
     max_new_tokens: int = 64,
     progress: Progress = lambda items, title: items,
 ) -> dict[str, Any]:
@@ -126,16 +103,20 @@ def tune(
         tokenizer: its tokenizer.
         prompts: token ids of texts like those that are to be fast.
         base: what decodes by AR; left out, what `fastest_pair` makes of the model.
-        grid: the settings that are tried, each a dict of `JacobiConfig`'s; those that adapt themselves also at the
-            `position_cost` of this machine.
+        grid: the settings that are tried, each a dict of `JacobiConfig`'s; those that adapt themselves and name no
+            `position_cost` at what is measured here.
         present: the settings that the checkpoint has, those of the generation config if left out. They are tried and
             checked too, and stay unless others are faster by more than noise; their seed stays in any case.
+        batch_sizes: the rows together for which costs are measured, so that drafts adapt to them; the other settings
+            are those for one row.
         max_new_tokens: how far the prompts are decoded.
         progress: wraps what is gone through, given a title.
 
     Returns:
         `decoding` (`"jacobi"`, or `"ar"` where no setting was faster) and `jacobi`, the settings; `speedup`, measured;
-        `predicted` and `measured` tokens per second of the chosen settings; `knee`, `grid` (every setting with its
+        `predicted` and `measured` tokens per second of the chosen settings; `costs`, what a forward takes: `tokens`
+        (of each row), `seconds` (by batch size, over the first of these numbers) and `overhead` (seconds of a step
+        beside its forward: drafting, accepting, masks; the median over the settings); `grid` (every setting with its
         tokens per forward and its prediction) and `checked` (the best few with AR); `setup`.
 
     Raises:
@@ -147,17 +128,24 @@ def tune(
     inputs = [{name: rows.to(unwrap(model).device) for name, rows in one.items()} for one in inputs]
     model, writer = fastest_pair(model, base)
     measure(writer, inputs[0], AR, 8)  # warm-up
-    knee = measure_knee(model)
+    curves = {
+        rows: measure_costs(model, [size for size in SIZES if size <= max(16, SIZES[-1] // rows)], rows=rows)
+        for rows in progress(sorted({1, *batch_sizes}), "costs")
+    }
+    cost = position_cost(curves)
     present = _changed(setting_of("jacobi", None, unwrap(model)) if present is None else present)
-    grid = _with_present([*grid, *with_cost(grid, knee.position_cost)], present)
+    if present is not None and JacobiConfig(**present).adapts:
+        present["position_cost"] = cost  # the old one may be of another machine
+    grid = _with_present([with_cost(settings, cost) for settings in grid], present)
     rows = [
         {"settings": settings, **_yield_of(model, inputs, settings, max_new_tokens)}
         for settings in progress(grid, "tokens per forward")
     ]
-    beside = [row.pop("seconds_per_forward") - knee.step(row["positions_per_forward"]) for row in rows]
-    knee = replace(knee, overhead=max(0.0, median(beside)))
+    forward = curves[1].cost
+    beside = [row.pop("seconds_per_forward") - forward(row["positions_per_forward"]) for row in rows]
+    overhead = max(0.0, median(beside))
     for row in rows:
-        row["predicted"] = row["tokens_per_forward"] / knee.step(row["positions_per_forward"])
+        row["predicted"] = row["tokens_per_forward"] / (forward(row["positions_per_forward"]) + overhead)
     ranked = sorted(rows, key=lambda row: -row["predicted"])
     best = [row for place, row in enumerate(ranked) if place < CHECKED or row["settings"] == present]
     contestants = {"AR": (writer, AR)}
@@ -173,7 +161,11 @@ def tune(
         "speedup": found["speedup"],
         "predicted": winner["predicted"],
         "measured": found["tokens_per_second"],
-        "knee": {"tokens": knee.tokens, "seconds": knee.seconds, "overhead": knee.overhead},
+        "costs": {
+            "tokens": [tokens for tokens, _ in curves[1].points],
+            "seconds": {str(size): [seconds for _, seconds in curve.points] for size, curve in curves.items()},
+            "overhead": overhead,
+        },
         "grid": rows,
         "checked": figures,
         "setup": setup_of(model) | {"prompts": len(prompts), "max_new_tokens": max_new_tokens},
@@ -209,10 +201,19 @@ def _winner(rows: list[dict[str, Any]], figures: Mapping[str, Any], present: dic
     return kept if pace(fastest) < WORTHWHILE * pace(kept) else fastest
 
 
-def with_cost(grid: Sequence[Mapping[str, Any]], cost: float) -> list[dict[str, Any]]:
-    """The adaptive settings of a grid that name no cost of a position once more, at the one on this machine."""
-    found = [settings for settings in grid if JacobiConfig(**settings).adapts and "position_cost" not in settings]
-    return [{**settings, "position_cost": cost} for settings in found]
+def position_cost(curves: Mapping[int, CostCurve]) -> list | dict:
+    """`JacobiConfig.position_cost` as measured: `[positions, cost]` pairs, for several batch sizes by their number."""
+    lists = {}
+    for size, curve in curves.items():
+        one = curve.points[0][1]
+        lists[str(size)] = [[tokens, round(took / one, 3)] for tokens, took in curve.points if tokens <= LARGEST]
+    return lists["1"] if set(lists) == {"1"} else lists
+
+
+def with_cost(settings: Mapping[str, Any], cost: list | dict) -> dict[str, Any]:
+    """Settings that adapt and name no `position_cost`, at this one; others as they are."""
+    adapts = JacobiConfig(**settings).adapts and "position_cost" not in settings
+    return {**settings, "position_cost": cost} if adapts else dict(settings)
 
 
 def _yield_of(model, prompts, settings: Mapping[str, Any], max_new_tokens: int) -> dict[str, float]:

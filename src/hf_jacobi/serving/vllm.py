@@ -17,10 +17,13 @@ import inspect
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 
+from ..decoding.adaptive import Economy
 from ..decoding.config import JacobiConfig
+from ..decoding.costs import CostCurve, default_curve
 from ..decoding.drafting import DraftRule
 from ..decoding.errors import UsageError
 
@@ -135,11 +138,14 @@ class Request:
     Attributes:
         length: tokens of its prompt and text.
         seen: the step in which it was in the batch last.
+        economy: what its drafts cost and have brought, where they adapt.
     """
 
     rule: DraftRule
     length: int
     seen: int
+    economy: Economy | None = None
+    text: int = 1
 
     def is_in(self, tokens, length: int) -> bool:
         """Whether the first `length` tokens of a text are those of this request."""
@@ -165,7 +171,26 @@ class Request:
         else:
             self.rule.follow(new)
         self.length += len(new)
+        self.text += len(new)
+        if self.economy:
+            self.economy.took(len(tried), self.text)
         return len(tried)
+
+    def propose(self, room: int, curve: CostCurve | None) -> list[int]:
+        """
+        The draft for the next step.
+
+        Args:
+            room: how many tokens it may have at most.
+            curve: what the positions of a forward cost now.
+        """
+        if room < 1:
+            return []
+        if self.economy is None:
+            return self.rule.propose(room + 1).chain[1:]
+        self.economy.follow(curve)
+        guesses, probes = self.economy.decide([self.rule.outlook(room + 1)])
+        return self.rule.propose(room + 1, guesses, probes).chain[1:]
 
 
 class JacobiProposer:
@@ -199,6 +224,8 @@ class JacobiProposer:
                 "This version of vLLM calls its RejectionSampler in a way that hf_jacobi was not tested with: drafts "
                 "are n-grams of the text alone, without the model's own predictions. vLLM 0.32 gives both."
             )
+        self.device = getattr(getattr(vllm_config, "device_config", None), "device_type", "cpu")
+        self._curves: dict[int, CostCurve] = {}
         self.stats = DraftStats()
         self.step = 0
         self.rows: list[Request | None] = []  # of the last step
@@ -222,15 +249,15 @@ class JacobiProposer:
         self.step += 1
         lengths = [int(length) for length in num_tokens_no_spec[:count]]
         self._find(sampled_token_ids, lengths, token_ids_cpu)
-        most = self._draft_length(sum(map(bool, sampled_token_ids)))
+        running = sum(map(bool, sampled_token_ids))
+        most, curve = self._draft_length(running), self._curve(running)
         drafts: list[list[int]] = []
         for row, new in enumerate(sampled_token_ids):
             if not new:
                 drafts.append([])
                 continue
             self._advance(row, list(new), captured[row], token_ids_cpu[row, : lengths[row]])
-            room = min(most, self.max_model_len - lengths[row] - 1)
-            drafts.append(self.rows[row].rule.propose(room + 1).chain[1:] if room > 0 else [])
+            drafts.append(self.rows[row].propose(min(most, self.max_model_len - lengths[row] - 1), curve))
         self._log()
         return drafts
 
@@ -269,9 +296,16 @@ class JacobiProposer:
             prompt = text[-1 - PROMPT_KEPT : -1].tolist()
             rule = DraftRule(self.config, prompt, f"{self.config.seed or 0}/0")
             rule.begin(new[-1])
-            self.rows[row] = Request(rule, len(text), self.step)
+            economy = Economy(self._curve(1)) if self.config.adapts else None
+            self.rows[row] = Request(rule, len(text), self.step, economy)
             self.stats.requests += 1
         self.stats.tokens += len(new)
+
+    def _curve(self, requests: int) -> CostCurve | None:
+        """What the positions of a forward cost while so many requests run."""
+        if requests not in self._curves:
+            self._curves[requests] = curve_of(self.config.position_cost, self.device, max(1, requests))
+        return self._curves[requests]
 
     def _draft_length(self, requests: int) -> int:
         """How many tokens may be drafted for each of so many requests."""
@@ -365,6 +399,21 @@ def settings_of(vllm_config) -> tuple[JacobiConfig, list[tuple[int, int]]]:
     # A config that leaves the block size out adapts its window, and goes on to.
     config = dataclasses.replace(config, block_size=size, adaptive=config.adapts, pool_size=0)
     return config, checked_lengths(table)
+
+
+def curve_of(cost, device: str, requests: int) -> CostCurve:
+    """
+    What a forward costs by the positions of each request, while so many run.
+
+    Args:
+        cost: `JacobiConfig.position_cost`. Unless it is given by batch size, that of all positions together counts.
+        device: what it runs on, where no cost is given.
+    """
+    if isinstance(cost, Mapping):
+        return CostCurve.of(cost, requests)
+    alone = default_curve(device) if cost is None else CostCurve.of(cost)
+    sizes = sorted({1, *(max(2, -(-positions // requests)) for positions, _ in alone.points), 64})
+    return CostCurve.of([[size, alone.cost(requests * size)] for size in sizes])
 
 
 def checked_lengths(table) -> list[tuple[int, int]]:

@@ -1,0 +1,93 @@
+"""What a forward costs here: timed once for each way of running a model, in a few forwards of the first call."""
+
+from __future__ import annotations
+
+import threading
+import time
+from weakref import WeakKeyDictionary
+
+import torch
+
+from .batch import Row
+from .compat import attention_of
+from .costs import CostCurve, default_curve
+from .drafting import Draft
+from .step import Step
+
+
+WIDTHS = (1, 2, 4, 16)
+BUDGET = 10  # forwards over one position that the timing may take, about
+SHORTEST = 32  # new tokens from which a call pays for it
+COLD = 2.0  # how much longer than the next a first forward takes that compiled or loaded something
+
+_KNOWN: WeakKeyDictionary = WeakKeyDictionary()  # model -> way of running it -> its curve
+_LOCK = threading.Lock()
+
+
+def curve_of(step: Step, rows: list[Row], may_measure: bool = True) -> CostCurve:
+    """
+    The cost of forwards of a call, as measured for its model, device, dtype, attention, threads and batch size, which
+    is rounded to a power of two.
+
+    Short calls, and those beside which another one is being timed, take what is known, else a table of defaults.
+
+    Args:
+        step: after the prefill.
+        rows: of the batch.
+        may_measure: whether forwards may be run for it.
+    """
+    model = step.model
+    rounded = 1 << max(0, len(rows) - 1).bit_length()
+    attention = attention_of(model.config.get_text_config(decoder=True))
+    way = (step.device, model.dtype, attention, rounded, torch.get_num_threads(), step.draft_adapter is not None)
+    known = _KNOWN.setdefault(model, {})
+    if way not in known and may_measure and _is_long(rows) and _LOCK.acquire(blocking=False):
+        try:
+            known[way] = measure(step, [row.tokens for row in rows], min(row.room for row in rows))
+        finally:
+            _LOCK.release()
+    return known.get(way) or default_curve(step.device.type)
+
+
+def _is_long(rows: list[Row]) -> bool:
+    live = [row for row in rows if not row.finished]
+    is_long = any(row.max_length is None or row.max_length - row.prompt_length >= SHORTEST for row in live)
+    return is_long and min(row.room for row in rows) >= WIDTHS[-1]
+
+
+def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
+    """
+    Times forwards over 1, 2, 4, ... positions, written where the next forward writes anyway: nothing reads them after.
+
+    Args:
+        step: its cache holds all tokens of the rows but the newest.
+        texts: the tokens of each row, the last of which are tried: experts are chosen as for any text.
+        room: how many positions there are from the newest token on.
+    """
+    logits, starts = step.logits, [len(text) - 1 for text in texts]
+    widths = [width for width in WIDTHS if width <= room and not 1 < width < 4 * (step.draft_adapter is not None)]
+
+    alone = step.device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter  # the former stands still while other programs run
+
+    def clocked(width: int) -> float:
+        chain = width // 2 if step.draft_adapter and width > 1 else width
+        begin = clock()
+        step([Draft((chain * text[-chain:])[-chain:]) for text in texts], starts)  # which waits for the device
+        return clock() - begin
+
+    first, one = clocked(1), clocked(1)
+    if first > COLD * one or step.device.type != "cpu":
+        for width in widths[1:]:
+            clocked(width)
+        first = one
+    seconds, spent = {1: min(first, one)}, first + one
+    for width in (*widths[1:], *widths):
+        likely = CostCurve(tuple(sorted(seconds.items()))).cost(width) if len(seconds) > 1 else seconds[1]
+        if spent + likely > BUDGET * seconds[1] and len(seconds) > 1:
+            break
+        took = clocked(width)
+        spent += took
+        seconds[width] = min(took, seconds.get(width, took))
+    step.logits, step.copies = logits, 0
+    return CostCurve.of(sorted(seconds.items()))

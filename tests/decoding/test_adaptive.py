@@ -1,0 +1,138 @@
+"""How many guesses a forward tries, on given costs and given luck."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from hf_jacobi.decoding.adaptive import MATCHED, PROBE, Copied, Economy, Odds, Own
+from hf_jacobi.decoding.costs import CostCurve
+
+
+CURVES = {
+    "cheap": CostCurve.of(0.003),
+    "line": CostCurve.of(0.06),
+    "step": CostCurve.of([[1, 77], [2, 130], [4, 136], [8, 163], [16, 216]]),
+    "dear": CostCurve.of(0.9),
+}
+
+
+def test_odds_follow_what_came_true():
+    odds = Odds(0.5, 4.0)
+    for _ in range(300):
+        odds.see(True)
+    assert odds.share > 0.99
+    for _ in range(30):
+        odds.see(False)
+    assert odds.share < 0.5, "the past is forgotten"
+
+
+def test_each_right_guess_makes_the_match_of_what_is_copied_longer():
+    chances = Copied().chances(rank=0, match=1, count=12)
+    expected = MATCHED[0]
+    for place, chance in enumerate(chances):
+        assert chance == pytest.approx(expected)
+        expected *= MATCHED[min(place + 1, len(MATCHED) - 1)]
+    assert Copied().chances(rank=1, match=3, count=1)[0] < Copied().chances(rank=0, match=3, count=1)[0]
+
+
+def test_what_is_copied_is_worth_what_came_true_after_matches_as_long():
+    copied = Copied()
+    for _ in range(50):
+        copied.see([(3, [7, 8]), (2, [9])], token=7)
+        copied.see([(1, [7])], token=9)
+    assert copied.chances(0, 3, 1)[0] > 0.9 and copied.chances(0, 1, 1)[0] < 0.1
+    assert copied.chances(1, 2, 1)[0] < 0.1
+
+
+def test_own_predictions_are_followed_however_few_tokens_a_forward_brings():
+    own = Own(4)
+    own.see([0], [1, 2, 3])
+    for token in (1, 2, 9):
+        own.see([token], [])
+    assert [(odds.right, odds.tried) for odds in own.odds[:2]] == [(1, 1), (1, 1)]
+    assert (own.odds[2].right, own.odds[2].tried) == (0, 1) and not own.pending
+    at_once = Own(4)
+    at_once.see([0], [1, 2, 3])
+    at_once.see([1, 2, 9, 9], [])
+    assert at_once.chances(4) == own.chances(4)
+
+
+def test_far_predictions_are_believed_like_those_before_them():
+    own = Own(16)
+    for _ in range(20):
+        own.see([1], [1])
+    chances = own.chances(16)
+    assert chances[0] > 0.95 and chances[15] > 0.45 and chances == sorted(chances, reverse=True)
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_as_many_guesses_are_tried_as_bring_most_tokens_per_cost(name):
+    draw, curve, tried = random.Random(0), CURVES[name], set()
+    for _ in range(200):
+        rows = [sorted((draw.random() ** 2 for _ in range(draw.randrange(20))), reverse=True) for _ in range(2)]
+        tokens = [1 + sum(sum(row[:guesses]) for row in rows) / 2 for guesses in range(20)]
+        paces = [brought / curve.cost(1 + guesses) for guesses, brought in enumerate(tokens)]
+        economy = Economy(curve)
+        economy.progress = 1000  # much may be lost
+        economy.probing = 1000.0
+        best, probes = economy.decide(rows)
+        assert not probes and (paces[best] == pytest.approx(max(paces)) or (best == 0 and max(paces) < 1.04))
+        tried.add(best)
+    assert (len(tried) > 3) == (name != "dear")
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("promised", [[], [0.3, 0.1], [0.9] * 15], ids=["nothing", "little", "much"])
+def test_whatever_is_promised_and_never_kept_what_is_lost_is_bounded(name, promised):
+    """Here no guess comes true, and no chance learns from that."""
+    economy = Economy(CURVES[name])
+    probes = 0
+    for tokens in range(2, 400):
+        guesses, probing = economy.decide([promised])
+        probes += probing
+        economy.took(guesses, tokens)
+        lost = economy.spent - tokens
+        assert lost <= 0.01 * tokens + 1.8 + economy.cost(max(PROBE, len(promised))) - 1, (
+            f"{lost:.2f} forwards after {tokens} tokens"
+        )
+    assert lost < 0.03 * tokens
+    assert probes > 0 or name == "dear" or promised, "own predictions are tried now and then"
+
+
+def test_a_probe_tries_own_predictions_and_rests_by_its_cost():
+    gaps = {}
+    for name in ("line", "step"):
+        economy = Economy(CURVES[name])
+        at = []
+        for tokens in range(2, 400):
+            guesses, probing = economy.decide([[]])
+            assert (guesses, probing) in ((PROBE, True), (0, False))
+            at += [tokens] * probing
+            economy.took(guesses, tokens)
+        gaps[name] = 400 / len(at)
+    assert 10 < gaps["line"] < 40 < gaps["step"] < 150
+
+
+def test_what_was_won_may_be_tried_again():
+    economy = Economy(CURVES["step"])
+    economy.took(0, 2)
+    economy.spent = 50.0
+    assert economy.decide([[0.9] * 15]) == (0, False), "too much is lost already"
+    economy.progress = 60
+    assert economy.decide([[0.9] * 15])[0] > 5
+
+
+def test_a_draft_only_adapter_doubles_the_positions_of_what_is_tried():
+    economy = Economy(CostCurve.of(0.1), columns=2)
+    assert [economy.cost(guesses) for guesses in range(3)] == pytest.approx([1.0, 1.3, 1.5])
+
+
+def test_the_progress_of_a_batch_is_that_of_the_row_behind():
+    """One row that guesses well does not make the others wait for it long."""
+    economy = Economy(CostCurve.of(0.5))
+    for tokens in range(2, 200):
+        guesses, _ = economy.decide([[0.99] * 15, [0.0] * 15])
+        economy.took(guesses, tokens)
+    assert economy.spent < 1.03 * 200

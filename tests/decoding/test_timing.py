@@ -1,0 +1,247 @@
+"""Forwards are timed once, on slots that nothing reads, and text is the same with it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
+import pytest
+import torch
+from models import padded_prompts, tiny_model, tokens_per_forward, trained_model
+
+import hf_jacobi
+from hf_jacobi.decoding import loop, timing
+from hf_jacobi.decoding.costs import CostCurve, default_curve
+from hf_jacobi.decoding.step import Step
+
+
+pytestmark = pytest.mark.timed
+CALL = {"max_new_tokens": 48, "do_sample": False, "eos_token_id": None}
+CHEAP = CostCurve.of(0.01)
+
+
+def jacobi(model, inputs, **kwargs):
+    kwargs = CALL | {"decoding": "jacobi", "return_dict_in_generate": True} | kwargs
+    return model.generate(**inputs, **kwargs)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What was measured, and for how many rows; drafts then follow a cost at which this machine does not matter."""
+    found = []
+
+    def measure(step, texts, room):
+        found.append((real(step, texts, room), len(texts)))
+        return CHEAP
+
+    real = timing.measure
+    monkeypatch.setattr(timing, "measure", measure)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral-window", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_text_logits_and_cache_are_those_of_a_call_that_timed_nothing(measured, name, rows, sampled):
+    model, inputs = hf_jacobi.enable(trained_model(name)), padded_prompts(rows)
+    call = {"do_sample": sampled, "output_logits": True}
+    given = {"seed": 1, "position_cost": [[1, 1.0], [2, 1.01]]}
+    plain = jacobi(model, inputs, **call, jacobi_config=given)
+    assert not measured
+    timed = jacobi(model, inputs, **call, jacobi_config={"seed": 1})
+    assert [count for _, count in measured] == [rows]
+    assert measured[0][0].cost(1) == 1 <= measured[0][0].cost(16)
+    assert torch.equal(plain.sequences, timed.sequences) and tokens_per_forward(timed) > 1
+    assert plain.jacobi_stats.to_dict() == timed.jacobi_stats.to_dict(), "the same drafts were accepted"
+    for one, other in zip(plain.logits, timed.logits):
+        torch.testing.assert_close(one, other)
+    for one, other in zip(plain.past_key_values.layers, timed.past_key_values.layers):
+        torch.testing.assert_close(one.keys, other.keys)
+        torch.testing.assert_close(one.values, other.values)
+    if not sampled:
+        assert torch.equal(timed.sequences, model.generate(**inputs, **CALL))
+
+
+def test_nothing_reads_the_slots_that_the_timing_wrote(monkeypatch):
+    """Whatever stands in them: here numbers beside which all attention would drown."""
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(3)
+    spoilt = []
+
+    def measure(step, texts, room):
+        real(step, texts, room)
+        start = len(texts[0]) - 1
+        for layer in step.cache.layers:
+            assert layer.keys[0, :, start : start + timing.WIDTHS[-1]].abs().sum(-1).all()
+            layer.keys[:, :, start:] = 1e4
+            layer.values[:, :, start:] = 1e4
+            spoilt.append(layer)
+        return CHEAP
+
+    real = timing.measure
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(timing, "BUDGET", 1000)
+    out = jacobi(model, inputs)
+    assert spoilt and tokens_per_forward(out) > 1
+    assert torch.equal(out.sequences, model.generate(**inputs, **CALL))
+
+
+def forwards_of(model, run) -> int:
+    count = []
+    handle = model.register_forward_hook(lambda *_: count.append(1))
+    stats = run().jacobi_stats
+    handle.remove()
+    return len(count) - stats.forwards
+
+
+def test_the_second_call_times_nothing():
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(1)
+    assert forwards_of(model, lambda: jacobi(model, inputs)) >= 5
+    assert forwards_of(model, lambda: jacobi(model, inputs)) == 0
+    assert forwards_of(model, lambda: jacobi(model, inputs, max_new_tokens=8)) == 0
+    assert forwards_of(model, lambda: jacobi(model, padded_prompts(3))) > 0, "another batch"
+    assert forwards_of(model, lambda: jacobi(model, padded_prompts(4))) == 0, "sizes are rounded to powers of two"
+    model.double()
+    assert forwards_of(model, lambda: jacobi(model, inputs)) > 0, "another dtype"
+    other = copy.deepcopy(model)
+    assert forwards_of(other, lambda: jacobi(other, inputs)) > 0, "another model"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"max_new_tokens": 31},
+        {"synced_gpus": True},
+        {"jacobi_config": {"position_cost": 0.05}},
+        {"jacobi_config": {"position_cost": [[1, 1.0], [8, 1.5]]}},
+        {"jacobi_config": {"position_cost": {"1": [[1, 1.0], [8, 1.5]]}}},
+        {"jacobi_config": {"block_size": 8}},
+        {"jacobi_config": {"window": "block"}},
+    ],
+    ids=str,
+)
+def test_nothing_is_timed_where_it_does_not_pay_or_may_not_be(monkeypatch, call):
+    monkeypatch.setattr(loop, "go_on", lambda model, finished, synced_gpus, device: not finished)
+    measured = []
+    monkeypatch.setattr(timing, "measure", lambda *call: measured.append(call) or CHEAP)
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(1)
+    jacobi(model, inputs, **call)
+    assert not measured
+    jacobi(model, inputs, max_new_tokens=32)
+    assert len(measured) == 1
+
+
+def test_models_that_are_gone_are_forgotten():
+    model = hf_jacobi.enable(trained_model())
+    gc.collect()
+    before = len(timing._KNOWN)
+    jacobi(model, padded_prompts(1))
+    assert len(timing._KNOWN) == before + 1
+    del model
+    gc.collect()
+    assert len(timing._KNOWN) == before
+
+
+def test_with_given_costs_every_call_tries_the_same():
+    model, inputs = hf_jacobi.enable(trained_model("gemma3")), padded_prompts(3)
+    given = {"position_cost": {"1": [[1, 1.0], [2, 1.01]], "4": [[1, 1.0], [2, 1.2], [16, 1.9]]}, "seed": 0}
+    runs = [jacobi(model, inputs, jacobi_config=given, output_trajectory=True) for _ in range(2)]
+    assert runs[0].trajectory == runs[1].trajectory and tokens_per_forward(runs[0]) > 1
+
+
+def test_a_call_beside_one_that_is_timing_takes_the_defaults(monkeypatch):
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(1)
+    expected = model.generate(**inputs, **CALL)
+    timing_now, others_done = Event(), Event()
+    calls = []
+
+    def measure(step, texts, room):
+        calls.append(1)
+        timing_now.set()
+        assert others_done.wait(60)
+        return CHEAP
+
+    monkeypatch.setattr(timing, "measure", measure)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(jacobi, model, inputs)
+        assert timing_now.wait(60)
+        assert torch.equal(jacobi(model, inputs).sequences, expected)
+        others_done.set()
+        assert torch.equal(first.result().sequences, expected)
+    jacobi(model, inputs)
+    assert len(calls) == 1
+
+
+def test_a_timing_that_fails_is_not_the_last(monkeypatch):
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(timing, "measure", lambda *call: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            jacobi(model, inputs)
+    assert forwards_of(model, lambda: jacobi(model, inputs)) > 0
+
+
+@pytest.mark.parametrize("room", [1, 3, 9, 15, 16, 17])
+def test_nothing_is_timed_beyond_the_positions_that_the_model_has(room):
+    """GPT-2 has a table of positions, beyond which there is an error."""
+    model = hf_jacobi.enable(tiny_model("gpt2", n_positions=64))
+    inputs = padded_prompts(1, length=64 - room)
+    out = jacobi(model, inputs, max_new_tokens=room)
+    assert torch.equal(out.sequences, model.generate(**inputs, **CALL | {"max_new_tokens": room}))
+    call = {"max_new_tokens": 60, "stopping_criteria": [lambda ids, scores: ids.shape[1] >= 64]}
+    assert torch.equal(jacobi(model, inputs, **call).sequences, model.generate(**inputs, **CALL | call))
+
+
+def fake(monkeypatch, cost, adapter=None):
+    """A step of one row whose forwards take `cost(positions)`, and the widths of those that were run."""
+    seconds, widths = [0.0], []
+    step = Step.__new__(Step)
+    step.device, step.draft_adapter, step.logits, step.copies = torch.device("cpu"), adapter, None, 0
+
+    def forward(self, drafts, starts):
+        chain = len(drafts[0])
+        widths.append(2 * chain if adapter and chain > 1 else chain)
+        seconds[0] += cost(widths)
+
+    monkeypatch.setattr(Step, "__call__", forward)
+    monkeypatch.setattr(timing.time, "thread_time", lambda: seconds[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: seconds[0])
+    return step, widths
+
+
+AMD = CostCurve.of([[1, 77], [2, 130], [4, 136], [8, 163], [16, 216]])
+
+
+def test_what_is_measured_is_what_forwards_take(monkeypatch):
+    step, widths = fake(monkeypatch, lambda widths: 0.077 * AMD.cost(widths[-1]))
+    curve = timing.measure(step, [[3] * 40], 100)
+    assert [curve.cost(width) for width in timing.WIDTHS] == pytest.approx(
+        [AMD.cost(width) for width in timing.WIDTHS]
+    )
+    assert sum(map(AMD.cost, widths)) < 11, "about as long as ten tokens"
+
+
+def test_where_positions_cost_much_the_widest_forwards_are_left_out(monkeypatch):
+    step, widths = fake(monkeypatch, lambda widths: 0.1 * widths[-1])
+    curve = timing.measure(step, [[3] * 40], 100)
+    assert sum(widths) <= 11 and curve.cost(16) == pytest.approx(16)
+
+
+def test_a_forward_that_compiles_is_no_measure(monkeypatch):
+    """The first forward over each number of positions takes a hundred times as long."""
+    step, _ = fake(monkeypatch, lambda widths: AMD.cost(widths[-1]) * (100 if widths.count(widths[-1]) == 1 else 1))
+    curve = timing.measure(step, [[3] * 40], 100)
+    assert [curve.cost(width) for width in (2, 4, 16)] == pytest.approx([AMD.cost(width) for width in (2, 4, 16)])
+
+
+def test_a_draft_only_adapter_is_timed_with_its_own_positions(monkeypatch):
+    step, widths = fake(monkeypatch, lambda widths: CHEAP.cost(widths[-1]), adapter=object())
+    assert timing.measure(step, [[3] * 40], 100).cost(11) == pytest.approx(CHEAP.cost(11))
+    assert set(widths) == {1, 4, 16}
+
+
+def test_without_a_measurement_there_are_defaults(monkeypatch):
+    step, _ = fake(monkeypatch, lambda widths: 1.0)
+    step.model = trained_model()
+    assert timing.curve_of(step, [], may_measure=False) == default_curve("cpu")
