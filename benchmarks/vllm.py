@@ -162,7 +162,9 @@ def steps(arguments) -> dict:
 
     import hf_jacobi
 
-    settings = {"window": "sliding", "adaptive": False, "pool_size": 0, "block_size": DRAFTED + 1} | arguments.settings
+    settings = {"window": "sliding", "adaptive": False, "pool_size": 0, "block_size": DRAFTED + 1}
+    # All of them, as vLLM takes those that are left out from the checkpoint.
+    settings = JacobiConfig(**settings | {"draft_init": "prompt"} | arguments.settings).to_dict()
     prompts = prompts_of(arguments.model, arguments.prompts)
     engine = Engine("Jacobi", jacobi(DRAFTED, **settings))
     engine.start(arguments.model, arguments.longest)
