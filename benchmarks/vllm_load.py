@@ -37,8 +37,8 @@ CACHE_BLOCKS = 128
 PATIENCE = 120.0  # seconds for one request
 CANCELLED = 1 / 3
 ABSURD = 0.1
-# Of memory in the second half. Without drafts vLLM's worker grows, too (--without-drafts), as torch keeps something for
-# each number of tokens that a forward has had; with drafts there are more of these numbers.
+# Of memory in the second half. vLLM's worker takes more for a while, as its forwards have ever other numbers of
+# tokens, of which there are more with drafts; --without-drafts shows what it takes then.
 GROWTH = 1.1
 SPECULATIVE = {"method": "custom_class", "model": JACOBI, "num_speculative_tokens": DRAFTED}
 
