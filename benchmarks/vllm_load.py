@@ -43,6 +43,8 @@ GROWTH = 1.1
 SPECULATIVE = {"method": "custom_class", "model": JACOBI, "num_speculative_tokens": DRAFTED}
 
 NONSENSE: list[dict] = [
+    {"temperature": 1, "top_k": 3},  # which makes sense, and is not compared
+    {"temperature": 0.5, "top_p": 0.9, "seed": 7, "logprobs": 2},
     {"max_tokens": -1},
     {"max_tokens": 0},
     {"max_tokens": 10**12},

@@ -6,6 +6,7 @@ import logging
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -215,6 +216,17 @@ def test_predictions_are_read_before_the_sampler_changes_the_logits(serve):
     request = runner.add(prompt_of(1), 100)
     runner.run()
     assert check(request, copies) > 5
+
+
+def test_a_step_whose_drafts_were_all_dropped_is_sampled_as_one_without(monkeypatch):
+    sampler = install(monkeypatch)
+    JacobiProposer(config_of())
+    asked = []
+    sampler.sampler = lambda self, **given: asked.append(given) or "sampled"
+    logits, settings = torch.zeros(2, VOCABULARY), object()
+    metadata = SimpleNamespace(num_draft_tokens=[0, 0], draft_token_ids=torch.zeros(0))
+    assert sampler().forward(metadata, None, logits, settings) == "sampled"
+    assert asked == [{"logits": logits, "sampling_metadata": settings}]
 
 
 def test_what_was_captured_for_another_step_is_not_used(serve):

@@ -85,6 +85,8 @@ class Capture:
 
         @functools.wraps(forward)
         def capturing(self, metadata, draft_probs, logits, sampling_metadata):
+            if not any(metadata.num_draft_tokens):  # vLLM 0.32 fails over these where a request has a `top_k`
+                return self.sampler(logits=logits, sampling_metadata=sampling_metadata)
             cls._step.seen = metadata, logits.argmax(-1)  # before the sampler, which may change the logits in place
             return forward(self, metadata, draft_probs, logits, sampling_metadata)
 
