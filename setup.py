@@ -24,6 +24,7 @@ EXTRAS = {
         "rich>=13",
         "peft>=0.19",
     ],
+    "vllm": ['vllm>=0.32; python_version >= "3.11"'],
     "test": [
         "pytest>=8",
         "pytest-xdist>=3.6",

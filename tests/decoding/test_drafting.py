@@ -87,6 +87,20 @@ def test_a_sliding_window_is_refilled():
     assert accept(rule, [11, 12], [22, 23]) == (5, 9, [12, 22, 23, 23])
 
 
+def test_tokens_that_came_without_the_draft_are_followed():
+    rule = rule_of(block_size=4, window="sliding")
+    chain_of(rule)
+    accept(rule, [11], [21, 22, 23])
+    before = list(rule.lead.ahead)
+    rule.follow([21])
+    assert chain_of(rule) == (5, 9, [21, 22, 23, 23]), "what was predicted beyond them stays"
+    rule.follow([23, 30])
+    assert chain_of(rule) == (7, 11, [30, 30, 30, 30]), "unless they prove it wrong"
+    assert rule.text == [9, 9, 9, 10, 11, 21, 23, 30]
+    assert rule.lead.ahead == before
+    assert rule.pool.continuations([21, 23], 1, 1) == [[30]]
+
+
 @pytest.mark.parametrize("window", ["block", "sliding"])
 def test_a_block_is_spawned_once_the_newest_has_converged_far_enough(window):
     rule = rule_of(block_size=4, window=window, max_blocks=2, spawn_ratio=0.75)

@@ -375,6 +375,20 @@ class DraftRule:
         else:
             predicted = self.draft.predictions_beyond(path[-1], predictions)
         self.lead.observe(accepted)
+        self._commit(accepted, predicted)
+
+    def follow(self, accepted: list[int]) -> None:
+        """
+        Takes in tokens that were committed without the last proposal having been scored, as a server may do.
+
+        What the model predicted before stays its guess if they bear it out; nothing is learnt of how good guesses are.
+        """
+        said = self.own.predicted
+        self.draft = Draft([])
+        self._commit(accepted, said[len(accepted) :] if said[: len(accepted)] == accepted else [])
+
+    def _commit(self, accepted: list[int], predicted: list[int]) -> None:
+        """Appends committed tokens, and takes in what is predicted beyond them."""
         for source in (self.own, *self.first_guesses):
             source.observe(accepted, predicted)
         self._append(accepted)

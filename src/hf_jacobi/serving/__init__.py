@@ -1,1 +1,1 @@
-"""How others serve a model: vLLM, the server of transformers, a chat page."""
+"""How a model is served to others. Each file needs a package of its own, and imports it when it is used."""
