@@ -54,7 +54,9 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*", "serving/page/*"]},
+    package_data={
+        "hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*", "serving/page/*"]
+    },
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.16,<5.25"],
     extras_require=EXTRAS,
