@@ -27,8 +27,9 @@ REFUSED = {
         "at once with `transformers serve`, or with vLLM."
     ),
     "compile": (
-        "--compile asks for a static cache in every request, but Jacobi decoding keeps a cache of its own, as drafts "
-        "must be taken back out of it: drop it."
+        "--compile asks for a static cache of another length in every request, for each of which the model would be "
+        "compiled: drop it, and put cache_implementation='static' and max_cache_len into the checkpoint's generation "
+        "config."
     ),
 }
 
