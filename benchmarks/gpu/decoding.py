@@ -5,11 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections import Counter
+from contextlib import nullcontext
 from functools import partial
 
 import torch
+from transformers import CompileConfig
 
 import hf_jacobi
+from hf_jacobi.decoding.compat import attending_by, flash_kernel
 
 from .chain import QWEN_7B, TOY, chain_model, chain_prompt, chain_text, forced_chain
 from .stage import Stage
@@ -38,6 +41,11 @@ def run(stage: Stage) -> None:
     stage.measure("positions/context 512", positions, model, short, POSITIONS[:4] if stage.dry else POSITIONS, needs=8)
     stage.measure("step/context 512", profile, model, short, sizes[1], tokens, needs=10)
     stage.measure("ar static/context 512/batch 1", timed, "static", short, 1, needs=40)
+    for size in sizes[1::-1]:
+        stage.measure(f"jacobi {size} static/context 512/batch 1", timed, size, short, 1, kind="static", needs=60)
+    kinds = {"static": 60} | ({} if flash_kernel() is None else {"flash": 8})  # with the seconds that they need
+    if "flash" in kinds:
+        stage.measure(f"jacobi {sizes[1]} flash/context 512/batch 1", timed, sizes[1], short, 1, kind="flash", needs=8)
     for batch in batches[1:]:
         for way in ("ar", *sizes):
             stage.measure(f"{_name(way)}/context 512/batch {batch}", timed, way, short, batch, needs=8)
@@ -46,15 +54,18 @@ def run(stage: Stage) -> None:
             stage.measure(f"{_name(way)}/context 8k/batch {batch}", timed, way, long, batch, needs=10)
     stage.measure("positions/context 8k", positions, model, long, POSITIONS[:4] if stage.dry else POSITIONS, needs=12)
     for context, batch in ((long, 1), (short, batches[-1])):
-        name = "512" if context == short else "8k"
+        name, size = "512" if context == short else "8k", sizes[1]
         stage.measure(f"ar static/context {name}/batch {batch}", timed, "static", context, batch, needs=40)
+        for kind, needs in kinds.items():
+            figure = f"jacobi {size} {kind}/context {name}/batch {batch}"
+            stage.measure(figure, timed, size, context, batch, kind=kind, needs=needs)
 
 
 def _name(way: str | int) -> str:
     return way if isinstance(way, str) else f"jacobi {way}"
 
 
-def decode(model, way: str | int, context: int, batch: int, tokens: int) -> dict:
+def decode(model, way: str | int, context: int, batch: int, tokens: int, kind: str = "") -> dict:
     """
     Decodes twice, and times the second.
 
@@ -63,6 +74,8 @@ def decode(model, way: str | int, context: int, batch: int, tokens: int) -> dict
         way: `"ar"`, `"static"` (AR on transformers' static cache, which compiles it on a GPU), or the block size of
             Jacobi decoding with forced drafts.
         context, batch, tokens: prompt length, rows, new tokens of each row.
+        kind: of Jacobi decoding: `"static"` (fixed shapes, compiled, and captured on a GPU), or `"flash"` (attention
+            of the flash-attn package).
 
     Returns:
         `tokens_per_second` of all rows, `ms_per_token` of one and `ms_per_forward`, all after the first token;
@@ -74,13 +87,16 @@ def decode(model, way: str | int, context: int, batch: int, tokens: int) -> dict
     arguments = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": tokens, "do_sample": False}
     if isinstance(way, int):
         arguments |= {"decoding": "jacobi", "jacobi_config": {"block_size": way, "pool_size": 0}}
-    elif way == "static":
+    if "static" in (way, kind):
         arguments |= {"cache_implementation": "static"}
+    if kind == "static" and not torch.cuda.is_available():  # compiling for a CPU is not what is to be shown here
+        arguments |= {"compile_config": CompileConfig(backend="eager")}
     figure: dict = {}
     for name in ("warm_up_seconds", "seconds"):
         clock = Clock()
         start = time.perf_counter()
-        with forced_chain(RIGHT, vocabulary), peak_memory(figure):
+        attention = attending_by(model, "flash_attention_2") if kind == "flash" else nullcontext()
+        with attention, forced_chain(RIGHT, vocabulary), peak_memory(figure):
             out = model.generate(prompt, **arguments, return_dict_in_generate=True, streamer=clock)
         figure[name] = time.perf_counter() - start
     new = out.sequences[:, context:]
