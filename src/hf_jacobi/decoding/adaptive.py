@@ -139,6 +139,7 @@ class Economy:
         self.curve, self.columns, self.width = curve, columns, width
         self.costs: list[float] = []
         self.spent, self.probing = 1.0, 0.0  # in forwards over one position, the prefill among them
+        self.began = False  # whether the last forward was over guesses that its predictions were to take the place of
         self.progress = 1  # forwards that one token at a time would have taken
 
     def cost(self, guesses: int) -> float:
@@ -148,33 +149,44 @@ class Economy:
             self.costs.append(self.curve.cost(positions))
         return self.costs[guesses]
 
-    def decide(self, chances: list[list[float]]) -> tuple[int, bool]:
+    def decide(self, chances: list[list[float]], promises: list[list[float]] | None = None) -> tuple[int, bool]:
         """
-        How many guesses each row is to try at most, and whether that is a probe.
+        How many guesses each row is to try at most, and whether these are to be predictions of the model's own.
 
         Args:
             chances: those of each row's guesses, falling.
+            promises: where the model has predicted nothing yet, the chances that its own predictions would have. They
+                take two forwards: one over any guesses, of which none may be right, and one over what it says to them.
         """
-        guesses, tokens = self._best(chances)
-        cost = self.cost(guesses)
-        credit = tokens - 1 if tokens > CLEAR * cost else min(SURE * (tokens - 1), self.progress / EARLY)
-        if guesses and self._may_lose(cost - 1 - min(credit, CREDIT)):
+        began, self.began = self.began, False
+        guesses, loss = self._best(chances)
+        if guesses and (began or self._may_lose(loss)):
             return guesses, False
+        guesses, loss = self._best(promises or [], forwards=2)
+        if guesses and self._may_lose(loss):
+            self.began = True
+            return guesses, True
         loss = self.cost(PROBE) - 1
         if self.probing <= PROBES * self.progress and self._may_lose(loss):
             self.probing += loss
             return PROBE, True
         return 0, False
 
-    def _best(self, chances: list[list[float]]) -> tuple[int, float]:
-        """How many guesses bring most tokens per cost, and how many tokens of a row those are."""
-        rows, tokens = len(chances), 1.0
-        best, count, brings = WORTHWHILE, 0, 1.0
+    def _best(self, chances: list[list[float]], forwards: int = 1) -> tuple[int, float]:
+        """
+        How many guesses bring most tokens per cost, the last of so many forwards alone more than one; and how many
+        forwards over one position are at stake in that.
+        """
+        rows, tokens = len(chances), float(forwards)
+        best, count, stake = WORTHWHILE, 0, 0.0
         for guesses in range(1, max(map(len, chances), default=0) + 1):
             tokens += sum(row[guesses - 1] for row in chances if len(row) >= guesses) / rows
-            if tokens > best * self.cost(guesses):
-                best, count, brings = tokens / self.cost(guesses), guesses, tokens
-        return count, brings
+            cost = forwards * self.cost(guesses)
+            if tokens > best * cost:
+                more = tokens - forwards
+                credit = more if tokens > CLEAR * cost else min(SURE * more, self.progress / EARLY)
+                best, count, stake = tokens / cost, guesses, cost - forwards - min(credit, CREDIT)
+        return count, stake
 
     def _may_lose(self, loss: float) -> bool:
         """Whether the account allows a forward that is expected to lose so much."""

@@ -35,7 +35,8 @@ class AttentionMask:
         self.groups = groups
         # Eager attention adds the mask: a boolean one would do nothing. Others turn it into such a one in every layer.
         self.additive = attention_of(config) == "eager" or groups > 1
-        self.dtype = dtype
+        # What is added where a token sees another, and where it does not.
+        self.added = torch.tensor([0.0, torch.finfo(dtype).min], dtype=dtype, device=left_padding.device).unbind()
         self.sliding_window = getattr(config, "sliding_window", None)
         self.chunk_size = getattr(config, "attention_chunk_size", None)
         self.layer_types = sorted(set(config.layer_types)) if getattr(config, "layer_types", None) else None
@@ -85,8 +86,7 @@ class AttentionMask:
         visible = visible.unsqueeze(1)
         if not self.additive:
             return visible
-        mask = torch.zeros(visible.shape, dtype=self.dtype, device=visible.device)
-        mask.masked_fill_(~visible, torch.finfo(self.dtype).min)
+        mask = torch.where(visible, *self.added)
         return mask.repeat(1, 1, self.groups, 1) if self.groups > 1 else mask
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .adaptive import Economy
 from .config import JacobiConfig
-from .drafting import Draft, DraftRule
+from .drafting import Draft, DraftRule, choose
 from .stats import JacobiStats, Trajectory, TrajectoryStep
 
 
@@ -113,7 +113,7 @@ def propose(rows: list[Row], economy: Economy | None) -> list[Draft]:
     """The drafts of all rows; `economy` says how large they are, where they adapt."""
     if economy is None:
         return [row.propose() for row in rows]
-    choice = economy.decide([row.rule.outlook(row.room) for row in rows if not row.finished])
+    choice = choose(economy, [(row.rule, row.room) for row in rows if not row.finished])
     return [row.propose(*choice) for row in rows]
 
 

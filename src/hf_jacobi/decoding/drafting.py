@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 
-from .adaptive import LEAST, Copied, Own
+from .adaptive import LEAST, Copied, Economy, Own
 from .config import JacobiConfig
 from .ngram_pool import CONTEXT_LENGTHS, LONGEST_MATCH, NgramPool
 
@@ -297,17 +297,28 @@ class DraftRule:
         self._append([token])
         self._move([])
 
-    def outlook(self, room: int) -> list[float]:
+    @property
+    def is_idle(self) -> bool:
+        """Whether the model has predicted nothing beyond the text, as where nothing was tried."""
+        return not self.own.predicted
+
+    def promise(self, room: int) -> list[float]:
+        """As `outlook`, of the model's own predictions alone, if they were there."""
+        return self.worth_of_own.chances(min(self.end - self.start, room) - 1)
+
+    def outlook(self, room: int, own: bool = True) -> list[float]:
         """
         The chances of the tokens that may be tried next to be committed by the next forward, falling.
 
         Args:
             room: as for `propose`.
+            own: whether the model's own predictions are among them.
         """
         length = min(self.end - self.start, room) - 1
-        ways = [(self._chain(self.own.propose(self.text, [], length), length), self.worth_of_own.chances(length))]
-        ways += self._copied(length)
-        if not self.config.pool_size:
+        ways = self._copied(length)
+        if own:
+            ways.insert(0, (self._chain(self.own.propose(self.text, [], length), length), self.promise(room)))
+        if ways and not self.config.pool_size:
             ways = [max(ways, key=lambda way: sum(way[1]))]
         self.tree = Tree(ways)
         return self.tree.chances
@@ -330,7 +341,7 @@ class DraftRule:
             length = min(length, guesses)
             chain, self.candidates = self._chain(self.own.propose(self.text, [], length), length), []
         else:
-            chain, *self.candidates = self.tree.cut(guesses)
+            chain, *self.candidates = self.tree.cut(guesses) or [[]]
         self.draft = Draft([self.text[-1], *chain])
         for candidate in self.candidates:
             self.draft.add_branch(candidate)
@@ -372,8 +383,10 @@ class DraftRule:
         """
         if drafted is not None:
             predicted = drafted[len(path) :]
-        else:
+        elif len(self.draft) > 1:
             predicted = self.draft.predictions_beyond(path[-1], predictions)
+        else:
+            predicted = self._borne_out(accepted)
         self.lead.observe(accepted)
         self._commit(accepted, predicted)
 
@@ -383,9 +396,13 @@ class DraftRule:
 
         What the model predicted before stays its guess if they bear it out; nothing is learnt of how good guesses are.
         """
-        said = self.own.predicted
         self.draft = Draft([])
-        self._commit(accepted, said[len(accepted) :] if said[: len(accepted)] == accepted else [])
+        self._commit(accepted, self._borne_out(accepted))
+
+    def _borne_out(self, accepted: list[int]) -> list[int]:
+        """What the model predicted earlier for the tokens after these, if these are what it predicted, too."""
+        said = self.own.predicted
+        return said[len(accepted) :] if said[: len(accepted)] == accepted else []
 
     def _commit(self, accepted: list[int], predicted: list[int]) -> None:
         """Appends committed tokens, and takes in what is predicted beyond them."""
@@ -434,3 +451,17 @@ class DraftRule:
                 break
             position += 1
         return position - first >= self.config.spawn_ratio * self.size
+
+
+def choose(economy: Economy, rules: list[tuple[DraftRule, int]]) -> tuple[int, bool]:
+    """
+    What `Economy.decide` says of sequences that share a forward.
+
+    Args:
+        economy: of the forward.
+        rules: of each sequence, with its room (`DraftRule.propose`).
+    """
+    if all(rule.is_idle for rule, _ in rules):
+        promises = [rule.promise(room) for rule, room in rules]
+        return economy.decide([rule.outlook(room, own=False) for rule, room in rules], promises)
+    return economy.decide([rule.outlook(room) for rule, room in rules])

@@ -24,7 +24,7 @@ from itertools import islice
 from ..decoding.adaptive import Economy
 from ..decoding.config import JacobiConfig
 from ..decoding.costs import CostCurve, default_curve
-from ..decoding.drafting import DraftRule
+from ..decoding.drafting import DraftRule, choose
 from ..decoding.errors import UsageError
 
 
@@ -191,7 +191,7 @@ class Request:
         if self.economy is None:
             return self.rule.propose(room + 1).chain[1:]
         self.economy.follow(curve)
-        guesses, probes = self.economy.decide([self.rule.outlook(room + 1)])
+        guesses, probes = choose(self.economy, [(self.rule, room + 1)])
         return self.rule.propose(room + 1, guesses, probes).chain[1:]
 
 
