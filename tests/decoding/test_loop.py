@@ -68,7 +68,8 @@ def check_architecture(name: str, attention: str | None = None) -> None:
             spawned[label] += out.jacobi_stats.blocks_spawned
     for label, config in CONFIGS.items():
         settings = JacobiConfig(**config)
-        assert (recycled[label] > 0) == (settings.pool_size > 0), f"{label}: {recycled[label]} tokens recycled"
+        if not settings.adapts:  # where it does, n-grams that promise less than the model's own guesses are not tried
+            assert (recycled[label] > 0) == (settings.pool_size > 0), f"{label}: {recycled[label]} tokens recycled"
         assert (spawned[label] > 0) == (settings.max_blocks > 1), f"{label}: {spawned[label]} blocks spawned"
 
 
