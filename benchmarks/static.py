@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     hf_jacobi.enable(model)
     count = arguments.prompts + arguments.warm_up
     is_miniature = arguments.model == str(MINIATURE)
-    texts = [problem.prompt for problem in held_out_problems(count)] if is_miniature else (CHAT * count)[:count]
+    problems = [problem.prompt for problem in held_out_problems(count)]  # so many of each of two tasks
+    texts = problems[::2] if is_miniature else (CHAT * count)[:count]
     inputs = [encode(tokenizer, text, model.device) for text in texts]
     longest = max(prompt["input_ids"].shape[1] for prompt in inputs) + arguments.max_new_tokens
     chosen = ways(longest)
