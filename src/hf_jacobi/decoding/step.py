@@ -23,6 +23,7 @@ from .running import (
     Resident,
     leave_resident,
     recorder_of,
+    state_of,
     take_resident,
     weights_of,
 )
@@ -152,7 +153,8 @@ class Step:
         """Takes a cache over into static slots, and compiles what runs over them, or records it, where that can be."""
         plain = self.draft_adapter is None or self.draft_adapter.is_plain
         if plain and can_compile(self.model, self.generation_config):
-            self.runner = Compiled(self.generation_config.compile_config)
+            purpose = (self.shapes.total, *state_of(self.model))
+            self.runner = Compiled(self.generation_config.compile_config, purpose)
         record = recorder_of(self.device)
         if type(self.runner) is Eager or record is None or self._has_other_tensors():
             self.cache = SlotCache.from_prefill(filled, length, keep, self.shapes.total)
