@@ -246,6 +246,22 @@ def test_a_cache_that_is_too_small_for_what_it_holds_or_for_embeddings_is_refuse
     assert torch.equal(second_turn(caches[51], "jacobi"), expected)
 
 
+def test_a_cache_for_another_batch_or_model_is_refused_before_work_is_lost():
+    model, way = hf_jacobi.enable(tiny_model()), {"disable_compile": True, "decoding": "jacobi"}
+    settings, forwards = GREEDY | way, []
+    for before, now in ((1, 2), (2, 1)):
+        cache = StaticCache(config=model.config, max_cache_len=60)
+        model.generate(**padded_prompts(before), **settings, **{CACHE: cache})
+        cache.reset()
+        with model.register_forward_hook(lambda *_: forwards.append(1)), pytest.raises(ValueError, match="batches of"):
+            model.generate(**padded_prompts(now), **settings, **{CACHE: cache})
+        same_as_ar(model, padded_prompts(before), way | {CACHE: cache, "return_dict_in_generate": True})
+    cache = StaticCache(config=tiny_model(num_hidden_layers=1).config, max_cache_len=60)
+    with model.register_forward_hook(lambda *_: forwards.append(1)), pytest.raises(ValueError, match="1 layers"):
+        model.generate(**padded_prompts(1), **settings, **{CACHE: cache})
+    assert not forwards
+
+
 @pytest.mark.parametrize("place", ["process", "call", "around"])
 def test_attention_that_someone_else_registered_as_sdpa_stays_in_force(place):
     """Also where it came after ours, or is a wrapper of ours."""
