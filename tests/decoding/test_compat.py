@@ -89,6 +89,11 @@ NAMES = [
         lambda: import_module("transformers.modeling_utils"),
         "attention that copies no keys and values",
     ),
+    (
+        "sdpa_attention_forward",
+        lambda: import_module("transformers.integrations.sdpa_attention"),
+        "attention that copies no keys and values",
+    ),
     ("_attn_implementation", LlamaConfig, "masks, and refusing an attention that takes none"),
     ("_name_or_path", LlamaConfig, "the base model in model cards"),
     ("_instances", member("tqdm.tqdm"), "errors after a progress bar"),

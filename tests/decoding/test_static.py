@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from models import ARCHITECTURES, last_new_tokens, padded_prompts, tiny_model, tokens_per_forward, trained_model
+from peft import LoraConfig, get_peft_model
 from test_draft_adapter import with_adapter
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import AttentionInterface, CompileConfig, DynamicCache, StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import hf_jacobi
 from hf_jacobi.decoding import draft_adapter
@@ -226,6 +229,92 @@ def test_a_cache_that_is_too_small_is_refused():
     assert out.shape[1] == 52
 
 
+def test_a_cache_that_is_too_small_for_what_it_holds_or_for_embeddings_is_refused():
+    """The greatest length of such calls counts neither."""
+    model, prompt = hf_jacobi.enable(tiny_model()), padded_prompts(1)["input_ids"]
+    settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "disable_compile": True}
+    caches = {size: StaticCache(config=model.config, max_cache_len=size) for size in (30, 31, 51, 200)}
+    embeddings = model.get_input_embeddings()(prompt)
+    with pytest.raises(ValueError, match=r"holds 30 tokens.*32"):
+        model.generate(inputs_embeds=embeddings, **settings, decoding="jacobi", **{CACHE: caches[30]})
+    model.generate(inputs_embeds=embeddings, **settings, decoding="jacobi", **{CACHE: caches[31]})
+
+    def second_turn(cache, decoding):
+        first = model.generate(prompt, **settings, decoding=decoding, **{CACHE: cache})
+        turn = {"input_ids": first[:, -1:], "attention_mask": torch.ones_like(first)}
+        return model.generate(**turn, **settings, decoding=decoding, **{CACHE: cache})
+
+    expected = second_turn(caches[200], "ar")
+    with pytest.raises(ValueError, match=r"holds 50 tokens.*52"):
+        second_turn(StaticCache(config=model.config, max_cache_len=50), "jacobi")
+    assert torch.equal(second_turn(caches[51], "jacobi"), expected)
+
+
+def test_a_cache_for_another_batch_or_model_is_refused_before_work_is_lost():
+    model, way = hf_jacobi.enable(tiny_model()), {"disable_compile": True, "decoding": "jacobi"}
+    settings, forwards = GREEDY | way, []
+    for before, now in ((1, 2), (2, 1)):
+        cache = StaticCache(config=model.config, max_cache_len=60)
+        model.generate(**padded_prompts(before), **settings, **{CACHE: cache})
+        cache.reset()
+        with model.register_forward_hook(lambda *_: forwards.append(1)), pytest.raises(ValueError, match="batches of"):
+            model.generate(**padded_prompts(now), **settings, **{CACHE: cache})
+        same_as_ar(model, padded_prompts(before), way | {CACHE: cache, "return_dict_in_generate": True})
+    cache = StaticCache(config=tiny_model(num_hidden_layers=1).config, max_cache_len=60)
+    with model.register_forward_hook(lambda *_: forwards.append(1)), pytest.raises(ValueError, match="1 layers"):
+        model.generate(**padded_prompts(1), **settings, **{CACHE: cache})
+    assert not forwards
+
+
+@pytest.mark.parametrize("place", ["process", "call", "around"])
+def test_attention_that_someone_else_registered_as_sdpa_stays_in_force(place):
+    """Also where it came after ours, or is a wrapper of ours."""
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(3)
+    settings = {"jacobi_config": {"block_size": 8}}
+    usual = same_as_ar(model, inputs, EAGER | settings).sequences
+    plain = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def other(module, query, *arguments, **keywords):
+        output, weights = plain(module, query * -2, *arguments, **keywords)
+        return output * 3, weights
+
+    if place == "call":
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = other
+    else:
+        AttentionInterface.register("sdpa", functools.wraps(plain)(other) if place == "around" else other)
+    try:
+        for way in (EAGER, TRACED):
+            assert not torch.equal(same_as_ar(model, inputs, way | settings).sequences, usual)
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"].__code__ is other.__code__
+    finally:
+        if place == "call":
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
+        AttentionInterface.register("sdpa", plain)
+
+
+@torch._dynamo.config.patch(recompile_limit=2)  # of 8: beyond it torch compiles a function no more
+def test_texts_of_many_lengths_are_compiled():
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(2)
+    model.config.max_position_embeddings = 2048
+    stop = {"stopping_criteria": [lambda ids, scores: ids.shape[1] >= 24]}
+    for length in (1050, 1150, 1250):
+        same_as_ar(model, inputs, TRACED, max_new_tokens=length, **stop)
+
+
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_more_adapters_than_torch_compiles_one_function_for():
+    model, inputs = trained_model(), padded_prompts(2)
+    config = LoraConfig(r=4, lora_alpha=64, target_modules=["v_proj"], init_lora_weights=False)
+    model = hf_jacobi.enable(get_peft_model(model, config, adapter_name="0"))
+    for number in range(1, 4):
+        model.add_adapter(str(number), config)
+    texts = set()
+    for number in range(4):
+        model.set_adapter(str(number))
+        texts.add(str(same_as_ar(model, inputs, TRACED, max_new_tokens=10).sequences))
+    assert len(texts) > 1
+
+
 def test_sampled_text_is_that_of_growing_slots():
     model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(3)
     settings = {"max_new_tokens": 40, "do_sample": True, "eos_token_id": None, "jacobi_config": {"seed": 5}}
@@ -333,7 +422,7 @@ def taped(monkeypatch):
         name = "as written"
 
     monkeypatch.setattr(step_module, "recorder_of", lambda device: record)
-    monkeypatch.setattr(step_module, "Compiled", lambda settings: Plain())
+    monkeypatch.setattr(step_module, "Compiled", lambda *settings: Plain())
     return tapes
 
 

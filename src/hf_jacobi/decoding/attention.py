@@ -8,7 +8,14 @@ import functools
 import torch
 from transformers import PreTrainedConfig
 
-from .compat import attention_of, flash_kernel, looks_attention_up, register_attention, registered_attention
+from .compat import (
+    attention_of,
+    flash_kernel,
+    looks_attention_up,
+    own_attention,
+    register_attention,
+    registered_attention,
+)
 
 
 MASKED_ATTENTIONS = ("sdpa", "eager")
@@ -156,8 +163,8 @@ def groups_to_fold(model) -> int:
     """
     How many query heads share a head of keys and values, where the attention of a model can fold them; else 1.
 
-    It can where it is the `sdpa` that transformers looks up in its registry, which this function puts `fold_groups`
-    before.
+    It can where it is the `sdpa` of transformers, which this function puts `fold_groups` before in the registry; not
+    where someone else has registered another function by that name, which may compute something else.
     """
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None)
@@ -166,9 +173,10 @@ def groups_to_fold(model) -> int:
         return 1
     if not (isinstance(heads, int) and isinstance(shared, int) and shared and heads > shared):
         return 1
-    if not hasattr(plain := registered_attention("sdpa"), "folds_groups"):
+    if registered_attention("sdpa") is (plain := own_attention()):
         register_attention("sdpa", fold_groups(plain))
-    return heads // shared
+    found = registered_attention("sdpa")
+    return heads // shared if getattr(found, "folds_groups", None) is found else 1  # what wraps it copies attributes
 
 
 def fold_groups(plain):
@@ -201,5 +209,5 @@ def fold_groups(plain):
         )
         return result.reshape(*query.shape[:3], value.shape[3]).transpose(1, 2).contiguous(), None
 
-    attend.folds_groups = True
+    attend.folds_groups = attend
     return attend

@@ -306,6 +306,13 @@ def registered_attention(name: str):
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
+def own_attention():
+    """transformers' own `sdpa`, whatever is registered under that name."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward
+
+
 def register_attention(name: str, function) -> None:
     """Has models look another attention function up under a name."""
     AttentionInterface.register(name, function)

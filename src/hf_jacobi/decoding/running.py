@@ -48,25 +48,28 @@ class Compiled:
     """
     The forward by `torch.compile`, which is called with few shapes (`FixedShapes`) and keeps a graph for each.
 
-    Each shape gets a function of its own, as torch counts recompilations, and tries guards, by function.
+    Each shape, and each state of the model, gets a function of its own, as torch counts recompilations, and tries
+    guards, by function: after eight it would compile no more.
 
     Args:
         settings: a `transformers.CompileConfig`; `None` for the defaults.
+        purpose: what else a graph is made for, such as the size of the cache and the adapters in force.
     """
 
-    def __init__(self, settings=None):
-        self.settings = compile_settings(settings)
+    def __init__(self, settings=None, purpose: tuple = ()):
+        self.settings, self.purpose = compile_settings(settings), purpose
         self.name = repr(sorted(self.settings.items(), key=str))
 
     def __call__(self, model, arguments: dict, shape: tuple[int, ...]) -> torch.Tensor:
         """As `Eager`."""
         with _LOCK:
             graphs = _COMPILED.setdefault(model, {})
-            if (shape, self.name) not in graphs:
+            kind = shape, self.purpose, self.name
+            if kind not in graphs:
                 code = _forward.__code__.replace(co_name="step_" + "_".join(map(str, shape)))
                 own = FunctionType(code, _forward.__globals__)
-                graphs[shape, self.name] = torch.compile(own, **self.settings)
-            graph = graphs[shape, self.name]
+                graphs[kind] = torch.compile(own, **self.settings)
+            graph = graphs[kind]
         before = _TRACING.set(True)
         try:
             with explains_failed_compile():
@@ -158,5 +161,10 @@ def leave_resident(model, purpose: tuple, resident: Resident) -> None:
 def weights_of(model) -> tuple:
     """Tells whether what was recorded of a model is still its forward: other weights have other addresses."""
     tensors = [(tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
+    return hash(tuple(tensors)), *state_of(model)
+
+
+def state_of(model) -> tuple:
+    """What else than its weights a model's forward depends on."""
     text = model.config.get_text_config(decoder=True)
-    return hash(tuple(tensors)), model.training, attention_of(text), adapters_in_force(model)
+    return model.dtype, model.training, attention_of(text), adapters_in_force(model)

@@ -275,6 +275,11 @@ def capacity_of(cache: Cache) -> int | None:
     return min(full, default=None)
 
 
+def rows_of(cache: Cache) -> int | None:
+    """How many rows of text a `StaticCache` has memory for; `None` while it has none as yet."""
+    return next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), None)
+
+
 def can_roll_back(cache: Cache) -> bool:
     """Whether every layer of `cache` is one whose tokens `SlotCache` can hold and give back."""
     kinds = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer)

@@ -23,11 +23,12 @@ from .running import (
     Resident,
     leave_resident,
     recorder_of,
+    state_of,
     take_resident,
     weights_of,
 )
 from .shapes import FixedShapes, GrowingShapes
-from .slot_cache import SlotCache, capacity_of
+from .slot_cache import SlotCache, capacity_of, rows_of
 from .verify import UNDRAWABLE, TokenChooser
 
 
@@ -106,7 +107,8 @@ class Step:
         is_empty = static is not None and not int(static.get_seq_length())
         if is_empty:
             config = self.model.config.get_text_config(decoder=True)
-            self.model_kwargs = self.model_kwargs | {CACHE: DynamicCache(config=config)}
+            self.model_kwargs = self.model_kwargs | {CACHE: (dynamic := DynamicCache(config=config))}
+            _refuse_misfit(static, len(self.numbers), len(dynamic.layers))
         outputs = prefill(self.model, self.input_ids, self.generation_config, self.model_kwargs)
         filled = cache_of(outputs)
         if not isinstance(filled, Cache):
@@ -152,7 +154,8 @@ class Step:
         """Takes a cache over into static slots, and compiles what runs over them, or records it, where that can be."""
         plain = self.draft_adapter is None or self.draft_adapter.is_plain
         if plain and can_compile(self.model, self.generation_config):
-            self.runner = Compiled(self.generation_config.compile_config)
+            purpose = (self.shapes.total, *state_of(self.model))
+            self.runner = Compiled(self.generation_config.compile_config, purpose)
         record = recorder_of(self.device)
         if type(self.runner) is Eager or record is None or self._has_other_tensors():
             self.cache = SlotCache.from_prefill(filled, length, keep, self.shapes.total)
@@ -351,3 +354,17 @@ class Step:
                 newest = others[name][:, -1:].expand(-1, width)
                 others[name] = newest if name == "token_type_ids" else torch.zeros_like(newest)
         return others
+
+
+def _refuse_misfit(static: StaticCache, rows: int, layers: int) -> None:
+    """Raises for a cache that could not be filled at the end: AR fails at its first token."""
+    if (rows_of(static) or rows) != rows:
+        raise UsageError(
+            f"the StaticCache of this call has memory for batches of {rows_of(static)}, but this one has {rows} rows: "
+            "pass a new one."
+        )
+    if len(static.layers) < layers:
+        raise UsageError(
+            f"the StaticCache of this call has {len(static.layers)} layers, but the model has {layers}: make it with "
+            "the config of this model."
+        )

@@ -76,7 +76,8 @@ def refuse_unsupported(
         )
     _refuse_state(model, name, prompt_length, model_kwargs)
     _refuse_adapters(model, name)
-    _refuse_cache(model, name, model_kwargs.get(CACHE), generation_config.max_length)
+    new_tokens = generation_config.max_length - prompt_length
+    _refuse_cache(model, name, model_kwargs.get(CACHE), new_tokens + _whole_length(model_kwargs, prompt_length))
     _refuse_attention(model, name, model_kwargs, settings)
     _refuse_positions(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
@@ -117,6 +118,14 @@ def _refuse_adapters(model, name: str) -> None:
             f"Jacobi decoding does not support virtual tokens, but {name} carries a {adapter.peft_type.value} "
             f"adapter: use an adapter of another kind, such as LoRA, or {INSTEAD}."
         )
+
+
+def _whole_length(model_kwargs: dict, prompt_length: int) -> int:
+    """How long the text is before the first new token, with what is cached or given as embeddings."""
+    if (mask := model_kwargs.get("attention_mask")) is not None:
+        return mask.shape[1] if mask.dim() == 2 else prompt_length
+    positions = model_kwargs.get("position_ids")
+    return prompt_length if positions is None else int(positions.max()) + 1
 
 
 def _refuse_cache(model, name: str, cache, longest: int) -> None:
