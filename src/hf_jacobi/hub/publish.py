@@ -148,7 +148,7 @@ def target_of(output_dir: str | Path | None, dry_run: bool) -> Path | None:
     """Where the folder is kept; what lies above it is made."""
     if output_dir is None:
         if dry_run:
-            raise UsageError("a dry run writes the folder that would be pushed: pass `output_dir` too.")
+            raise UsageError("a dry run writes the folder that would be pushed: pass `output_dir` too (--output-dir).")
         return None
     target = Path(output_dir).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
