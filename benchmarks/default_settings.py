@@ -106,7 +106,11 @@ def run(arguments) -> dict:
             flush=True,
         )
     known = timing._KNOWN.get(model, {})
-    curves = [[[positions, round(cost, 2)] for positions, cost in curve.points] for curve in known.values()]
+    curves = [
+        [[positions, round(cost, 2)] for positions, cost in curve.points]
+        for tried in known.values()
+        for curve in tried
+    ]
     return {"setup": setup_of(model), "rows": rows, "costs": curves, "first_call": timed - warm}
 
 

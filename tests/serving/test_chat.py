@@ -13,6 +13,7 @@ from models import tiny_tokenizer, trained_model
 from hf_jacobi import cli
 from hf_jacobi.cli import chat as command
 from hf_jacobi.cli.models import MINIATURE
+from hf_jacobi.cli.chat import _figures
 from hf_jacobi.serving.chat import Conversation, Stopped
 from hf_jacobi.serving.server import Served
 
@@ -57,8 +58,11 @@ def test_an_answer_that_is_broken_off_keeps_what_came(served, error):
 
     said = []
     found = answer(served, "jacobi", show)
-    assert found.text.startswith("".join(said)) and len(found.forwards) == 4
-    assert answer(served, "jacobi").text.startswith(found.text), "and the next one is whole"
+    assert found.text.startswith("".join(said)) and len(found.forwards) == 4 and found.stopped
+    whole = answer(served, "jacobi")
+    assert whole.text.startswith(found.text) and not whole.stopped, "and the next one is whole"
+    assert "stopped" in _figures([whole, found]) and "text" not in _figures([whole, found])
+    assert "same text" in _figures([whole, whole])
 
 
 def test_a_second_turn_knows_the_first(served):

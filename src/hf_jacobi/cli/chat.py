@@ -185,7 +185,9 @@ def _figures(answers: list[Answer]) -> str:
         f"[{first.tokens} tokens in {len(first.forwards)} forwards, {first.tokens_per_forward:.2f} per forward; "
         f"{first.tokens_per_second:.0f} tokens a second"
     )
-    if len(answers) == 2:
+    if any(answer.stopped for answer in answers):
+        line += "; stopped"
+    elif len(answers) == 2:
         other = answers[1]
         faster = first.tokens_per_second / other.tokens_per_second if other.tokens_per_second else 0
         same = "same text" if first.text == other.text else "another text"

@@ -20,7 +20,9 @@ BUDGET = 10  # forwards over one position that the timing may take, about
 SHORTEST = 32  # new tokens from which a call pays for it
 COLD = 2.0  # how much longer than the next a first forward takes that compiled or loaded something
 
-_KNOWN: WeakKeyDictionary = WeakKeyDictionary()  # model -> way of running it -> its curve
+ATTEMPTS = 3  # of timing where positions seem dearer than by default
+
+_KNOWN: WeakKeyDictionary = WeakKeyDictionary()  # model -> way of running it -> its curves
 _LOCK = threading.Lock()
 
 
@@ -41,13 +43,26 @@ def curve_of(step: Step, rows: list[Row], may_measure: bool = True) -> CostCurve
     attention = attention_of(model.config.get_text_config(decoder=True))
     drafts = step.draft_adapter is not None
     way = (step.device, model.dtype, attention, rounded, torch.get_num_threads(), drafts, step.runner.name)
-    known = _KNOWN.setdefault(model, {})
-    if way not in known and may_measure and _is_long(rows) and _LOCK.acquire(blocking=False):
+    known, default = _KNOWN.setdefault(model, {}), default_curve(step.device.type, len(rows))
+    curves = known.setdefault(way, [])
+    if _is_wanting(curves, default) and may_measure and _is_long(rows) and _LOCK.acquire(blocking=False):
         try:
-            known[way] = measure(step, [row.tokens for row in rows], min(row.room for row in rows))
+            curves.append(measure(step, [row.tokens for row in rows], min(row.room for row in rows)))
         finally:
             _LOCK.release()
-    return known.get(way) or default_curve(step.device.type, len(rows))
+    return min(curves, key=_dearness, default=default)
+
+
+def _dearness(curve: CostCurve) -> float:
+    return curve.cost(WIDTHS[-1])
+
+
+def _is_wanting(curves: list[CostCurve], default: CostCurve) -> bool:
+    """
+    Whether forwards are to be timed: they were not yet, or other work on the machine may have made positions look
+    dear, which would keep this model from drafting for good.
+    """
+    return not curves or (len(curves) < ATTEMPTS and min(map(_dearness, curves)) > _dearness(default))
 
 
 def _is_long(rows: list[Row]) -> bool:

@@ -27,12 +27,14 @@ class Answer:
         text: what was written.
         forwards: how many tokens each forward brought.
         seconds: how long it took, the prompt included.
+        stopped: whether it was broken off.
     """
 
     decoding: str
     text: str = ""
     forwards: list[int] = field(default_factory=list)
     seconds: float = 0.0
+    stopped: bool = False
 
     @property
     def tokens(self) -> int:
@@ -127,5 +129,5 @@ class Conversation:
         try:
             self.served.generate(inputs, config, Portions(self.served.tokenizer, answer, show))
         except (KeyboardInterrupt, Stopped):
-            pass
+            answer.stopped = True
         return answer
