@@ -12,8 +12,8 @@ from models import tiny_tokenizer, trained_model
 
 from hf_jacobi import cli
 from hf_jacobi.cli import chat as command
-from hf_jacobi.cli.models import MINIATURE
 from hf_jacobi.cli.chat import _figures
+from hf_jacobi.cli.models import MINIATURE
 from hf_jacobi.serving.chat import Conversation, Stopped
 from hf_jacobi.serving.server import Served
 
