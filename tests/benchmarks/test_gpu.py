@@ -47,7 +47,7 @@ def test_every_stage_has_all_its_figures_at_toy_size(tmp_path):
     assert figures["attention"]["flex/float32/256"]["logits"] < 1e-5
     assert 0 < figures["attention"]["windows/float32/256"]["gradients"] < 1e-5
     timed = [figure for name, figure in figures["decoding"].items() if "batch" in name]
-    assert len(timed) == 15
+    assert len(timed) == 19
     assert all(figure["exact"] == 1.0 and figure["tokens_per_second"] > 0 for figure in timed)
     assert figures["decoding"]["jacobi 16/context 512/batch 1"]["tokens_per_forward"] > 1.3
     assert figures["decoding"]["step/context 512"]["operations"] > 0

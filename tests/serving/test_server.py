@@ -449,7 +449,7 @@ def adapters(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("option", "reason"), [("--continuous-batching", "goes around"), ("--compile", "a cache of its own")]
+    ("option", "reason"), [("--continuous-batching", "goes around"), ("--compile", "another length")]
 )
 def test_what_goes_around_jacobi_decoding_is_refused_with_the_reason(option, reason, capsys):
     assert cli.main(["serve", option]) == 2
