@@ -51,6 +51,10 @@ class SlotLayer(CacheLayerMixin):
         plan = self.plan
         if plan.mends_drafts:
             key_states, value_states = _with_finite_drafts(key_states), _with_finite_drafts(value_states)
+        self._write(plan, key_states, value_states)
+        return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
+
+    def _write(self, plan: SlotPlan, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.reserve(plan.end)
         if plan.first is not None:
             self.keys[:, :, plan.first : plan.end] = key_states
@@ -61,7 +65,6 @@ class SlotLayer(CacheLayerMixin):
             # Under autocast, as training leaves a model, dtypes differ from one forward to the next.
             self.keys[rows, :, slots] = key_states.transpose(1, 2).to(self.keys.dtype)
             self.values[rows, :, slots] = value_states.transpose(1, 2).to(self.values.dtype)
-        return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
 
     def move(self, rows: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies slots to others, `[N]` each, all at once."""
@@ -102,16 +105,10 @@ class StaticSlotLayer(SlotLayer):
     def reserve(self, slots: int) -> None:
         """Nothing is left to be done."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        plan = self.plan
-        if plan.mends_drafts:
-            key_states, value_states = _with_finite_drafts(key_states), _with_finite_drafts(value_states)
+    def _write(self, plan: SlotPlan, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         place = plan.rows.to(self.device), plan.slots.to(self.device)
         self.keys.transpose(1, 2).index_put_(place, key_states.transpose(1, 2).to(self.keys.dtype))
         self.values.transpose(1, 2).index_put_(place, value_states.transpose(1, 2).to(self.values.dtype))
-        return self.keys[:, :, : plan.end], self.values[:, :, : plan.end]
 
 
 class SlotPlan:
