@@ -19,7 +19,8 @@ from statistics import median
 
 from hf_jacobi.cli.models import MINIATURE, find
 from hf_jacobi.evaluation.prompts import CHAT
-from hf_jacobi.serving.server import SWITCH, Served, application, listen
+from hf_jacobi.serving.listening import listen
+from hf_jacobi.serving.server import SWITCH, Served, application
 
 
 # Reads requests, a line each; answers with seconds to the first text, seconds in all, tokens.

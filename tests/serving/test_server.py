@@ -29,7 +29,7 @@ from hf_jacobi import cli  # noqa: E402
 from hf_jacobi.cli import serve as command  # noqa: E402
 from hf_jacobi.cli.models import MINIATURE  # noqa: E402
 from hf_jacobi.decoding.errors import UsageError  # noqa: E402
-from hf_jacobi.serving import server  # noqa: E402
+from hf_jacobi.serving import listening, server  # noqa: E402
 
 
 PROMPTS = json.loads((MINIATURE / "prompts.json").read_text(encoding="utf-8"))
@@ -45,13 +45,13 @@ def load(model=None, **settings):
 @contextmanager
 def running(served, **settings):
     """The port of a server of its own."""
-    listening = server.listen("127.0.0.1", 0)
+    socket = listening.listen("127.0.0.1", 0)
     app = server.application(served, **settings)
     running = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=running.run, args=([listening],))
+    thread = threading.Thread(target=running.run, args=([socket],))
     thread.start()
     try:
-        yield listening.getsockname()[1]
+        yield socket.getsockname()[1]
     finally:
         running.should_exit = True
         thread.join(10)
@@ -459,7 +459,7 @@ def test_what_goes_around_jacobi_decoding_is_refused_with_the_reason(option, rea
 @pytest.mark.parametrize("name", ["serve", "chat"])
 def test_mistakes_are_told_before_a_model_is_loaded(name, capsys, monkeypatch):
     monkeypatch.setattr(command, "find", None)
-    taken = server.listen("localhost", 0)
+    taken = listening.listen("localhost", 0)
     port = str(taken.getsockname()[1])
     assert cli.main([name, "--port", port]) == 2
     assert f"localhost:{port} cannot be listened on" in capsys.readouterr().err
@@ -469,7 +469,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(name, capsys, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             cli.main([name, "--port", odd])
         assert "0 to 65535" in capsys.readouterr().err
-    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(listening.importlib.util, "find_spec", lambda name: None)
     assert cli.main([name]) == 2
     assert "pip install 'hf_jacobi[serve]'" in capsys.readouterr().err
 
@@ -504,3 +504,13 @@ def test_the_page_and_what_it_asks_for(port):
         assert response.status == 200 and kind in response.headers["content-type"]
         content = response.read()
     assert json.loads(content)["examples"] == PROMPTS
+
+
+def test_a_taken_port_is_told_before_torch_is_imported():
+    taken = listening.listen("localhost", 0)
+    port = taken.getsockname()[1]
+    run = f"print(cli.main(['serve', '--port', '{port}']), 'torch' in sys.modules)"
+    code = f"import sys; from hf_jacobi import cli; {run}"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout.split() == ["2", "False"], ended.stderr
+    assert "cannot be listened on" in ended.stderr

@@ -57,7 +57,7 @@ def examples_for(found: Found) -> list[str]:
 
 
 def _as_page(arguments) -> int:
-    from ..serving.server import about, address_of, application, listen, refuse_missing_packages, serve
+    from ..serving.listening import address_of, listen, refuse_missing_packages
 
     refuse_missing_packages()
     try:
@@ -67,6 +67,8 @@ def _as_page(arguments) -> int:
             raise
         listening = listen(arguments.host, 0)
     served, found = load(arguments, "jacobi")
+    from ..serving.server import about, application, serve
+
     page = about(
         served,
         examples_for(found),

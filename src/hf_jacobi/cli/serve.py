@@ -81,11 +81,13 @@ def run(arguments) -> int:
     for name, reason in REFUSED.items():
         if getattr(arguments, name):
             raise UsageError(reason)
-    from ..serving.server import address_of, application, listen, refuse_missing_packages, serve
+    from ..serving.listening import address_of, listen, refuse_missing_packages
 
     refuse_missing_packages()
     listening = listen(arguments.host, PORT if arguments.port is None else arguments.port)
     served, _ = load(arguments, arguments.decoding)
+    from ..serving.server import application, serve
+
     app = application(served, cors=arguments.enable_cors)
     print(
         f"Serving {served.name} at {address_of(listening)}/v1 ({TITLES[served.decoding]} unless a request says "

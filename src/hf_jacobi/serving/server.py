@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import importlib.util
 import json
 import logging
 import socket
@@ -16,49 +15,18 @@ import torch
 from transformers import GenerationConfig
 
 from ..decoding.config import JacobiConfig
-from ..decoding.errors import MissingFile, MissingPackage, UsageError, of_usage
+from ..decoding.errors import UsageError, of_usage
 from ..decoding.mixin import enable, unwrap
 from .bodies import LENGTHS, check, given_config
+from .listening import refuse_missing_packages
 
 
-NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # as transformers' own extra `serving`
 LEAST_LENGTH = 1024  # tokens of an answer, where nobody says
 SWITCH = 0.0005  # seconds; Python's 0.005 let text wait, as it is sent by another thread than the one that writes it
 PAGE = Path(__file__).parent / "page"
 # For tokenizers without a chat template: a model that was not taught to take turns gets the last message as it is.
 PLAIN = "{{ messages[-1]['content'] }}"
 logger = logging.getLogger(__name__)
-
-
-def refuse_missing_packages() -> None:
-    """Raises `MissingPackage` where what the server needs is not installed."""
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise MissingPackage(f"serving needs {', '.join(missing)}: pip install 'hf_jacobi[serve]'")
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """
-    A socket that listens, so that a port that is taken is told before a model is loaded.
-
-    Args:
-        host: a name or an address of this machine.
-        port: 0 for any that is free.
-
-    Raises:
-        `MissingFile`: the port is taken, or there is no such address here.
-    """
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise MissingFile(f"{host}:{port} cannot be listened on ({said}): name another --port or --host.") from error
-
-
-def address_of(listening: socket.socket) -> str:
-    """The address at which a browser finds the server."""
-    host, port = listening.getsockname()[:2]
-    host = {"0.0.0.0": "localhost", "127.0.0.1": "localhost", "::": "localhost", "::1": "[::1]"}.get(host, host)
-    return f"http://{host}:{port}"
 
 
 class Served:
