@@ -115,6 +115,20 @@ def test_the_terminal(monkeypatch, capsys):
     assert all(found > 4 for found in per_forward) and len(per_forward) == 2
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["one"], "one"),
+        (["one\\", "two\\", ""], "one\ntwo\n"),
+        ([""], None),
+        (["one\\"], None),
+    ],
+)
+def test_a_backslash_continues_a_message(lines, message, monkeypatch):
+    typed(monkeypatch, *lines)
+    assert command._read() == message
+
+
 def test_forwards_are_told_apart_by_shade():
     shades = [next((style for least, style in command.SHADES if tokens >= least), "") for tokens in (1, 2, 4, 8, 16)]
     assert len(set(shades)) == 5 and shades[0] == ""

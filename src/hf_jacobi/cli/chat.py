@@ -26,7 +26,10 @@ PORT = 7860  # as Spaces have it
 LENGTH = 512  # tokens of an answer
 SHADES = ((16, "bold black on bright_green"), (8, "black on green"), (4, "bold green"), (2, "green"))
 TITLES = {"ar": "one token at a time", "jacobi": "Jacobi"}
-HELP = "An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /1 to /{} ask an example, /clear starts anew."
+HELP = (
+    "An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /1 to /{} ask an example, /clear starts anew. "
+    "A line that ends in \\ continues on the next."
+)
 
 
 def add_parser(commands) -> None:
@@ -108,11 +111,17 @@ def _in_terminal(arguments) -> int:
 
 
 def _read() -> str | None:
-    """A message; `None` at the end."""
-    try:
-        return input("\n> ") or None
-    except EOFError:
-        return None
+    """A message, which a backslash at the end of a line continues; `None` at the end."""
+    lines, sign = [], "\n> "
+    while True:
+        try:
+            line = input(sign)
+        except EOFError:
+            return None
+        lines.append(line.removesuffix("\\"))
+        if lines[-1] == line:
+            return "\n".join(lines) or None
+        sign = ". "
 
 
 def _example(typed: str, examples: list[str]) -> str | None:
