@@ -51,14 +51,17 @@ setup(
     description="Makes a Hugging Face causal language model decode many tokens per forward",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The hf_jacobi authors",
+    keywords=["transformers", "parallel decoding", "jacobi decoding", "speculative decoding", "inference", "LoRA"],
     license="Apache-2.0",
+    license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
         "hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*", "serving/page/*"]
     },
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "transformers>=5.16,<5.25"],
+    install_requires=["torch>=2.6", "transformers>=5.16,<5.25", "numpy", "safetensors", "huggingface_hub", "tqdm"],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["hf-jacobi = hf_jacobi.cli:main"]},
     classifiers=[
