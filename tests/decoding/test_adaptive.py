@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hf_jacobi.decoding.adaptive import MATCHED, PROBE, Copied, Economy, Odds, Own
+from hf_jacobi.decoding.adaptive import MATCHED, PROBE, Choice, Copied, Economy, Odds, Outlook, Own
 from hf_jacobi.decoding.costs import CostCurve
 
 
@@ -77,7 +77,7 @@ def test_as_many_guesses_are_tried_as_bring_most_tokens_per_cost(name):
         economy = Economy(curve)
         economy.progress = 1000  # much may be lost
         economy.probing = 1000.0
-        best, probes = economy.decide(rows)
+        best, probes, _ = economy.decide(list(map(Outlook, rows)))
         assert not probes and (paces[best] == pytest.approx(max(paces)) or (best == 0 and max(paces) < 1.04))
         tried.add(best)
     assert (len(tried) > 3) == (name != "dear")
@@ -90,7 +90,7 @@ def test_whatever_is_promised_and_never_kept_what_is_lost_is_bounded(name, promi
     economy = Economy(CURVES[name])
     probes = 0
     for tokens in range(2, 400):
-        guesses, probing = economy.decide([promised])
+        guesses, probing, _ = economy.decide([Outlook(promised)])
         probes += probing
         economy.took(guesses, tokens)
         lost = economy.spent - tokens
@@ -107,7 +107,7 @@ def test_a_probe_tries_own_predictions_and_rests_by_its_cost():
         economy = Economy(CURVES[name])
         at = []
         for tokens in range(2, 400):
-            guesses, probing = economy.decide([[]])
+            guesses, probing, _ = economy.decide([Outlook([])])
             assert (guesses, probing) in ((PROBE, True), (0, False))
             at += [tokens] * probing
             economy.took(guesses, tokens)
@@ -119,20 +119,55 @@ def test_what_was_won_may_be_tried_again():
     economy = Economy(CURVES["step"])
     economy.took(0, 2)
     economy.spent = 50.0
-    assert economy.decide([[0.9] * 15]) == (0, False), "too much is lost already"
+    assert economy.decide([Outlook([0.9] * 15)]) == Choice(0), "too much is lost already"
     economy.progress = 60
-    assert economy.decide([[0.9] * 15])[0] > 5
+    assert economy.decide([Outlook([0.9] * 15)]).guesses > 5
 
 
 def test_a_draft_only_adapter_doubles_the_positions_of_what_is_tried():
-    economy = Economy(CostCurve.of(0.1), columns=2)
-    assert [economy.cost(guesses) for guesses in range(3)] == pytest.approx([1.0, 1.3, 1.5])
+    economy = Economy(CostCurve.of(0.1), CostCurve.of(0.1))
+    assert [economy.cost(guesses, adapter=True) for guesses in range(3)] == pytest.approx([1.0, 1.3, 1.5])
 
 
 def test_the_progress_of_a_batch_is_that_of_the_row_behind():
     """One row that guesses well does not make the others wait for it long."""
     economy = Economy(CostCurve.of(0.5))
     for tokens in range(2, 200):
-        guesses, _ = economy.decide([[0.99] * 15, [0.0] * 15])
+        guesses, *_ = economy.decide([Outlook([0.99] * 15), Outlook([0.0] * 15)])
         economy.took(guesses, tokens)
     assert economy.spent < 1.03 * 200
+
+
+def outlook(own: float, drafted: float, hand: list[float]) -> Outlook:
+    """Of predictions that come true with these chances, each on its own."""
+    return Outlook(hand, [own**place for place in range(1, 16)], [drafted**place for place in range(1, 16)])
+
+
+@pytest.mark.parametrize(
+    ("own", "drafted", "adapter"), [(0.2, 0.9, True), (0.9, 0.9, False), (0.9, 0.3, False), (0.2, 0.3, False)]
+)
+def test_an_adapter_takes_part_while_it_brings_more_tokens_per_cost(own, drafted, adapter):
+    """Here it is always right about itself: drafts with it have its chances, drafts without it the model's own."""
+    curve = CostCurve.of([[1, 100], [2, 106], [16, 180], [32, 280]])
+    economy = Economy(curve, curve)
+    took_part, was_drafted, text = [], False, 2.0
+    for _ in range(300):
+        share = drafted if was_drafted else own
+        row = outlook(own, drafted, [share**place for place in range(1, 16)])
+        guesses, _, was_drafted = economy.decide([row], drafted=was_drafted)
+        took_part.append(was_drafted)
+        text += sum(share**place for place in range(guesses + 1))
+        economy.took(guesses, int(text), was_drafted)
+    assert (sum(took_part) > 250) == adapter
+    assert sum(took_part) < 60 or adapter, "it is tried now and then, as it is known no other way"
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_an_adapter_that_is_never_right_costs_little(name):
+    economy = Economy(CURVES[name], CURVES[name])
+    was_drafted = False
+    for tokens in range(2, 400):
+        row = outlook(0.0, 0.9, [0.9**place for place in range(1, 16)] if was_drafted else [])
+        guesses, _, was_drafted = economy.decide([row], idle=not was_drafted, drafted=was_drafted)
+        economy.took(guesses, tokens, was_drafted)
+    assert economy.spent < 1.03 * 400 + economy.cost(15, adapter=True)

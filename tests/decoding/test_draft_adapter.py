@@ -212,3 +212,38 @@ def test_a_forward_that_was_put_on_a_layer_is_still_there_afterwards():
     mine = layer.forward
     model.generate(**padded_prompts(1), max_new_tokens=4, decoding="jacobi")
     assert layer.forward is mine
+
+
+DEAR = [[1, 1.0], [2, 1.9], [4, 3.7], [16, 14.0]]  # what a position costs where nothing is gained by many
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_an_adapter_that_does_not_pay_takes_no_part(monkeypatch, rows):
+    """One of random weights, beside a base model that predicts itself well: forwards are the base model's own."""
+    model = with_adapter(base=trained_model, scale=0.5)
+    prompts, served = padded_prompts(rows), []
+    on = DraftAdapter.on
+    monkeypatch.setattr(DraftAdapter, "on", lambda self, tokens: served.append(tokens) or on(self, tokens))
+    call = {"max_new_tokens": 160, "do_sample": False, "decoding": "jacobi", "return_dict_in_generate": True}
+    out = model.generate(**prompts, **call, jacobi_config={"position_cost": 0.05})
+    assert torch.equal(out.sequences, trained_model().generate(**prompts, max_new_tokens=160, do_sample=False))
+    assert tokens_per_forward(out) > 1.3, "the model's own predictions are tried"
+    assert sum(tokens > 0 for tokens in served) < len(served) / 3, f"the adapter took part in {served}"
+    served.clear()
+    model.generate(**prompts, **call, jacobi_config={"position_cost": DEAR})
+    assert sum(tokens > 0 for tokens in served) < len(served) / 20
+
+
+def test_an_adapter_that_pays_takes_part(monkeypatch):
+    """The adapter's weights are none, so that it is right whenever the model is; its part is made to cost nothing."""
+    model = with_adapter(base=trained_model, scale=0.0)
+    served = []
+    on = DraftAdapter.on
+    monkeypatch.setattr(DraftAdapter, "on", lambda self, tokens: served.append(tokens) or on(self, tokens))
+    prompts = padded_prompts(1)
+    call = {"max_new_tokens": 160, "do_sample": False, "decoding": "jacobi", "return_dict_in_generate": True}
+    out = model.generate(
+        **prompts, **call, jacobi_config={"position_cost": 0.0001, "draft_init": "repeat", "pool_size": 0}
+    )
+    assert torch.equal(out.sequences, trained_model().generate(**prompts, max_new_tokens=160, do_sample=False))
+    assert tokens_per_forward(out) > 1.3 and any(served)

@@ -215,7 +215,7 @@ def adapting(prompt: list[int], **config) -> DraftRule:
 
 def test_what_may_be_tried_comes_in_order_of_its_chances():
     rule = adapting([1, 2, 3, 4, 1, 5, 6], draft_init="repeat", pool_size=4)
-    chances = rule.outlook(99)
+    chances = rule.outlook(99).hand
     assert chances == sorted(chances, reverse=True) and len(chances) > 5
     assert len(rule.propose(99, 0)) == 1, "nothing but the newest token"
     for guesses in range(1, len(chances) + 1):
@@ -241,7 +241,7 @@ def test_own_predictions_that_come_true_are_tried_further():
     rule = adapting([9, 9], draft_init="repeat", pool_size=0)
     lengths, token = [], 1
     for _ in range(12):
-        chances = rule.outlook(99)
+        chances = rule.outlook(99).hand
         lengths.append(sum(chance > 0.2 for chance in chances))
         rule.propose(99, len(chances))
         rule.observe(
@@ -272,7 +272,7 @@ def test_a_probe_tries_own_predictions():
 def test_what_is_tried_stays_within_its_room():
     for room in (1, 2, 5):
         rule = adapting([1, 2, 3] * 4, pool_size=4)
-        chances = rule.outlook(room)
+        chances = rule.outlook(room).hand
         assert max(rule.propose(room, len(chances)).depths) <= room - 1
 
 

@@ -196,16 +196,16 @@ def test_nothing_is_timed_beyond_the_positions_that_the_model_has(room):
     assert torch.equal(jacobi(model, inputs, **call).sequences, model.generate(**inputs, **CALL | call))
 
 
-def fake(monkeypatch, cost, adapter=None):
+def fake(monkeypatch, cost):
     """A step of one row whose forwards take `cost(positions)`, and the widths of those that were run."""
     seconds, widths = [0.0], []
     step = Step.__new__(Step)
-    step.device, step.draft_adapter, step.logits, step.copies = torch.device("cpu"), adapter, None, 0
+    step.device, step.draft_adapter, step.logits, step.copies = torch.device("cpu"), None, None, 0
     step.shapes, step.runner, step.graphs = GrowingShapes(), Eager(), None
 
     def forward(self, drafts, starts):
         chain = len(drafts[0])
-        widths.append(2 * chain if adapter and chain > 1 else chain)
+        widths.append(2 * chain if self.adapter_drafts and chain > 1 else chain)
         seconds[0] += cost(widths)
 
     monkeypatch.setattr(Step, "__call__", forward)
@@ -240,9 +240,12 @@ def test_a_forward_that_compiles_is_no_measure(monkeypatch):
 
 
 def test_a_draft_only_adapter_is_timed_with_its_own_positions(monkeypatch):
-    step, widths = fake(monkeypatch, lambda widths: CHEAP.cost(widths[-1]), adapter=object())
-    assert timing.measure(step, [[3] * 40], 100).cost(11) == pytest.approx(CHEAP.cost(11))
-    assert set(widths) == {1, 4, 16}
+    step, widths = fake(monkeypatch, lambda widths: AMD.cost(widths[-1]) + 0.3 * (widths[-1] > 1))
+    curve = timing.measure_adapter(step, [[3] * 40], AMD)
+    assert [curve.cost(width) for width in (1, 2, 4, 8, 16)] == pytest.approx(
+        [1.0, *(AMD.cost(width) + 0.3 for width in (2, 4, 8, 16))]
+    )
+    assert set(widths) == {1, 16} and sum(map(AMD.cost, widths)) < 11
 
 
 def test_without_a_measurement_there_are_defaults(monkeypatch):

@@ -109,16 +109,19 @@ class Row:
         self.stats.blocks_spawned = self.rule.spawned
 
 
-def propose(rows: list[Row], economy: Economy | None) -> list[Draft]:
-    """The drafts of all rows; `economy` says how large they are, where they adapt."""
+def propose(rows: list[Row], economy: Economy | None) -> tuple[list[Draft], bool]:
+    """
+    The drafts of all rows, and whether a draft-only adapter is to predict beside the model; `economy` says how large
+    they are, where they adapt.
+    """
     if economy is None:
-        return [row.propose() for row in rows]
+        return [row.propose() for row in rows], True
     choice = choose(economy, [(row.rule, row.room) for row in rows if not row.finished])
-    return [row.propose(*choice) for row in rows]
+    return [row.propose(choice.guesses, choice.probes) for row in rows], choice.adapter
 
 
-def account(rows: list[Row], economy: Economy | None, drafts: list[Draft]) -> None:
+def account(rows: list[Row], economy: Economy | None, drafts: list[Draft], adapter: bool) -> None:
     """Tells `economy`, if there is one, what a forward over the drafts cost and how far all rows are now."""
     live = [row.stats.new_tokens for row in rows if not row.finished]
     if economy is not None and live:
-        economy.took(max(map(len, drafts)) - 1, min(live))
+        economy.took(max(map(len, drafts)) - 1, min(live), adapter)

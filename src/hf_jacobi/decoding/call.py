@@ -89,22 +89,25 @@ class DecodeCall:
     def advance(self) -> None:
         """Drafts, one forward, and the tokens that it brings."""
         self._let_rows_leave()
-        drafts = propose(self.in_flight, self.economy)
+        drafts, self.step.adapter_drafts = propose(self.in_flight, self.economy)
         self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.in_flight]))
-        account(self.in_flight, self.economy, drafts)
+        account(self.in_flight, self.economy, drafts, self.step.copies > 0)
 
     def weigh_costs(self) -> None:
         """Lets drafts follow what forwards over the rows in flight cost: as given, or measured where that may be."""
         if not self.config.adapts or self.finished:
             return
         given = self.config.position_cost
-        measured = curve_of(self.step, self.in_flight, self.may_measure) if given is None else None
-        curve = measured or CostCurve.of(given, len(self.in_flight))
+        curves = [
+            curve_of(self.step, self.in_flight, self.may_measure, adapter)
+            if given is None
+            else CostCurve.of(given, len(self.in_flight))
+            for adapter in ([False, True] if self.step.draft_adapter else [False])
+        ]
         if self.economy is None:
-            columns = 2 if self.step.draft_adapter else 1
-            self.economy = Economy(curve, columns=columns, width=self.step.shapes.width)
+            self.economy = Economy(*curves, width=self.step.shapes.width)
         else:
-            self.economy.follow(curve)
+            self.economy.follow(*curves)
 
     def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
         copies, starts = self.step.copies, [row.length - 1 for row in self.in_flight]

@@ -166,11 +166,13 @@ def _listening_class(cls: type) -> type:
             if torch.compiler.is_compiling() and (tokens := _tokens_of_graph()) >= 0:
                 return _with_adapter(self, tokens, *arguments)
             adapter, tokens = _FORWARD.get()
-            own = adapter._forwards.get(self) if tokens else None
+            own = adapter._forwards.get(self) if adapter else None
             told = keywords.get(OFFSETS)
             if told is not None and (own or not any(told)):
                 del keywords[OFFSETS]  # what PEFT tells all layers on behalf of one call, maybe another than this
-            return cls.forward(self, *arguments, **keywords) if own is None else own(tokens, *arguments, **keywords)
+            if own is None:
+                return cls.forward(self, *arguments, **keywords)
+            return own(tokens, *arguments, **keywords) if tokens else self.base_layer(*arguments, **keywords)
 
         def __reduce_ex__(self, protocol):
             return object.__new__, (cls,), self.__dict__

@@ -9,8 +9,9 @@ beside them, and answers with the next `Draft`. A new source is a class here and
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
-from .adaptive import LEAST, Copied, Economy, Own
+from .adaptive import DRAFTED, LEAST, Choice, Copied, Economy, Outlook, Own
 from .config import JacobiConfig
 from .ngram_pool import CONTEXT_LENGTHS, LONGEST_MATCH, NgramPool
 
@@ -272,6 +273,7 @@ class DraftRule:
             at `start` is the newest committed one.
         draft: what was proposed last.
         spawned: how many pseudo-active blocks there were.
+        is_drafted: whether what is predicted beyond the text is what a draft-only adapter said.
     """
 
     def __init__(self, config: JacobiConfig, prompt: list[int], seed: str):
@@ -289,8 +291,11 @@ class DraftRule:
         self.draft = Draft([])
         self.candidates: list[list[int]] = []
         self.spawned = 0
+        self.is_drafted = False
         if config.adapts:
-            self.worth_of_own, self.worth_of_copied = Own(self.size * config.max_blocks), Copied()
+            depths = self.size * config.max_blocks
+            self.worth_of_own, self.worth_of_drafted = Own(depths), Own(depths, DRAFTED)
+            self.worth_of_copied = Copied()
 
     def begin(self, token: int) -> None:
         """Takes in the token that the prefill brought, before anything is proposed."""
@@ -302,26 +307,24 @@ class DraftRule:
         """Whether the model has predicted nothing beyond the text, as where nothing was tried."""
         return not self.own.predicted
 
-    def promise(self, room: int) -> list[float]:
-        """As `outlook`, of the model's own predictions alone, if they were there."""
-        return self.worth_of_own.chances(min(self.end - self.start, room) - 1)
-
-    def outlook(self, room: int, own: bool = True) -> list[float]:
+    def outlook(self, room: int, own: bool = True) -> Outlook:
         """
-        The chances of the tokens that may be tried next to be committed by the next forward, falling.
+        The chances of the tokens that may be tried next, and of those that might be if more had been predicted.
 
         Args:
             room: as for `propose`.
-            own: whether the model's own predictions are among them.
+            own: whether the model's own predictions, or a draft-only adapter's, are among them.
         """
         length = min(self.end - self.start, room) - 1
-        ways = self._copied(length)
+        copied = self._copied(length)
+        chances = self.worth_of_own.chances(length), self.worth_of_drafted.chances(length)
+        ways = list(copied)
         if own:
-            ways.insert(0, (self._chain(self.own.propose(self.text, [], length), length), self.promise(room)))
+            ways.insert(0, (self._chain(self.own.propose(self.text, [], length), length), chances[self.is_drafted]))
         if ways and not self.config.pool_size:
             ways = [max(ways, key=lambda way: sum(way[1]))]
         self.tree = Tree(ways)
-        return self.tree.chances
+        return Outlook(self.tree.chances, *chances, max((worth for _, worth in copied), key=sum, default=[]))
 
     def propose(self, room: int, guesses: int | None = None, probes: bool = False) -> Draft:
         """
@@ -381,14 +384,17 @@ class DraftRule:
             drafted: what a draft-only adapter predicted at each token of the chain, if there is one: the next draft
                 is read off that instead.
         """
+        own: list[int] = []
+        if len(self.draft) > 1 and (drafted is None or self.config.adapts):
+            own = self.draft.predictions_beyond(path[-1], predictions)
         if drafted is not None:
-            predicted = drafted[len(path) :]
+            predicted, self.is_drafted = drafted[len(path) :], True
         elif len(self.draft) > 1:
-            predicted = self.draft.predictions_beyond(path[-1], predictions)
+            predicted, self.is_drafted = own, False
         else:
             predicted = self._borne_out(accepted)
         self.lead.observe(accepted)
-        self._commit(accepted, predicted)
+        self._commit(accepted, predicted, own)
 
     def follow(self, accepted: list[int]) -> None:
         """
@@ -404,13 +410,21 @@ class DraftRule:
         said = self.own.predicted
         return said[len(accepted) :] if said[: len(accepted)] == accepted else []
 
-    def _commit(self, accepted: list[int], predicted: list[int]) -> None:
-        """Appends committed tokens, and takes in what is predicted beyond them."""
+    def _commit(self, accepted: list[int], predicted: list[int], own: Sequence[int] = ()) -> None:
+        """
+        Appends committed tokens, and takes in what is predicted beyond them.
+
+        Args:
+            accepted: the tokens.
+            predicted: the next draft.
+            own: what the model predicted beside a draft-only adapter.
+        """
         for source in (self.own, *self.first_guesses):
             source.observe(accepted, predicted)
         self._append(accepted)
         if self.config.adapts:
-            self.worth_of_own.see(accepted, predicted)
+            self.worth_of_own.see(accepted, list(own) if self.is_drafted else predicted)
+            self.worth_of_drafted.see(accepted, predicted if self.is_drafted else [])
         self.pool.recycle(predicted)
         self._move(predicted)
 
@@ -453,7 +467,7 @@ class DraftRule:
         return position - first >= self.config.spawn_ratio * self.size
 
 
-def choose(economy: Economy, rules: list[tuple[DraftRule, int]]) -> tuple[int, bool]:
+def choose(economy: Economy, rules: list[tuple[DraftRule, int]]) -> Choice:
     """
     What `Economy.decide` says of sequences that share a forward.
 
@@ -461,7 +475,6 @@ def choose(economy: Economy, rules: list[tuple[DraftRule, int]]) -> tuple[int, b
         economy: of the forward.
         rules: of each sequence, with its room (`DraftRule.propose`).
     """
-    if all(rule.is_idle for rule, _ in rules):
-        promises = [rule.promise(room) for rule, room in rules]
-        return economy.decide([rule.outlook(room, own=False) for rule, room in rules], promises)
-    return economy.decide([rule.outlook(room) for rule, room in rules])
+    idle = all(rule.is_idle for rule, _ in rules)
+    drafted = not idle and all(rule.is_idle or rule.is_drafted for rule, _ in rules)
+    return economy.decide([rule.outlook(room, own=not idle) for rule, room in rules], idle, drafted)

@@ -49,6 +49,7 @@ class Step:
         cache: the keys and values of all tokens but each row's newest.
         offsets: position minus slot, per row.
         key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
+        adapter_drafts: whether a draft-only adapter takes part in forwards over more than one node.
         copies: how many columns at the end of the newest forward the draft-only adapter served; 0 without one.
         mends_drafts: whether a forward that a draft spoilt is run again; not where processes share each forward.
         is_static: whether forwards have fixed shapes, over a static cache.
@@ -67,6 +68,7 @@ class Step:
         self.cache_name = cache_argument(model)
         self.numbers = list(range(input_ids.shape[0]))
         self.draft_adapter: DraftAdapter | None = None
+        self.adapter_drafts = True
         self.copies = 0
         self.key_valid: torch.Tensor | None = None
         self.mends_drafts = True
@@ -196,7 +198,8 @@ class Step:
             at the chain (`copies`) last.
         """
         longest = max(draft.chain_length for draft in drafts)
-        self.copies = self.shapes.width(longest) if self.draft_adapter and longest > 1 else 0
+        drafts_more = self.draft_adapter and self.adapter_drafts and longest > 1
+        self.copies = self.shapes.width(longest) if drafts_more else 0
         predictions = self._predictions(drafts, starts)
         if self.mends_drafts and self._are_spoilt(predictions):
             self.cache.plan.mends_drafts = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,7 +27,7 @@ _KNOWN: WeakKeyDictionary = WeakKeyDictionary()  # model -> way of running it ->
 _LOCK = threading.Lock()
 
 
-def curve_of(step: Step, rows: list[Row], may_measure: bool = True) -> CostCurve:
+def curve_of(step: Step, rows: list[Row], may_measure: bool = True, adapter: bool = False) -> CostCurve:
     """
     The cost of forwards of a call, as measured for its model, device, dtype, attention, threads and batch size, which
     is rounded to a power of two.
@@ -37,20 +38,22 @@ def curve_of(step: Step, rows: list[Row], may_measure: bool = True) -> CostCurve
         step: after the prefill.
         rows: of the batch.
         may_measure: whether forwards may be run for it.
+        adapter: whether half of the positions are a draft-only adapter's.
     """
     model = step.model
     rounded = 1 << max(0, len(rows) - 1).bit_length()
     attention = attention_of(model.config.get_text_config(decoder=True))
-    drafts = step.draft_adapter is not None
-    way = (step.device, model.dtype, attention, rounded, torch.get_num_threads(), drafts, step.runner.name)
+    way = (step.device, model.dtype, attention, rounded, torch.get_num_threads(), adapter, step.runner.name)
     known, default = _KNOWN.setdefault(model, {}), default_curve(step.device.type, len(rows))
+    plain = curve_of(step, rows, may_measure) if adapter else default
     curves = known.setdefault(way, [])
     if _is_wanting(curves, default) and may_measure and _is_long(rows) and _LOCK.acquire(blocking=False):
+        texts, room = [row.tokens for row in rows], min(row.room for row in rows)
         try:
-            curves.append(measure(step, [row.tokens for row in rows], min(row.room for row in rows)))
+            curves.append(measure_adapter(step, texts, plain) if adapter else measure(step, texts, room))
         finally:
             _LOCK.release()
-    return min(curves, key=_dearness, default=default)
+    return min(curves, key=_dearness, default=plain)
 
 
 def _dearness(curve: CostCurve) -> float:
@@ -80,33 +83,55 @@ def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
         texts: the tokens of each row, the last of which are tried: experts are chosen as for any text.
         room: how many positions there are from the newest token on.
     """
-    logits, starts = step.logits, [len(text) - 1 for text in texts]
-    widths = [width for width in WIDTHS if width <= room and not 1 < width < 4 * (step.draft_adapter is not None)]
-    widths = sorted(set(map(step.shapes.width, widths)))
+    widths = sorted({step.shapes.width(width) for width in WIDTHS if width <= room})
+    with _timer(step, texts, adapter=False) as clocked:
+        first, one = clocked(1), clocked(1)
+        if first > COLD * one or step.device.type != "cpu":
+            for width in widths * step.cold_runs:
+                clocked(width)
+            first = one = clocked(1)
+        seconds, spent = {1: min(first, one)}, first + one
+        for width in (*widths[1:], *widths):
+            likely = CostCurve(tuple(sorted(seconds.items()))).cost(width) if len(seconds) > 1 else seconds[1]
+            if spent + likely > BUDGET * seconds[1] and len(seconds) > 1:
+                break
+            took = clocked(width)
+            spent += took
+            seconds[width] = min(took, seconds.get(width, took))
+    return CostCurve.of(sorted(seconds.items()))
 
-    clock = _clock(step.device)
 
-    def clocked(width: int) -> float:
-        chain = width // 2 if step.draft_adapter and width > 1 else width
+def measure_adapter(step: Step, texts: list[list[int]], plain: CostCurve) -> CostCurve:
+    """
+    Times forwards in which a draft-only adapter takes part, over one width: what it adds hardly depends on that.
+
+    Args:
+        step, texts: as for `measure`.
+        plain: what forwards without it cost.
+    """
+    chain = step.shapes.width(WIDTHS[-1] // 2)
+    with _timer(step, texts, adapter=True) as clocked:
+        for _ in range(step.cold_runs):
+            clocked(chain)
+        one, both = clocked(1), min(clocked(chain), clocked(chain))
+    added = max(0.0, both / one - plain.cost(2 * chain))
+    widths = sorted({2, 2 * chain, *(width for width, _ in plain.points if width > 1)})
+    return CostCurve(((1, 1.0), *((width, plain.cost(width) + added) for width in widths)))
+
+
+@contextmanager
+def _timer(step: Step, texts: list[list[int]], adapter: bool):
+    """Gives a function that runs a forward over so many nodes and returns its seconds; leaves `step` as it was."""
+    starts, clock = [len(text) - 1 for text in texts], _clock(step.device)
+
+    def clocked(nodes: int) -> float:
         begin = clock()
-        step([Draft((chain * text[-chain:])[-chain:]) for text in texts], starts)  # which waits for the device
+        step([Draft((nodes * text[-nodes:])[-nodes:]) for text in texts], starts)  # which waits for the device
         return max(clock() - begin, 1e-9)
 
-    first, one = clocked(1), clocked(1)
-    if first > COLD * one or step.device.type != "cpu":
-        for width in widths * step.cold_runs:
-            clocked(width)
-        first = one = clocked(1)
-    seconds, spent = {1: min(first, one)}, first + one
-    for width in (*widths[1:], *widths):
-        likely = CostCurve(tuple(sorted(seconds.items()))).cost(width) if len(seconds) > 1 else seconds[1]
-        if spent + likely > BUDGET * seconds[1] and len(seconds) > 1:
-            break
-        took = clocked(width)
-        spent += took
-        seconds[width] = min(took, seconds.get(width, took))
+    logits, step.adapter_drafts = step.logits, adapter
+    yield clocked
     step.logits, step.copies = logits, 0
-    return CostCurve.of(sorted(seconds.items()))
 
 
 def _clock(device: torch.device):

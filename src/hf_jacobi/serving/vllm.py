@@ -191,8 +191,8 @@ class Request:
         if self.economy is None:
             return self.rule.propose(room + 1).chain[1:]
         self.economy.follow(curve)
-        guesses, probes = choose(self.economy, [(self.rule, room + 1)])
-        return self.rule.propose(room + 1, guesses, probes).chain[1:]
+        choice = choose(self.economy, [(self.rule, room + 1)])
+        return self.rule.propose(room + 1, choice.guesses, choice.probes).chain[1:]
 
 
 class JacobiProposer:
