@@ -13,8 +13,10 @@ import torch
 from fake_vllm import PLACEHOLDER, VOCABULARY, FakeRunner, config_of, install, spread
 
 from hf_jacobi import JacobiConfig, UsageError
+from hf_jacobi.decoding.costs import CostCurve
 from hf_jacobi.decoding.drafting import DraftRule
 from hf_jacobi.serving import vllm as serving
+from hf_jacobi.serving.step_times import StepTimes
 from hf_jacobi.serving.vllm import STEPS_KEPT, JacobiProposer, JacobiWorker, tokens_per_forward
 
 
@@ -472,3 +474,52 @@ def test_fewer_guesses_are_tried_where_more_requests_run(serve):
         assert all(request.text == plain(copies, request.prompt, 200) for request in served)
         drafted.append(runner.proposer.stats.drafted / requests)
     assert drafted[1] < drafted[0]
+
+
+def timed(monkeypatch, serve, predict, cost, requests=1, **jacobi) -> tuple[float, float]:
+    """
+    Serves requests, so many at a time and eight times, in steps that take `cost(positions)`: of the last two times
+    the seconds for each token of one of them, in steps without drafts, and the positions of each in a step.
+    """
+    clock, seconds, positions = [0.0], [], []
+    monkeypatch.setattr(serving.time, "perf_counter", lambda: clock[0])
+    runner = serve(predict, jacobi={"adaptive": True, "block_size": None} | jacobi)
+    for times in range(8):
+        served = [runner.add(prompt_of(number + times), 200) for number in range(requests)]
+        while runner.rows:
+            tried = sum(1 + len(request.draft) for request in runner.rows)
+            clock[0] += cost(tried) / cost(len(runner.rows))
+            seconds += [cost(tried) / cost(len(runner.rows))] * (times > 5)
+            positions += [tried / len(runner.rows)] * (times > 5)
+            runner.step()
+        for request in served:
+            check(request, predict)
+    return sum(seconds) / 400, sum(positions) / len(positions)
+
+
+@pytest.mark.parametrize("requests", [1, 4])
+def test_what_a_step_costs_is_learned_from_steps(monkeypatch, serve, requests):
+    """Where positions are dear drafts end, whatever the default says; where they cost little they grow."""
+    dear, _ = timed(monkeypatch, serve, wanders, lambda positions: 1.0 + 1.2 * positions, requests)
+    cheap, wide = timed(monkeypatch, serve, wanders, lambda positions: 1.0 + 0.001 * positions, requests)
+    unknown, _ = timed(monkeypatch, serve, hashes, lambda positions: 1.0 + 1.2 * positions, requests)
+    assert dear < 1.03 and unknown < 1.03, (dear, unknown)
+    assert cheap < 0.7 and wide > 4, (cheap, wide)
+
+
+def test_a_given_cost_counts_whatever_steps_take(monkeypatch, serve):
+    given = {"position_cost": 0.001}
+    _, wide = timed(monkeypatch, serve, wanders, lambda positions: 1.0 + 1.2 * positions, **given)
+    assert wide > 4
+
+
+def test_steps_that_waited_for_something_else_do_not_count():
+    times, default = StepTimes(), CostCurve.of(0.5)
+    for _ in range(9):
+        times.saw(2, 2, 1.0)
+        assert times.curve(2, default) is default or len(times.seconds) > 1
+        times.saw(2, 16, 1.5)
+        times.saw(2, 2, 60.0) if len(times.seconds[2, 1]) > 3 else None
+    assert [times.curve(2, default).cost(width) for width in (1, 8)] == pytest.approx([1.0, 1.5])
+    assert times.curve(2, default).cost(16) == pytest.approx(1.5 * default.cost(16) / default.cost(8))
+    assert times.curve(1, default) is default, "nothing is known of that"

@@ -186,11 +186,11 @@ class Economy:
     def follow(self, curve: CostCurve, with_adapter: CostCurve | None = None) -> None:
         """Goes on with other curves, as where the batch has fewer rows."""
         self.curve, self.with_adapter = curve, with_adapter
-        self.costs: dict[bool, list[float]] = {False: [], True: []}
+        self._costs: dict[bool, list[float]] = {False: [], True: []}
 
     def cost(self, guesses: int, adapter: bool = False) -> float:
         """Of a forward over so many guesses in each row, with a draft-only adapter or without."""
-        costs, curve = self.costs[adapter], self.with_adapter if adapter else self.curve
+        costs, curve = self._costs[adapter], self.with_adapter if adapter else self.curve
         while len(costs) <= guesses:
             positions = (1 + adapter) * self.width(1 + len(costs)) if costs else 1
             costs.append(curve.cost(positions))

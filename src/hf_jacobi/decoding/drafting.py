@@ -372,7 +372,12 @@ class DraftRule:
         return ways
 
     def observe(
-        self, accepted: list[int], predictions: list[int], path: list[int], drafted: list[int] | None = None
+        self,
+        accepted: list[int],
+        predictions: list[int],
+        path: list[int],
+        drafted: list[int] | None = None,
+        by_adapter: bool = True,
     ) -> None:
         """
         Takes in what the forward over the last proposal brought.
@@ -383,12 +388,13 @@ class DraftRule:
             path: the accepted nodes, node 0 first.
             drafted: what a draft-only adapter predicted at each token of the chain, if there is one: the next draft
                 is read off that instead.
+            by_adapter: whether these are an adapter's; else they are the model's own, of a draft without branches.
         """
         own: list[int] = []
-        if len(self.draft) > 1 and (drafted is None or self.config.adapts):
+        if len(self.draft) > 1 and (drafted is None or (by_adapter and self.config.adapts)):
             own = self.draft.predictions_beyond(path[-1], predictions)
         if drafted is not None:
-            predicted, self.is_drafted = drafted[len(path) :], True
+            predicted, self.is_drafted = drafted[len(path) :], by_adapter
         elif len(self.draft) > 1:
             predicted, self.is_drafted = own, False
         else:

@@ -26,6 +26,7 @@ from ..decoding.config import JacobiConfig
 from ..decoding.costs import CostCurve, default_curve
 from ..decoding.drafting import DraftRule, choose
 from ..decoding.errors import UsageError
+from .step_times import StepTimes
 
 
 logger = logging.getLogger(f"vllm.{__name__}")  # below vLLM's own, for its format and level
@@ -156,26 +157,27 @@ class Request:
         last = self.rule.text[-COMPARED:]
         return tokens[length - len(last) : length].tolist() == last
 
-    def advance(self, new: list[int], row: tuple[list[int], list[int]] | None) -> int:
+    def advance(self, new: list[int], row: tuple[list[int], list[int]] | None, shared: int = 1) -> int:
         """
         Takes in the tokens that a step brought; returns how many guesses it tried.
 
         Args:
             new: the tokens.
             row: the draft that was scored, which may be the beginning of what was proposed, and the predictions.
+            shared: positions of the step by request. All wait for it, so that each accounts for the drafts of all.
         """
         guesses = self.rule.draft.chain[1:]
         tried, predictions = row or ([], new)
         as_proposed = tried == guesses[: len(tried)] and (tried or not guesses)
         if as_proposed and len(new) <= len(tried) + 1 and new[:-1] == tried[: len(new) - 1]:
             # All of a chain is on the path, so what is predicted beyond it is read off there.
-            self.rule.observe(new, predictions, list(range(len(new))), drafted=predictions)
+            self.rule.observe(new, predictions, list(range(len(new))), drafted=predictions, by_adapter=False)
         else:
             self.rule.follow(new)
         self.length += len(new)
         self.text += len(new)
         if self.economy:
-            self.economy.took(len(tried), self.text)
+            self.economy.took(shared - 1, self.text)
         return len(tried)
 
     def propose(self, room: int, curve: CostCurve | None) -> list[int]:
@@ -228,6 +230,8 @@ class JacobiProposer:
             )
         self.device = getattr(getattr(vllm_config, "device_config", None), "device_type", "cpu")
         self._curves: dict[int, CostCurve] = {}
+        self.times = StepTimes()
+        self._ended: float | None = None  # when the last step did, if it only went on with requests
         self.stats = DraftStats()
         self.step = 0
         self.rows: list[Request | None] = []  # of the last step
@@ -251,6 +255,12 @@ class JacobiProposer:
         self.step += 1
         lengths = [int(length) for length in num_tokens_no_spec[:count]]
         self._find(sampled_token_ids, lengths, token_ids_cpu)
+        if not self.captures:  # all of a draft was tried, as far as can be told, and nothing is known beyond the text
+            rows = zip(self.rows, sampled_token_ids)
+            captured = [request and (request.rule.draft.chain[1:], list(new)) for request, new in rows]
+        positions = len(self.rows) + sum(len(row[0]) for row in captured if row)
+        self._time(positions)
+        shared = -(-positions // max(1, count))
         running = sum(map(bool, sampled_token_ids))
         most, curve = self._draft_length(running), self._curve(running)
         drafts: list[list[int]] = []
@@ -258,10 +268,17 @@ class JacobiProposer:
             if not new:
                 drafts.append([])
                 continue
-            self._advance(row, list(new), captured[row], token_ids_cpu[row, : lengths[row]])
+            self._advance(row, list(new), captured[row], token_ids_cpu[row, : lengths[row]], shared)
             drafts.append(self.rows[row].propose(min(most, self.max_model_len - lengths[row] - 1), curve))
         self._log()
         return drafts
+
+    def _time(self, positions: int) -> None:
+        """Takes in how long the step took, if it did nothing but go on with the requests of the step before."""
+        before, self._ended = self._ended, time.perf_counter()
+        went_on = all(request is not None and request.seen == self.step - 1 for request in self.rows)
+        if before is not None and went_on and self.rows and self.captures:
+            self.times.saw(len(self.rows), positions, self._ended - before)
 
     def _find(self, sampled: list[list[int]], lengths: list[int], texts) -> None:
         """
@@ -285,14 +302,12 @@ class JacobiProposer:
         self.rows = rows
         self.away = [request for request in known if request and self.step - request.seen <= STEPS_KEPT]
 
-    def _advance(self, row: int, new: list[int], captured, text) -> None:
+    def _advance(self, row: int, new: list[int], captured, text, shared: int) -> None:
         """Takes in what a step brought for one request, which may be new."""
         request = self.rows[row]
         if request:
             self.stats.drafts += 1
-            if not self.captures:  # all of it was tried, as far as can be told, and nothing is known beyond the text
-                captured = request.rule.draft.chain[1:], new
-            self.stats.drafted += request.advance(new, captured)
+            self.stats.drafted += request.advance(new, captured, shared)
             request.seen = self.step
         else:
             prompt = text[-1 - PROMPT_KEPT : -1].tolist()
@@ -307,7 +322,8 @@ class JacobiProposer:
         """What the positions of a forward cost while so many requests run."""
         if requests not in self._curves:
             self._curves[requests] = curve_of(self.config.position_cost, self.device, max(1, requests))
-        return self._curves[requests]
+        given = self._curves[requests]
+        return given if self.config.position_cost is not None else self.times.curve(max(1, requests), given)
 
     def _draft_length(self, requests: int) -> int:
         """How many tokens may be drafted for each of so many requests."""
