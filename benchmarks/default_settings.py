@@ -1,8 +1,12 @@
 """
-AR against Jacobi decoding with its default settings, on a model that was never trained for it: time, prompt by prompt.
+Jacobi decoding with its default settings against AR, on a model that was never trained for it: speed by prompt.
 
     python -m benchmarks.default_settings --dtype float32 --prompts 40
     python -m benchmarks.default_settings --dtype bfloat16 --prompts 40 --threads 2
+    python -m benchmarks.default_settings --dtype bfloat16 --adapter src/hf_jacobi/checkpoints/smollm2-135m-draft
+
+With a draft-only adapter, which was trained on code and arithmetic of that kind, the base model's default settings are
+beside it.
 
 Chat, code, arithmetic and rewriting take turns. Each prompt is decoded by both in turn, as often as `--repeats` says,
 and the fastest run of each counts, so that what else the machine does falls out. On one thread of a busy machine,
@@ -23,8 +27,9 @@ import hf_jacobi
 from benchmarks.decoding import COPIED
 from benchmarks.smollm2.prompts import prompts as kept_prompts
 from hf_jacobi.cli.demo_model import DEMO_MODEL
-from hf_jacobi.cli.models import encode, load
+from hf_jacobi.cli.models import encode, load, with_adapter
 from hf_jacobi.decoding import timing
+from hf_jacobi.decoding.mixin import unwrap
 from hf_jacobi.evaluation.bench import described, setup_of
 from hf_jacobi.evaluation.prompts import CHAT
 
@@ -35,7 +40,7 @@ REWRITING = (
     "Write this text again in the past tense:\n{}",
     "Write this text again with longer names:\n{}",
 )
-WORST, TOTAL = 1.05, 1.0  # times AR: what the default settings are to stay below
+WORST, TOTAL = 0.95, 1.0  # speed-ups that the default settings are to reach
 
 
 def prompts(count: int) -> list[tuple[str, str]]:
@@ -73,45 +78,55 @@ def run(arguments) -> dict:
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(model)
+    adapted = arguments.adapter and hf_jacobi.enable(with_adapter(model, arguments.adapter).model)
     config = {} if arguments.given is None else {"position_cost": json.loads(arguments.given)}
-    ways = {"ar": {"decoding": "ar"}, "jacobi": {"decoding": "jacobi", "jacobi_config": config}}
+    jacobi = {"decoding": "jacobi", "jacobi_config": config}
+    ways = {"AR": (model, {"decoding": "ar"}), "Jacobi": (model, jacobi)}
+    if adapted:
+        ways["adapter"] = adapted, jacobi
     clock = CLOCKS[arguments.clock]
-    first = encode(tokenizer, CHAT[0], model.device)
-    for _ in range(2):
-        warm, *_ = clocked(model, first, 40, clock, **ways["ar"])
-    timed, *_ = clocked(model, first, 40, clock, **ways["jacobi"])
+    first, once = encode(tokenizer, CHAT[0], model.device), {}
+    for name, (served, how) in [*list(ways.items())[:1], *ways.items()]:
+        once[name], *_ = clocked(served, first, 40, clock, **how)
     rows = []
     for kind, prompt in prompts(arguments.prompts):
         inputs = encode(tokenizer, prompt, model.device)
         runs = {name: [] for name in ways}
         for _ in range(arguments.repeats):
-            for name, how in ways.items():
-                runs[name].append(clocked(model, inputs, arguments.max_new_tokens, clock, **how))
-        ar, jacobi = (min(runs[name]) for name in ways)
-        rows.append(
-            {
-                "kind": kind,
-                "tokens": len(ar[1]),
-                "ar": ar[0],
-                "jacobi": jacobi[0],
-                "ratio": jacobi[0] / len(jacobi[1]) * len(ar[1]) / ar[0],  # per token: in half precision texts part
-                "tokens_per_forward": jacobi[2],
-                "identical": ar[1] == jacobi[1],
-            }
-        )
-        row = rows[-1]
-        print(
-            f"{kind:11}{row['tokens']:>4} tokens  AR {ar[0]:6.2f} s  Jacobi {jacobi[0]:6.2f} s  {row['ratio']:.3f}x"
-            f"  TPF {jacobi[2]:.2f}  {'' if row['identical'] else 'another text'}",
-            flush=True,
-        )
-    known = timing._KNOWN.get(model, {})
+            for name, (served, how) in ways.items():
+                runs[name].append(clocked(served, inputs, arguments.max_new_tokens, clock, **how))
+        best = {name: min(found) for name, found in runs.items()}
+        seconds, text, _ = best.pop("AR")
+        row = {"kind": kind, "tokens": len(text), "seconds": seconds}
+        for name, (took, tokens, rate) in best.items():
+            faster = seconds / len(text) * len(tokens) / took  # per token: in half precision texts part
+            row[name] = {"speedup": faster, "tokens_per_forward": rate, "identical": tokens == text}
+        rows.append(row)
+        figures = [
+            f"  {name} {row[name]['speedup']:.3f}x TPF {row[name]['tokens_per_forward']:.2f}"
+            + " *" * (not row[name]["identical"])
+            for name in best
+        ]
+        print(f"{kind:11}{len(text):>4} tokens  AR {seconds:6.2f} s{''.join(figures)}", flush=True)
+    known = {**timing._KNOWN.get(model, {}), **(timing._KNOWN.get(unwrap(adapted), {}) if adapted else {})}
     curves = [
         [[positions, round(cost, 2)] for positions, cost in curve.points]
         for tried in known.values()
         for curve in tried
     ]
-    return {"setup": setup_of(model), "rows": rows, "costs": curves, "first_call": timed - warm}
+    extra = {name: took - once["AR"] for name, took in once.items() if name != "AR"}
+    return {"setup": setup_of(model), "rows": rows, "costs": curves, "first_call": extra}
+
+
+def summary(rows: list[dict], name: str) -> dict[str, float]:
+    """Speed-ups of one way over all prompts, by their time: in all, by kind, and the worst prompt."""
+
+    def of(some: list[dict]) -> float:
+        return sum(row["seconds"] for row in some) / sum(row["seconds"] / row[name]["speedup"] for row in some)
+
+    kinds = dict.fromkeys(row["kind"] for row in rows)
+    by_kind = {kind: of([row for row in rows if row["kind"] == kind]) for kind in kinds}
+    return {"total": of(rows), "worst": min(row[name]["speedup"] for row in rows)} | by_kind
 
 
 def main() -> None:
@@ -123,23 +138,20 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=CLOCKS)
+    parser.add_argument("--adapter", type=Path, help="folder of a draft-only adapter, to race beside the base model")
     parser.add_argument("--given", help="position_cost, as JSON, in place of what is measured")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
     report = run(arguments)
     rows = report["rows"]
-    total = sum(row["ratio"] * row["ar"] for row in rows) / sum(row["ar"] for row in rows)
-    worst = max(row["ratio"] for row in rows)
-    print(f"\n{described(report['setup'])}; costs {report['costs']}")
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        own = [row for row in rows if row["kind"] == kind]
-        print(f"{kind:11} {sum(row['ratio'] * row['ar'] for row in own) / sum(row['ar'] for row in own):.3f}x")
-    print(
-        f"total {total:.3f}x (at most {TOTAL}), worst prompt {worst:.3f}x (at most {WORST}); the first call took "
-        f"{report['first_call']:.2f} s more than AR"
-    )
+    print(f"\n* another text than AR's\n{described(report['setup'])}; costs {report['costs']}")
+    report["summary"] = {name: summary(rows, name) for name in rows[0] if isinstance(rows[0][name], dict)}
+    for name, found in report["summary"].items():
+        print(f"{name}: " + ", ".join(f"{what} {speedup:.3f}x" for what, speedup in found.items()), end="")
+        print(f"; the first call took {report['first_call'][name]:.2f} s more than AR")
+    print(f"wanted: total at least {TOTAL}x, worst prompt {WORST}x")
     if arguments.output:
-        arguments.output.write_text(json.dumps(report | {"total": total, "worst": worst}, indent=1) + "\n")
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
