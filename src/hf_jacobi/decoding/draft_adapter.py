@@ -63,7 +63,7 @@ class DraftAdapter:
 
     def __init__(self, layers: list[torch.nn.Module]):
         self.layers = layers
-        self._forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
+        self._forwards: dict[torch.nn.Module, Callable[..., torch.Tensor] | None] = {}  # made when first used
 
     @classmethod
     def of(cls, model) -> DraftAdapter | None:
@@ -86,7 +86,7 @@ class DraftAdapter:
         try:
             for layer in self.layers:
                 if _has_nothing_else(layer):
-                    self._forwards[layer] = self._quick_forward(layer)
+                    self._forwards[layer] = None
                     _listen(layer)
                 else:
                     handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
@@ -166,13 +166,18 @@ def _listening_class(cls: type) -> type:
             if torch.compiler.is_compiling() and (tokens := _tokens_of_graph()) >= 0:
                 return _with_adapter(self, tokens, *arguments)
             adapter, tokens = _FORWARD.get()
-            own = adapter._forwards.get(self) if adapter else None
+            ours = adapter is not None and self in adapter._forwards
             told = keywords.get(OFFSETS)
-            if told is not None and (own or not any(told)):
+            if told is not None and (ours or not any(told)):
                 del keywords[OFFSETS]  # what PEFT tells all layers on behalf of one call, maybe another than this
-            if own is None:
+            if not ours:
                 return cls.forward(self, *arguments, **keywords)
-            return own(tokens, *arguments, **keywords) if tokens else self.base_layer(*arguments, **keywords)
+            if not tokens:
+                return self.base_layer(*arguments, **keywords)
+            own = adapter._forwards[self]
+            if own is None:
+                own = adapter._forwards[self] = adapter._quick_forward(self)
+            return own(tokens, *arguments, **keywords)
 
         def __reduce_ex__(self, protocol):
             return object.__new__, (cls,), self.__dict__

@@ -111,7 +111,8 @@ class Step:
             config = self.model.config.get_text_config(decoder=True)
             self.model_kwargs = self.model_kwargs | {CACHE: (dynamic := DynamicCache(config=config))}
             _refuse_misfit(static, len(self.numbers), len(dynamic.layers))
-        outputs = prefill(self.model, self.input_ids, self.generation_config, self.model_kwargs)
+        with self.draft_adapter.on(0) if self.draft_adapter else nullcontext():
+            outputs = prefill(self.model, self.input_ids, self.generation_config, self.model_kwargs)
         filled = cache_of(outputs)
         if not isinstance(filled, Cache):
             raise UsageError(
