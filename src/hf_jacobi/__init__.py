@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from .evaluation import plots
     from .hub import publish
+    from .recipes import run_recipe
     from .training import JacobiForcingConfig, JacobiForcingTrainer
     from .trajectories import collect_trajectories, pack_trajectories
 
@@ -41,6 +42,7 @@ __all__ = [
     "pack_trajectories",
     "plots",
     "publish",
+    "run_recipe",
 ]
 
 # Everything is imported when it is first asked for: torch and transformers take seconds, other names need an extra.
@@ -50,6 +52,7 @@ _MODULES = {
     "collect_trajectories": "trajectories",
     "pack_trajectories": "trajectories",
     "publish": "hub",
+    "run_recipe": "recipes",
     "plots": "evaluation.plots",
     "decoding": "decoding",
 }

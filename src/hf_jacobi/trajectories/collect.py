@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -73,7 +74,7 @@ def collect_trajectories(
     empty: str = "drop",
     shard_size: int = 128,
     positions_per_forward: int = 2048,
-    progress: bool = True,
+    progress: bool | Callable[[int, int | None], None] = True,
 ) -> Dataset:
     """
     Has a model complete prompts, and records how each block of its text comes about by Jacobi iterations.
@@ -137,7 +138,8 @@ def collect_trajectories(
         shard_size: prompts per file. What an interruption loses is at most one file's work of each process.
         positions_per_forward: tokens that one forward over blocks of several sequences scores, about. More is faster
             until the device is busy; the logits take this times the vocabulary.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; or a function that is told how many prompts are done, and of how
+            many, if that is known.
 
     Returns:
         A `datasets.Dataset`, one row per completion: `prompt_id` (the row's own id, else its place), `prompt_ids`,
@@ -193,14 +195,14 @@ def collect_trajectories(
             return files.dataset()
 
 
-def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress: bool) -> None:
+def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress) -> None:
     """Writes the shards that are missing, of those that fall to this process."""
     processes, settings = process_state(), collector.settings
     total = len(rows) if hasattr(rows, "__len__") else None
     others = (*COMPLETION_COLUMNS, *END_COLUMNS) if collector.given else ()
     digest = functools.partial(digest_of, column=settings.prompt_column, others=others)
     seen: list[tuple[int, str]] = []
-    with Progress(total, progress and processes.is_main_process) as bar:
+    with Progress(total, processes.is_main_process and progress) as bar:
         for shard, piece in in_shards(rows, settings.shard_size):
             mine = shard % processes.num_processes == processes.process_index
             if not mine:
@@ -270,10 +272,15 @@ def process_state() -> PartialState:
 
 
 class Progress:
-    """A bar of prompts, with blocks per second; `total` is `None` where nobody knows."""
+    """
+    A bar of prompts, with blocks per second; `total` is `None` where nobody knows. In its place a function may be told
+    how many are done.
+    """
 
-    def __init__(self, total: int | None, show: bool):
-        self.bar = tqdm(total=total, unit=" prompts", disable=not show, desc="trajectories")
+    def __init__(self, total: int | None, show: bool | Callable[[int, int | None], None]):
+        self.tell = show if callable(show) else None
+        self.done, self.total = 0, total
+        self.bar = tqdm(total=total, unit=" prompts", disable=self.tell is not None or not show, desc="trajectories")
         self.blocks = 0
         self.start = time.perf_counter()
 
@@ -285,16 +292,23 @@ class Progress:
 
     def skip(self, prompts: int) -> None:
         """Passes over prompts that are done already, or that another process does."""
+        self._count(prompts)
         if not self.bar.disable:
             self.bar.initial += prompts  # not part of the rate that the time left is estimated by
             self.bar.update(prompts)
 
     def advance(self, prompts: int, blocks: int) -> None:
         """Counts prompts that were completed just now."""
+        self._count(prompts)
         self.blocks += blocks
         rate = self.blocks / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(f"{rate:.1f} blocks/s", refresh=False)
         self.bar.update(prompts)
+
+    def _count(self, prompts: int) -> None:
+        self.done += prompts
+        if self.tell is not None:
+            self.tell(self.done, self.total)
 
 
 def describe(model) -> dict[str, Any]:
