@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .options import check_folder, path
+from .options import path
 
 
 def add_parser(commands) -> None:
@@ -33,7 +33,6 @@ def run(arguments) -> int:
     if arguments.dry_run:
         print(plan(recipe, arguments.output_dir))
         return 0
-    check_folder(arguments.output_dir)
     try:
         report = run_recipe(recipe, arguments.output_dir)
     except KeyboardInterrupt:

@@ -184,7 +184,9 @@ def read_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     content = {name: value for name, value in source.items() if name in own}
     seed = content["seed"] = coerced("seed", content.get("seed", 0), "int")
     content["keep_checkpoints"] = coerced("keep_checkpoints", content.get("keep_checkpoints", False), "bool")
-    content["model"] = coerced("model", str(source["model"]), "str")
+    if not isinstance(source["model"], (str, Path)):
+        raise UsageError(f"`model` must be the name or the folder of a model, got {type(source['model']).__name__}.")
+    content["model"] = str(source["model"])
     phases = source["phases"]
     if not isinstance(phases, (list, tuple)) or not all(isinstance(phase, Mapping) for phase in phases):
         raise UsageError("`phases` must be a list of phases, each of them settings such as block_size.")

@@ -12,7 +12,7 @@ from typing import Any
 from datasets import IterableDataset
 from transformers import AutoConfig, AutoTokenizer
 
-from ..decoding.errors import UsageError, of_usage
+from ..decoding.errors import MissingFile, UsageError
 from ..decoding.files import write_whole
 from ..training.figures import score_function
 from ..trajectories.collect import process_state
@@ -21,7 +21,7 @@ from ..trajectories.prompts import check_columns, encode_prompt, open_prompts
 from ..trajectories.shards import alone_in
 from . import stages
 from .display import showing
-from .recipe import Phase, Recipe, read_recipe
+from .recipe import SECTIONS, Phase, Recipe, read_recipe
 from .report import draw, markdown
 
 
@@ -106,9 +106,7 @@ class Work:
         self.device = next(iter(self.arguments.values())).device
         if recipe.adapter is not None:
             stages.lora(recipe)
-        with of_usage(OSError, ValueError):
-            AutoConfig.from_pretrained(recipe.model)
-            self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        self.tokenizer = tokenizer_of(recipe.model)
         self.prompts, held_out = self._open()
         self.held_out = self._encode(held_out)
 
@@ -185,6 +183,9 @@ class Work:
             return display.tell
 
         done = place.stages_done(phase)
+        if len(done) == len(SECTIONS):
+            self._clear(phase)
+            return
         before = stages.reference(
             place, self.recipe.phases[0], self.tokenizer, self.held_out, self.scores[self.recipe.phases[0].name],
             self.device, begin("before"),
@@ -200,8 +201,11 @@ class Work:
             stages.choose_checkpoint(
                 place, phase, self.tokenizer, self.held_out, before, score, self.device, begin("choose")
             )
+        self._clear(phase)
+
+    def _clear(self, phase: Phase) -> None:
         if not self.recipe.keep_checkpoints:
-            shutil.rmtree(place.of(phase) / "training", ignore_errors=True)
+            shutil.rmtree(self.place.of(phase) / "training", ignore_errors=True)
 
     def report(self) -> dict[str, Any]:
         """Writes the report, as JSON, as Markdown, and as a picture where matplotlib is installed."""
@@ -218,6 +222,26 @@ class Work:
         write_whole(self.folder / "report.md", markdown(report))
         draw(report, self.folder / "curve.png")
         return report
+
+
+def tokenizer_of(model: str):
+    """
+    The tokenizer of a model that is there.
+
+    Raises:
+        `ValueError`: it is not, or has none.
+    """
+    path = Path(model)
+    if not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise MissingFile(f"there is no model {model}: name a folder, or a model on the Hub.")
+    what = "the model"
+    try:
+        AutoConfig.from_pretrained(model)
+        what = "the tokenizer of the model"
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()).partition(". ")[0].rstrip(".")
+        raise MissingFile(f"{what} {model} cannot be loaded: {reason}.") from error
 
 
 def opened(name: str, source: Any):

@@ -225,7 +225,7 @@ def train(place: Place, phase: Phase, tokenizer, tell) -> None:
     last = whole_checkpoints(folder)[-1:]
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     log = [
-        {name: value for name, value in line.items() if not name.endswith(OF_CLOCK)}
+        {name: line[name] for name in sorted(line) if not name.endswith(OF_CLOCK)}
         for line in trainer.state.log_history
     ]
     write_json(place.of(phase) / "log.json", [line for line in log if "loss" in line])

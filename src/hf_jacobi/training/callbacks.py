@@ -161,8 +161,10 @@ class SkippingBrokenSteps(TrainerCallback):
         self.skipped = self._in_a_row = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Counts anew."""
-        self.skipped = self._in_a_row = 0
+        """Counts anew, or on from what the run logged that this one resumes."""
+        logged = [line["skipped_steps"] for line in state.log_history if "skipped_steps" in line]
+        self.skipped = logged[-1] if state.global_step and logged else 0
+        self._in_a_row = 0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Takes the gradients away, if they are broken: an optimizer passes over parameters that have none."""
