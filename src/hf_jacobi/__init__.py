@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .evaluation import plots
     from .hub import publish
     from .recipes import run_recipe
-    from .training import JacobiForcingConfig, JacobiForcingTrainer
+    from .training import JacobiForcingConfig, JacobiForcingTrainer, Refresh
     from .trajectories import collect_trajectories, pack_trajectories
 
 
@@ -33,6 +33,7 @@ __all__ = [
     "JacobiGenerationMixin",
     "JacobiOutput",
     "JacobiStats",
+    "Refresh",
     "Trajectory",
     "TrajectoryStep",
     "UsageError",
@@ -49,6 +50,7 @@ __all__ = [
 _MODULES = {
     "JacobiForcingConfig": "training",
     "JacobiForcingTrainer": "training",
+    "Refresh": "training",
     "collect_trajectories": "trajectories",
     "pack_trajectories": "trajectories",
     "publish": "hub",

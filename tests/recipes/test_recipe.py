@@ -89,6 +89,11 @@ def recipe(model: str = "some/model", **changes) -> dict:
         ({"train": {"save_steps": 0.1}}, "`train.save_steps` must be a whole number"),
         ({"train": {"save_steps": 5, "logging_steps": 2}}, "save_steps must be a multiple of train.logging_steps"),
         ({"train": {"adapter_scope": "draft"}}, "trains an adapter: give the recipe an `adapter`"),
+        (
+            {"phases": [{"block_size": 4, "train": {"bf16": True}}, {"block_size": 4}]},
+            "train.bf16 must be the same in all phases",
+        ),
+        ({"train": {"refresh_steps": 4}}, "train.refresh_steps is not for a recipe"),
         ({"choose": {"counts": 3}}, "choose has no setting 'counts': did you mean 'count'"),
         ({"choose": {"min_agreement": 2}}, "choose.min_agreement must be from 0 to 1"),
         ({"choose": {"jacobi_config": {"block_size": None}}}, "follows the clock"),

@@ -37,6 +37,7 @@ OURS = {
     "metric_for_best_model": "`choose` looks at the checkpoints",
     "save_strategy": "`save_steps` says how often",
     "save_only_model": "a recipe goes on from its checkpoints",
+    "refresh_steps": "phases collect anew; within a training, it is the trainer's `refresh`",
     "push_to_hub": "push the finished model with `hf-jacobi push`",
     "disable_tqdm": "a recipe has a display of its own",
     "do_train": "a recipe trains",
@@ -266,10 +267,10 @@ def check_phases(recipe: Recipe) -> None:
                 f"phase {after.name} takes the trajectories of the phase before, whose blocks have "
                 f"{before.block_size} tokens: its block_size must be that, not {after.block_size}."
             )
-    scopes = {phase.train.get("adapter_scope", "all") for phase in recipe.phases}
-    if len(scopes) > 1:
-        raise UsageError("train.adapter_scope must be the same in all phases: they train one adapter.")
-    if scopes == {"draft"} and recipe.adapter is None:
+    for name, default in (("adapter_scope", "all"), ("bf16", False), ("fp16", False), ("use_cpu", False)):
+        if len({phase.train.get(name, default) for phase in recipe.phases}) > 1:
+            raise UsageError(f"train.{name} must be the same in all phases: they train one model in one process.")
+    if recipe.adapter is None and recipe.phases[0].train.get("adapter_scope") == "draft":
         raise UsageError("train.adapter_scope 'draft' trains an adapter: give the recipe an `adapter`.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import IterableDataset
 from transformers import AutoConfig, AutoTokenizer
 
@@ -179,6 +181,7 @@ class Work:
         number = self.recipe.phases.index(phase) + 1
 
         def begin(stage: str):
+            free_memory()
             display.begin(f"phase {number} of {len(self.recipe.phases)}: {stage}")
             return display.tell
 
@@ -222,6 +225,13 @@ class Work:
         write_whole(self.folder / "report.md", markdown(report))
         draw(report, self.folder / "curve.png")
         return report
+
+
+def free_memory() -> None:
+    """Lets go of the model of the stage before, which holds on to itself in circles."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def tokenizer_of(model: str):

@@ -222,6 +222,7 @@ def train(place: Place, phase: Phase, tokenizer, tell) -> None:
         callbacks=[Telling(tell)],
     )
     trainer.remove_callback(PrinterCallback)
+    trainer.base_name = recipe.model  # of the card: not the folder of the phase before
     last = whole_checkpoints(folder)[-1:]
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     log = [
