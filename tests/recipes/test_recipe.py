@@ -74,7 +74,9 @@ def recipe(model: str = "some/model", **changes) -> dict:
             "takes the trajectories of the phase before, whose blocks have 4",
         ),
         ({"collect": {"max_tokens": 5}}, "collect has no setting 'max_tokens': did you mean 'max_new_tokens'"),
-        ({"collect": {"output_dir": "here"}}, "collect has no setting 'output_dir'"),
+        ({"collect": {"output_dir": "here"}}, "collect.output_dir is not for a recipe"),
+        ({"collect": {"block_size": 4}}, "collect.block_size is not for a recipe: it stands beside the phase"),
+        ({"pack": {"progress": True}}, "pack.progress is not for a recipe"),
         ({"collect": {"as_chat": "yes"}}, "collect.as_chat must be true or false, got 'yes'"),
         ({"collect": {"repetition": "stop"}}, "collect: `repetition` must be one of"),
         ({"collect": {"dtype": "half"}}, "collect.dtype must be one of"),
@@ -212,6 +214,29 @@ def test_a_run_leaves_a_model_that_decodes_and_a_report(model, tmp_path):
     with pytest.raises(UsageError, match=r"begun with another recipe .*max_steps 1, now 2"):
         run_recipe(recipe(model, phases=[phases[0], {"block_size": 8}]), tmp_path)
     assert run_recipe(recipe(model, phases=phases), tmp_path, progress=False) == report, "nothing is left to do"
+    (tmp_path / "recipe.json").write_text("{")
+    with pytest.raises(UsageError, match=r"recipe\.json is not a JSON file"):
+        run_recipe(recipe(model, phases=phases), tmp_path)
+
+
+def test_a_folder_of_other_work_is_left_alone(model, tmp_path):
+    (tmp_path / "model").mkdir()
+    with pytest.raises(UsageError, match=r"holds other work \(model\)"):
+        run_recipe(recipe(model), tmp_path)
+    assert [one.name for one in tmp_path.iterdir()] == ["model"]
+
+
+def test_other_held_out_prompts_are_noticed(model, tmp_path):
+    file = tmp_path / "held_out.txt"
+    settings = recipe(model, held_out=str(file), phases=[{"block_size": 4}, {"block_size": 4, "name": "again"}])
+    file.write_text("\n".join(prompts(2)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_jacobi.recipes.stages.collect", lambda *arguments: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(settings, tmp_path / "out", progress=False)
+    file.write_text("\n".join(prompts(4)[2:]))
+    with pytest.raises(UsageError, match="held-out prompts are others than those"):
+        run_recipe(settings, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("scope", ["all", "draft"])

@@ -86,6 +86,7 @@ def test_a_check_leaves_out_and_names_what_the_model_would_not_have_written(tmp_
         ({"completion": "w7 w8"}, [7, 8, 2]),
         ({"completion": "w7 w8 </s>"}, [7, 8, 2]),
         ({"completion": "w7 w8", "finish_reason": "length"}, [7, 8]),
+        ({"completion": "w7 w8", "finish_reason": "MAX_TOKENS"}, [7, 8]),
         ({"completion": "w7 w8", "ended": False}, [7, 8]),
         ({"completion": [{"role": "assistant", "content": "w7"}]}, [7, 2]),
         ({"completion": [7, 8]}, [7, 8]),
@@ -100,13 +101,14 @@ def test_text_gets_the_end_that_engines_leave_out_and_tokens_are_taken_as_they_a
 
 
 def test_bad_completions_are_named_and_the_others_kept():
-    pairs = [{"prompt": "w5", "completion": text} for text in ("w7", None, 5, [VOCABULARY])]
+    pairs = [{"prompt": "w5", "completion": text} for text in ("w7", None, 5, [VOCABULARY], "w\ud800")]
     with pytest.warns(UserWarning) as caught:
         rows = collect_trajectories(tiny_model(), tiny_tokenizer(), completions=pairs, **SETTINGS)
     assert rows["prompt_id"] == ["0"]
     said = str(caught[0].message)
     assert "prompt 1 has no completion" in said
     assert "completion of prompt 2 must be text or a list of token ids, got 5" in said
+    assert "the completion of prompt 4: " in said
     assert f"completion of prompt 3 holds token {VOCABULARY}" in said
 
 

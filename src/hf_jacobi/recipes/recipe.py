@@ -24,7 +24,12 @@ from ..trajectories.packing import pack_trajectories
 PREVIOUS = "previous"  # trajectories: those of the phase before
 SECTIONS = ("collect", "pack", "train", "choose")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-# Of the trainer's arguments, those that a recipe decides itself, and how.
+# Of the arguments of each section, those that a recipe decides itself, and how.
+OURS_OF_DATA = {
+    "block_size": "it stands beside the phase",
+    "output_dir": "the recipe's folder holds everything",
+    "progress": "a recipe has a display of its own",
+}
 OURS = {
     "output_dir": "the recipe's folder holds everything",
     "resume_from_checkpoint": "a recipe goes on by itself",
@@ -276,6 +281,7 @@ def check_phases(recipe: Recipe) -> None:
 
 def check_collect(given: dict[str, Any], block_size: int, seed: int) -> dict[str, Any]:
     """The arguments of collecting, of the right kinds."""
+    refuse_ours("collect", given, OURS_OF_DATA)
     ours = ("model", "tokenizer", "dataset", "completions", "check", "output_dir", "block_size", "progress")
     kinds = arguments_of(collect_trajectories, ours)
     own = {"max_prompts": "int", "skip_prompts": "int", "dtype": "str"}
@@ -293,6 +299,7 @@ def check_collect(given: dict[str, Any], block_size: int, seed: int) -> dict[str
 
 def check_pack(given: dict[str, Any], seed: int) -> dict[str, Any]:
     """The arguments of packing, of the right kinds."""
+    refuse_ours("pack", given, OURS_OF_DATA)
     kinds = arguments_of(pack_trajectories, ("trajectories", "output_dir", "progress"))
     settings = {"seed": seed} | check_section("pack", given, kinds | {"only_right": "bool"})
     arguments = {name: value for name, value in settings.items() if name != "only_right"}
@@ -305,11 +312,16 @@ def check_pack(given: dict[str, Any], seed: int) -> dict[str, Any]:
     return settings
 
 
+def refuse_ours(where: str, given: dict[str, Any], ours: Mapping[str, str]) -> None:
+    """Raises `UsageError` for a setting that a recipe decides itself."""
+    for name, instead in ours.items():
+        if name in given:
+            raise UsageError(f"{where}.{name} is not for a recipe: {instead}.")
+
+
 def check_train(given: dict[str, Any], seed: int) -> dict[str, Any]:
     """The arguments of the trainer, of the right kinds; their values are looked at on the machine that trains."""
-    for name, instead in OURS.items():
-        if name in given:
-            raise UsageError(f"train.{name} is not for a recipe: {instead}.")
+    refuse_ours("train", given, OURS)
     kinds = {one.name: str(one.type) for one in fields(JacobiForcingConfig) if one.init and one.name not in OURS}
     settings = {"seed": seed} | check_section("train", given, kinds)
     for name in ("save_steps", "logging_steps"):

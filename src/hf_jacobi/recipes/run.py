@@ -15,12 +15,12 @@ from datasets import IterableDataset
 from transformers import AutoConfig, AutoTokenizer
 
 from ..decoding.errors import MissingFile, UsageError
-from ..decoding.files import write_whole
+from ..decoding.files import read_json, write_whole
 from ..training.figures import score_function
 from ..trajectories.collect import process_state
 from ..trajectories.encoding import BadPrompt
 from ..trajectories.prompts import check_columns, encode_prompt, open_prompts
-from ..trajectories.shards import alone_in
+from ..trajectories.shards import LOCK, alone_in
 from . import stages
 from .display import showing
 from .recipe import SECTIONS, Phase, Recipe, read_recipe
@@ -117,8 +117,13 @@ class Work:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{self.folder} is a file: name a folder.")
         if not file.exists():
+            if self.folder.exists() and (there := [one.name for one in self.folder.iterdir() if one.name != LOCK]):
+                raise UsageError(
+                    f"{self.folder} holds other work ({', '.join(sorted(there)[:3])}): name an empty folder or a new "
+                    "one."
+                )
             return
-        before, now = json.loads(file.read_text()), json.loads(json.dumps(self.recipe.to_dict()))
+        before, now = read_json(file), json.loads(json.dumps(self.recipe.to_dict()))
         if other := differences(before, now):
             raise UsageError(
                 f"{self.folder} was begun with another recipe ({'; '.join(other[:3])}): go on with that one, or name "
@@ -212,8 +217,9 @@ class Work:
 
     def report(self) -> dict[str, Any]:
         """Writes the report, as JSON, as Markdown, and as a picture where matplotlib is installed."""
-        before = json.loads((self.folder / "before.json").read_text())
-        before.pop("texts")
+        before = read_json(self.folder / "before.json")
+        for name in ("texts", "prompts"):
+            before.pop(name)
         report = {
             "model": self.recipe.model,
             "held_out": len(self.held_out),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import shutil
@@ -14,7 +15,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from ..decoding.errors import UsageError, of_usage
-from ..decoding.files import write_whole
+from ..decoding.files import read_json, write_whole
 from ..decoding.mixin import enable
 from ..training.config import JacobiForcingConfig
 from ..training.figures import Score
@@ -273,7 +274,7 @@ def choose_checkpoint(place: Place, phase: Phase, tokenizer, held_out, before, s
             show = functools.partial(lambda first, total, done: tell(first + done, total), first, total)
             found, _ = figures_of(model, tokenizer, held_out, settings, choice, score, before["texts"], show)
             write_json(file, {"step": step} | found)
-        curve.append(json.loads(file.read_text()))
+        curve.append(read_json(file))
     chosen = choose(curve[1:], before, choice)
     copy_whole(checkpoints[chosen["step"]], place.model(phase))
     note = {"curve": curve, "chosen": chosen["step"], "kept": keeps(chosen, before, choice)}
@@ -292,6 +293,7 @@ def copy_whole(source: Path, target: Path) -> None:
 def reference(place: Place, phase: Phase, tokenizer, held_out, score, device, tell) -> dict[str, Any]:
     """The figures and texts of the model before all training, decoded once as the first phase says."""
     file = place.folder / "before.json"
+    digest = hashlib.blake2b(json.dumps([ids for _, ids in held_out]).encode(), digest_size=16).hexdigest()
     if not file.exists():
         choice, recipe = phase.choose, place.recipe
         model = load(recipe.model, recipe.model, choice.dtype, device)
@@ -299,8 +301,14 @@ def reference(place: Place, phase: Phase, tokenizer, held_out, score, device, te
         found, texts = figures_of(
             model, tokenizer, held_out, settings, choice, score, tell=lambda done: tell(done, len(held_out))
         )
-        write_json(file, found | {"texts": texts})
-    return json.loads(file.read_text())
+        write_json(file, found | {"prompts": digest, "texts": texts})
+    before = read_json(file)
+    if before["prompts"] != digest:
+        raise UsageError(
+            f"the held-out prompts are others than those that {place.folder} was begun with: go on with those, or "
+            "name another folder."
+        )
+    return before
 
 
 def report_of(place: Place, phase: Phase) -> dict[str, Any]:
@@ -318,5 +326,5 @@ def report_of(place: Place, phase: Phase) -> dict[str, Any]:
             "tokens": packed.clean_tokens + packed.noisy_tokens,
             "noisy_blocks": packed.blocks,
         },
-        **json.loads((folder / "choice.json").read_text()),
+        **read_json(folder / "choice.json"),
     }

@@ -11,7 +11,7 @@ from .encoding import BadPrompt, token_ids
 
 COMPLETION_COLUMNS = ("completion_ids", "completion")
 END_COLUMNS = ("finish_reason", "ended")  # whether a text that is given as text has an end
-CUT = "length"  # the reason for which engines end a text that has none
+CUT = ("length", "max_tokens")  # the reasons for which engines stop a text that has none
 
 
 def check_completions(row: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: lis
     The tokens of a row's completion, up to its end of text, and `longest` at most.
 
     Text is encoded by itself, as it stands after the prompt. An engine leaves the end-of-sequence token out of it: it
-    is put there, unless `finish_reason` is `"length"`, or `ended` is false. Tokens are taken as they are.
+    is put there, unless `finish_reason` is one of `CUT`, or `ended` is false. Tokens are taken as they are.
 
     Args:
         name: of the prompt, for errors.
@@ -47,7 +47,11 @@ def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: lis
         raise BadPrompt(f"prompt {name} has no completion")
     tokens = [] if value == [] else token_ids(value)
     if tokens is None:
-        tokens = list(tokenizer(_text_of(name, value), add_special_tokens=False)["input_ids"])
+        text = _text_of(name, value)
+        try:
+            tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # of a tokenizer, about this one text
+            raise BadPrompt(f"the completion of prompt {name}: {type(error).__name__}: {error}") from error
         if _has_end(row) and not (tokens and tokens[-1] in eos_tokens):
             own = getattr(tokenizer, "eos_token_id", None)
             tokens += [own] if own in eos_tokens else eos_tokens[:1]
@@ -56,7 +60,7 @@ def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: lis
 
 
 def _has_end(row: dict[str, Any]) -> bool:
-    return row.get("finish_reason") != CUT and row.get("ended") is not False
+    return str(row.get("finish_reason")).lower() not in CUT and row.get("ended") is not False
 
 
 def _text_of(name: str, value: Any) -> str:
