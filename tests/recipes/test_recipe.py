@@ -1,6 +1,8 @@
 """Recipes: what is refused before any work, what a run comes to, and which checkpoint it takes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from hf_jacobi.recipes import read_recipe, run_recipe
 from hf_jacobi.recipes.choosing import choose
 from hf_jacobi.recipes.recipe import Choice
 from hf_jacobi.recipes.stages import training_arguments
+from hf_jacobi.training.figures import score_function
 
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -304,3 +307,13 @@ def test_the_command_says_what_it_would_do_then_does_it(model, tmp_path, capsys)
     file.write_text("modle: x\n")
     assert main(command) == 2
     assert "did you mean 'model'" in capsys.readouterr().err
+
+
+def test_the_miniatures_problems_are_prompts_whose_answers_can_be_checked(tmp_path):
+    pytest.importorskip("benchmarks.miniature")
+    is_right = score_function(f"{EXAMPLES / 'miniature_problems.py'}:is_right")
+    program = [sys.executable, str(EXAMPLES / "miniature_problems.py"), str(tmp_path / "prompts.jsonl"), "6"]
+    subprocess.run(program, check=True, timeout=120)
+    rows = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 and {row["task"] for row in rows} == {"math", "sql"}
+    assert all(is_right(row, row["completion"]) and not is_right(row, "no idea") for row in rows)
