@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     )
     from .evaluation import plots
     from .hub import publish
-    from .training import JacobiForcingConfig, JacobiForcingTrainer
+    from .recipes import run_recipe
+    from .training import JacobiForcingConfig, JacobiForcingTrainer, Refresh
     from .trajectories import collect_trajectories, pack_trajectories
 
 
@@ -32,6 +33,7 @@ __all__ = [
     "JacobiGenerationMixin",
     "JacobiOutput",
     "JacobiStats",
+    "Refresh",
     "Trajectory",
     "TrajectoryStep",
     "UsageError",
@@ -41,15 +43,18 @@ __all__ = [
     "pack_trajectories",
     "plots",
     "publish",
+    "run_recipe",
 ]
 
 # Everything is imported when it is first asked for: torch and transformers take seconds, other names need an extra.
 _MODULES = {
     "JacobiForcingConfig": "training",
     "JacobiForcingTrainer": "training",
+    "Refresh": "training",
     "collect_trajectories": "trajectories",
     "pack_trajectories": "trajectories",
     "publish": "hub",
+    "run_recipe": "recipes",
     "plots": "evaluation.plots",
     "decoding": "decoding",
 }

@@ -111,6 +111,7 @@ def test_an_unknown_option_shows_the_usage_of_its_command(command, capsys):
         "pack": ["--trajectories", "t", "--output-dir", "o"],
         "eval": ["--tasks", "t"],
         "push": ["m", "r"],
+        "recipe": ["r.yaml", "--output-dir", "o"],
     }
     with pytest.raises(SystemExit, match="2"):
         cli.main([command, *needed.get(command, []), "--no-such-option"])

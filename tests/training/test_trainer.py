@@ -51,7 +51,9 @@ def arguments(folder, **settings) -> JacobiForcingConfig:
 
 def trainer_of(model, folder, data=None, **settings):
     others = {
-        name: settings.pop(name) for name in ("peft_config", "eval_dataset", "processing_class") if name in settings
+        name: settings.pop(name)
+        for name in ("peft_config", "eval_dataset", "processing_class", "eval_score")
+        if name in settings
     }
     others.setdefault("processing_class", tiny_tokenizer())
     return JacobiForcingTrainer(

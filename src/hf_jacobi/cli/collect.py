@@ -7,21 +7,40 @@ import dataclasses
 import json
 from itertools import islice
 
+from ..decoding.errors import UsageError
 from .demo_model import DEMO_MODEL
 from .models import load
 from .options import add_dtype, check_folder, path, positive
 
 
 # Arguments that `collect_trajectories` does not take.
-OTHERS = ("dataset", "dataset_name", "dataset_split", "max_prompts", "model", "dtype", "command", "run", "rest")
+OTHERS = (
+    "dataset",
+    "completions",
+    "dataset_name",
+    "dataset_split",
+    "max_prompts",
+    "model",
+    "dtype",
+    "command",
+    "run",
+    "rest",
+)
 
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
     about = "Have a model complete prompts, and record the trajectory of every block: training data for Jacobi Forcing"
     parser = commands.add_parser("collect", help=about, description=about)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--dataset", help="a JSON, JSONL, Parquet, CSV or text file, a folder, or a Hub id")
+    source.add_argument(
+        "--completions",
+        metavar="DATA",
+        help="the same, of prompts with their completions, such as an engine's output: the states alone are computed",
+    )
     parser.add_argument(
-        "--dataset", required=True, help="a JSON, JSONL, Parquet, CSV or text file, a folder, or a Hub id"
+        "--check", action="store_true", help="leave out completions that are not the model's greedy text"
     )
     parser.add_argument(
         "--output-dir", type=path, required=True, help="where it is written; a run that was interrupted goes on there"
@@ -78,6 +97,7 @@ def run(arguments) -> int:
 
     from ..trajectories.collect import collect_trajectories, process_state, read_report
     from ..trajectories.collector import CollectSettings
+    from ..trajectories.completions import check_completions
     from ..trajectories.prompts import open_prompts, prompt_column
 
     logging.set_verbosity_error()
@@ -85,14 +105,20 @@ def run(arguments) -> int:
     CollectSettings(**{one.name: settings[one.name] for one in dataclasses.fields(CollectSettings)})
     check_folder(arguments.output_dir)
     processes = process_state()
-    rows = open_prompts(arguments.dataset, arguments.dataset_split, arguments.dataset_name)
+    given = arguments.completions is not None
+    if arguments.check and not given:
+        raise UsageError("--check is for --completions: what the model writes itself is its own text.")
+    source = arguments.completions if given else arguments.dataset
+    rows = open_prompts(source, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))
     for row in islice(rows, 1):  # before a model is loaded
         prompt_column(row, arguments.prompt_column)
+        if given:
+            check_completions(row)
     model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
     try:
-        collect_trajectories(model, tokenizer, rows, **settings)
+        collect_trajectories(model, tokenizer, **{"completions" if given else "dataset": rows}, **settings)
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on where this stopped.")
         return 130

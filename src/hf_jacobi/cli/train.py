@@ -22,6 +22,12 @@ class DataArguments:
     eval_rows: int = field(
         default=0, metadata={"help": "without an eval_dataset: hold back this many rows of train_dataset"}
     )
+    eval_score: str | None = field(
+        default=None,
+        metadata={
+            "help": "module:function or file.py:function that says of a prompt and its text whether it is right"
+        },
+    )
 
 
 def add_parser(commands) -> None:
@@ -68,6 +74,7 @@ def run(arguments) -> int:
         raise MissingPackage(f"this needs {error.name}: pip install 'hf_jacobi[train]'") from error
 
     from ..training import JacobiForcingConfig, JacobiForcingTrainer
+    from ..training.figures import score_function
     from ..trajectories.prompts import open_prompts
 
     parser = TrlParser((DataArguments, JacobiForcingConfig, ModelConfig), prog="hf-jacobi train")
@@ -86,6 +93,7 @@ def run(arguments) -> int:
     training.model_init_kwargs = {name: value for name, value in settings.items() if value is not None} | (
         training.model_init_kwargs or {}
     )
+    score = None if data.eval_score is None else score_function(data.eval_score)
     if data.eval_rows < 0:
         raise UsageError(f"eval_rows={data.eval_rows}: a number of rows is at least 0.")
     if training.output_dir is not None:
@@ -105,6 +113,7 @@ def run(arguments) -> int:
         train_dataset=train,
         eval_dataset=held_out,
         peft_config=get_peft_config(model),
+        eval_score=score,
     )
     last = str(training.resume_from_checkpoint).lower() == "true"  # the option, unlike YAML, gives text
     trainer.train(resume_from_checkpoint=last or training.resume_from_checkpoint)

@@ -46,6 +46,9 @@ FIGURES = {
     "eval_noisy_accuracy": "noisy positions predicted right at once",
     "eval_tokens_per_forward": "tokens per forward",
     "eval_agreement": "tokens as before training",
+    "eval_score": "right answers",
+    "eval_tokens_per_forward_right": "tokens per forward of right answers",
+    "eval_repetition": "repeated 4-grams",
 }
 KINDS = {
     "model": "It is a whole model: without `hf_jacobi` it decodes as any other.",

@@ -11,9 +11,9 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from ..decoding.compat import without_router_logits
-from ..decoding.drafting import agreement
 from ..decoding.errors import UsageError
 from ..decoding.mixin import enable, unwrap
+from .figures import Score, Tally
 from .forward import outside_training
 from .rows import iter_rows
 
@@ -31,12 +31,20 @@ class DecodingCallback(TrainerCallback):
         trainer: the trainer.
         prompts: what is decoded.
         before: their texts by the model as it was, where it is that no more.
+        score: says of the text of a prompt and that of its completion whether it is right.
     """
 
-    def __init__(self, trainer, prompts: list[list[int]], before: list[list[int]] | None = None):
+    def __init__(
+        self,
+        trainer,
+        prompts: list[list[int]],
+        before: list[list[int]] | None = None,
+        score: Score | None = None,
+    ):
         self.trainer = trainer
         self.prompts = prompts
         self.before = before
+        self.score = score
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Remembers the texts of the model as it is, or as it was before the run that this one resumes."""
@@ -52,21 +60,24 @@ class DecodingCallback(TrainerCallback):
 
     def figures(self) -> dict[str, float]:
         """
-        `tokens_per_forward`, and `agreement`: the share of tokens that are those of the model's greedy text before
-        training, up to the first that is not. Both texts are written one token at a time: in half precision Jacobi
-        decoding settles ties otherwise, which no training did. Nothing where no process has the whole model.
+        What `Tally.figures` says, with the settings that the checkpoint will have. Nothing where no process has the
+        whole model.
         """
         if not self._can_decode():
             return {}
         self._remember()
-        tokens = forwards = same = total = 0
-        for prompt, text in zip(self.prompts, self.before):
+        tally = Tally(self.score is not None)
+        for prompt, before in zip(self.prompts, self.before):
             output = self._generate(prompt, decoding="jacobi", return_dict_in_generate=True)
-            tokens += output.jacobi_stats.new_tokens
-            forwards += output.jacobi_stats.forwards
-            same += agreement(self._text(prompt), text)
-            total += len(text)
-        return {"tokens_per_forward": tokens / forwards, "agreement": same / total}
+            text = output.sequences[0, len(prompt) :].tolist()
+            tally.add(text, output.jacobi_stats.forwards, self._text(prompt), before, self._is_right(prompt, text))
+        return tally.figures()
+
+    def _is_right(self, prompt: list[int], text: list[int]) -> bool:
+        if self.score is None:
+            return False
+        decode = self.trainer.processing_class.decode
+        return bool(self.score(*(decode(tokens, skip_special_tokens=True) for tokens in (prompt, text))))
 
     def _remember(self) -> None:
         if self.before is None and self._can_decode():
@@ -150,8 +161,10 @@ class SkippingBrokenSteps(TrainerCallback):
         self.skipped = self._in_a_row = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Counts anew."""
-        self.skipped = self._in_a_row = 0
+        """Counts anew, or on from what the run logged that this one resumes."""
+        logged = [line["skipped_steps"] for line in state.log_history if "skipped_steps" in line]
+        self.skipped = logged[-1] if state.global_step and logged else 0
+        self._in_a_row = 0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """Takes the gradients away, if they are broken: an optimizer passes over parameters that have none."""

@@ -104,6 +104,18 @@ def check_precision(args) -> None:
         raise UsageError("`fp16` needs a GPU: pass bf16=True, or train in float32, on a CPU.")
 
 
+def check_score(score, prompts: list[list[int]], tokenizer) -> None:
+    """Raises `ValueError` for a scoring function that cannot be called, or has nothing to score."""
+    if score is None:
+        return
+    if not callable(score):
+        raise UsageError(f"`eval_score` must be a function of a prompt and its completion, got {score!r:.60}.")
+    if not prompts:
+        raise UsageError("`eval_score` is for held-out prompts: pass an `eval_dataset`, and eval_prompts above 0.")
+    if tokenizer is None:
+        raise UsageError("`eval_score` reads text: pass the tokenizer as `processing_class`.")
+
+
 def check_shares(args) -> None:
     """Raises `ValueError` where processes would get different numbers of batches, and wait for each other."""
     if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):

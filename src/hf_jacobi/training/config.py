@@ -87,6 +87,13 @@ class JacobiForcingConfig(TrainingArguments):
         eval_max_new_tokens (`int`, defaults to 128):
             How far.
 
+    > Parameters that control the data
+
+    Args:
+        refresh_steps (`int`, *optional*):
+            Every so many steps the model that is being trained writes fresh trajectories, which take the place of the
+            rows; needs the trainer's `refresh`.
+
     Raises:
         `ValueError`: a value is out of range.
     """
@@ -110,6 +117,9 @@ class JacobiForcingConfig(TrainingArguments):
     )
     eval_prompts: int = field(default=8, metadata={"help": "prompts decoded at each evaluation"})
     eval_max_new_tokens: int = field(default=128, metadata={"help": "how far they are decoded"})
+    refresh_steps: int | None = field(
+        default=None, metadata={"help": "steps between two refreshes of the trajectories (in Python, with `refresh`)"}
+    )
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
@@ -174,5 +184,7 @@ class JacobiForcingConfig(TrainingArguments):
             check_real("ar_loss_weight_start", self.ar_loss_weight_start)
         if self.block_size is not None:
             check_whole("block_size", self.block_size, 1)
+        if self.refresh_steps is not None:
+            check_whole("refresh_steps", self.refresh_steps, 1)
         for name, least in (("loss_chunk_size", 1), ("eval_prompts", 0), ("eval_max_new_tokens", 1), *COUNTS):
             check_whole(name, getattr(self, name), least)

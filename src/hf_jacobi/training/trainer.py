@@ -34,15 +34,18 @@ from .checks import (
     check_best_model,
     check_dispatch,
     check_precision,
+    check_score,
     check_shares,
     check_tokenizer,
     refuse_split_rows,
 )
 from .collator import FILL, PackedCollator
 from .config import JacobiForcingConfig
+from .figures import Score
 from .forward import Head, RouterLoss, check_compilable, compiled_layers, forward_as, run_decoder
 from .losses import Targets, Terms, find_targets, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
+from .refresh import Refresh, RefreshedRows, Refreshing, check_refresh
 from .windows import attending_by_windows, can_be_windowed, segments
 
 
@@ -61,6 +64,11 @@ class JacobiForcingTrainer(Trainer):
             The tokenizer; loaded beside the model when left out.
         peft_config (`PeftConfig`, *optional*):
             Trains an adapter of this kind instead of the whole model.
+        eval_score (`Callable`, *optional*):
+            Says of the text of a held-out prompt and that of its completion, both without special tokens, whether the
+            answer is right: `eval_score` is then the share of right ones, `eval_tokens_per_forward_right` their speed.
+        refresh ([`Refresh`], *optional*):
+            Prompts from which fresh trajectories are collected every `args.refresh_steps` steps, in place of the rows.
         data_collator, callbacks, optimizers, others:
             As in `transformers.Trainer`.
 
@@ -91,6 +99,8 @@ class JacobiForcingTrainer(Trainer):
         processing_class=None,
         peft_config=None,
         data_collator=None,
+        eval_score: Score | None = None,
+        refresh: Refresh | None = None,
         **others,
     ):
         if args is None:
@@ -138,6 +148,11 @@ class JacobiForcingTrainer(Trainer):
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
         prompts = prompts_of(next(iter(several.values()), eval_dataset), args.eval_prompts)
+        check_score(eval_score, prompts, processing_class)
+        check_refresh(refresh, args, processing_class, train_dataset)
+        if refresh is not None:
+            train_dataset = RefreshedRows(train_dataset, args)
+            args.train_sampling_strategy = "sequential"  # its rows are in order already
         before = None if peft_config is None else texts_of_base(inner, prompts, args)  # adapters need not begin as it
         model = add_adapter(model, peft_config, args)
         check_best_model(model, args)
@@ -175,7 +190,9 @@ class JacobiForcingTrainer(Trainer):
         inner.generation_config.jacobi = self.jacobi_config.to_dict()
         self.broken_steps = SkippingBrokenSteps(self)
         self.add_callback(self.broken_steps)
-        self.decoding = DecodingCallback(self, prompts, before) if prompts else None
+        if refresh is not None:
+            self.add_callback(Refreshing(self, refresh, train_dataset))
+        self.decoding = DecodingCallback(self, prompts, before, eval_score) if prompts else None
         if self.decoding:
             self.add_callback(self.decoding)
 

@@ -10,6 +10,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .checks import check_whole
 from .collector import SAMPLING, TOKENS, Collector, CollectSettings
+from .completions import COMPLETION_COLUMNS, END_COLUMNS, check_completions
 from .encoding import BadPrompt, refuse_unknown_settings
 from .prompts import Prompt, check_columns, digest_of, only_prompts, open_prompts
 from .report import CollectReport
@@ -49,12 +51,14 @@ WAIT = timedelta(days=2)  # for each other: a shard can take long, and torch giv
 def collect_trajectories(
     model,
     tokenizer,
-    dataset,
+    dataset=None,
     block_size: int = 32,
     max_new_tokens: int = 512,
     batch_size: int = 16,
     output_dir: str | Path | None = None,
     *,
+    completions=None,
+    check: bool = False,
     do_sample: bool = False,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -70,7 +74,7 @@ def collect_trajectories(
     empty: str = "drop",
     shard_size: int = 128,
     positions_per_forward: int = 2048,
-    progress: bool = True,
+    progress: bool | Callable[[int, int | None], None] = True,
 ) -> Dataset:
     """
     Has a model complete prompts, and records how each block of its text comes about by Jacobi iterations.
@@ -88,6 +92,17 @@ def collect_trajectories(
         dataset: prompts: a `datasets` data set, a list of texts, rows or token ids, or the path of a JSON, JSONL,
             Parquet, CSV or text file. Messages go through the chat template, with the row's `tools` and
             `chat_template_kwargs` if it has such columns; an answer at their end is left out.
+        completions: in place of `dataset`, prompts with their completions, such as the output of a serving engine:
+            rows, or a file of them, with a prompt as in `dataset` and `completion`, text or tokens, or
+            `completion_ids`. The states alone are computed, in a fraction of the time. A state holds the tokens given
+            so far, the next one among them, and the model's own predictions from there on; so the last state is the
+            completion, whoever wrote it, and where the model wrote it, greedily, the trajectory is the one that it
+            would get here. Text gets the end-of-sequence token that engines leave out, unless the row's
+            `finish_reason` is `"length"`, or its `ended` is false. Tokens of an engine are exact; text is encoded
+            anew, which may split words otherwise.
+        check: of `completions`, leave out those that are not the model's greedy text: counted and named like prompts
+            that cannot be used, and an error with `strict`. In half precision a model may settle ties otherwise than
+            the engine did.
         block_size: n, the length of a block; the last block of a completion may be shorter.
         max_new_tokens: the longest completion.
         prompt_column: the column of the prompts. Left out, the first of `messages`, `conversations`, `prompt`,
@@ -123,7 +138,8 @@ def collect_trajectories(
         shard_size: prompts per file. What an interruption loses is at most one file's work of each process.
         positions_per_forward: tokens that one forward over blocks of several sequences scores, about. More is faster
             until the device is busy; the logits take this times the vocabulary.
-        progress: whether to show a progress bar.
+        progress: whether to show a progress bar; or a function that is told how many prompts are done, and of how
+            many, if that is known.
 
     Returns:
         A `datasets.Dataset`, one row per completion: `prompt_id` (the row's own id, else its place), `prompt_ids`,
@@ -142,9 +158,17 @@ def collect_trajectories(
     if not callable(tokenizer):
         raise UsageError(f"`tokenizer` must be a tokenizer of transformers, got {tokenizer!r:.60}.")
     refuse_unknown_settings(tokenizer, chat_template_kwargs)
-    collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward)
-    rows = only_prompts(open_prompts(dataset), prompt_column)
+    given_too = completions is not None
+    if given_too == (dataset is not None):
+        raise UsageError("pass either `dataset`, prompts to complete, or `completions`, prompts with their texts.")
+    if check and not given_too:
+        raise UsageError("`check` is for `completions`: what the model writes here is its own text.")
+    collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward, given_too, check)
+    others = (*COMPLETION_COLUMNS, *END_COLUMNS) if given_too else ()
+    rows = only_prompts(open_prompts(completions if given_too else dataset), prompt_column, *others)
     check_columns(rows, prompt_column)
+    if given_too:
+        check_completions(next(iter(rows)))
     if len(tokenizer) > collector.vocabulary:  # a token without an embedding is found before any work is done
         for number, row in enumerate(rows):
             with suppress(BadPrompt):
@@ -161,6 +185,8 @@ def collect_trajectories(
     described["generation_config"] = {
         name: getattr(collector.generation_config, name) for name in (*TOKENS, *SAMPLING)
     }
+    if given_too:
+        described |= {"completions": True, "check": check}
     files = ShardFolder(output_dir, NAME, TRAJECTORY_FEATURES, described)
     with files.locked() if processes.is_main_process else nullcontext():
         processes.wait_for_everyone()
@@ -169,13 +195,14 @@ def collect_trajectories(
             return files.dataset()
 
 
-def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress: bool) -> None:
+def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress) -> None:
     """Writes the shards that are missing, of those that fall to this process."""
     processes, settings = process_state(), collector.settings
     total = len(rows) if hasattr(rows, "__len__") else None
-    digest = functools.partial(digest_of, column=settings.prompt_column)
+    others = (*COMPLETION_COLUMNS, *END_COLUMNS) if collector.given else ()
+    digest = functools.partial(digest_of, column=settings.prompt_column, others=others)
     seen: list[tuple[int, str]] = []
-    with Progress(total, progress and processes.is_main_process) as bar:
+    with Progress(total, processes.is_main_process and progress) as bar:
         for shard, piece in in_shards(rows, settings.shard_size):
             mine = shard % processes.num_processes == processes.process_index
             if not mine:
@@ -190,7 +217,10 @@ def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress
                 continue
             prompts, skipped, left_out = _encode(collector, shard * settings.shard_size, piece, strict)
             bar.skip(len(skipped))
-            rows_of_shard, counts = collector.collect(prompts, bar.advance)
+            rows_of_shard, refused, counts = collector.collect(prompts, bar.advance)
+            if strict and refused:
+                raise BadPrompt(refused[0])
+            skipped += refused
             counts.update(left_out)
             files.write(shard, rows_of_shard, dict(counts), digest(piece), len(piece), skipped)
     processes.wait_for_everyone()
@@ -223,6 +253,11 @@ def _name_skipped(report: CollectReport) -> None:
     """Warns of prompts that were left out; raises `UsageError` where not one of them could be encoded."""
     if report.bad_prompts and report.bad_prompts == report.prompts:
         raise UsageError(f"not one of {report.prompts} prompts can be used: {report.skipped[0]}.")
+    if report.other_text and report.other_text + report.bad_prompts == report.prompts:
+        raise UsageError(
+            f"not one of {report.prompts} completions is the model's greedy text: {report.skipped[0]}; leave `check` "
+            "out to take them as they are."
+        )
     if report.skipped:
         shown = "; ".join(report.skipped[:NAMED])
         more = len(report.skipped) - NAMED
@@ -237,10 +272,15 @@ def process_state() -> PartialState:
 
 
 class Progress:
-    """A bar of prompts, with blocks per second; `total` is `None` where nobody knows."""
+    """
+    A bar of prompts, with blocks per second; `total` is `None` where nobody knows. In its place a function may be told
+    how many are done.
+    """
 
-    def __init__(self, total: int | None, show: bool):
-        self.bar = tqdm(total=total, unit=" prompts", disable=not show, desc="trajectories")
+    def __init__(self, total: int | None, show: bool | Callable[[int, int | None], None]):
+        self.tell = show if callable(show) else None
+        self.done, self.total = 0, total
+        self.bar = tqdm(total=total, unit=" prompts", disable=self.tell is not None or not show, desc="trajectories")
         self.blocks = 0
         self.start = time.perf_counter()
 
@@ -252,16 +292,23 @@ class Progress:
 
     def skip(self, prompts: int) -> None:
         """Passes over prompts that are done already, or that another process does."""
+        self._count(prompts)
         if not self.bar.disable:
             self.bar.initial += prompts  # not part of the rate that the time left is estimated by
             self.bar.update(prompts)
 
     def advance(self, prompts: int, blocks: int) -> None:
         """Counts prompts that were completed just now."""
+        self._count(prompts)
         self.blocks += blocks
         rate = self.blocks / (time.perf_counter() - self.start)
         self.bar.set_postfix_str(f"{rate:.1f} blocks/s", refresh=False)
         self.bar.update(prompts)
+
+    def _count(self, prompts: int) -> None:
+        self.done += prompts
+        if self.tell is not None:
+            self.tell(self.done, self.total)
 
 
 def describe(model) -> dict[str, Any]:

@@ -19,12 +19,16 @@ from transformers import GenerationConfig
 from ..decoding.call import DecodeCall
 from ..decoding.compat import without_router_logits
 from ..decoding.config import JacobiConfig
+from ..decoding.drafting import Draft
 from ..decoding.errors import UsageError
 from ..decoding.loop import run_to_end
 from ..decoding.mixin import unwrap
+from ..decoding.step import Step
 from ..decoding.support import refuse_unsupported
+from ..decoding.verify import Greedy, TokenChooser
 from .checks import check_real, check_weights, check_whole, vocabulary_of
 from .cleaning import clean
+from .completions import encode_completion
 from .encoding import BadPrompt, check_settings
 from .prompts import Prompt, encode_prompt
 from .refine import Block, refine_blocks
@@ -98,9 +102,24 @@ class CollectSettings:
 
 
 class Collector:
-    """Completes prompts with one model and refines their blocks; the arguments are those of `collect_trajectories`."""
+    """
+    Completes prompts with one model and refines their blocks; the arguments are those of `collect_trajectories`.
 
-    def __init__(self, model, tokenizer, settings: CollectSettings, batch_size: int, positions_per_forward: int):
+    Args:
+        given: whether the completions come with the prompts.
+        check: whether those that are not the model's greedy text are left out.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        settings: CollectSettings,
+        batch_size: int,
+        positions_per_forward: int,
+        given: bool = False,
+        check: bool = False,
+    ):
         adapter = getattr(model, "active_peft_config", None)
         if getattr(adapter, "is_prompt_learning", False):
             raise UsageError(
@@ -114,6 +133,9 @@ class Collector:
         self.settings = settings
         self.batch_size = batch_size
         self.positions_per_forward = positions_per_forward
+        self.given, self.check = given, check
+        if given and settings.do_sample:
+            raise UsageError("`completions` are written already: drop `do_sample`.")
         self.generation_config = generation_config_for(self.model, tokenizer, settings)
         if not 0 <= self.generation_config.pad_token_id < self.vocabulary:  # it is masked: any that there is will do
             self.generation_config.pad_token_id = 0
@@ -155,11 +177,20 @@ class Collector:
                     f"{self.vocabulary}: pass the tokenizer of this model, or call model.resize_token_embeddings."
                 )
             raise BadPrompt(f"prompt {prompt.name} holds token {odd[0]}, but {name} has {self.vocabulary}")
+        if self.given:
+            prompt.completion = encode_completion(
+                prompt.name, row, self.tokenizer, self.eos_tokens, settings.max_new_tokens
+            )
+            if odd := [token for token in prompt.completion if not 0 <= token < self.vocabulary]:
+                raise BadPrompt(
+                    f"the completion of prompt {prompt.name} holds token {odd[0]}, but {type(self.model).__name__} "
+                    f"has {self.vocabulary}"
+                )
         return prompt
 
-    def collect(self, prompts: list[Prompt], advance) -> tuple[list[dict], Counter]:
+    def collect(self, prompts: list[Prompt], advance) -> tuple[list[dict], list[str], Counter]:
         """
-        The trajectories of some prompts, in their order, and what was counted.
+        The trajectories of some prompts, in their order; why completions were left out, a sentence each; the counts.
 
         Args:
             prompts: the prompts.
@@ -167,7 +198,7 @@ class Collector:
         """
         start = time.perf_counter()
         counts: Counter = Counter()
-        prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))
+        prompts = sorted(prompts, key=lambda prompt: len(prompt.ids) + len(prompt.completion))
         rows: dict[int, dict] = {}
         for index in range(0, len(prompts), self.batch_size):
             batch = prompts[index : index + self.batch_size]
@@ -175,7 +206,8 @@ class Collector:
             rows |= self._complete(batch, counts)
             advance(len(batch), counts["blocks"] - blocks)
         counts["seconds"] = time.perf_counter() - start
-        return [rows[number] for number in sorted(rows)], counts
+        refused = sorted((prompt for prompt in prompts if prompt.refused), key=lambda prompt: prompt.number)
+        return [rows[number] for number in sorted(rows)], [prompt.refused for prompt in refused], counts
 
     def _complete(self, batch: list[Prompt], counts: Counter) -> dict[int, dict]:
         """Completes a batch of prompts, by number of the prompt."""
@@ -204,37 +236,82 @@ class Collector:
     ) -> dict[int, dict]:
         """What `generate` calls in place of its own decoding: decodes the batch, then refines all of its blocks."""
         refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
-        # Token by token: at these batch sizes a forward is busy without drafts.
-        config = JacobiConfig(block_size=1, pool_size=0, seed=self.settings.seed)
-        names = [str(prompt.number) for prompt in batch]
-        call = DecodeCall(
-            model,
-            input_ids,
-            logits_processor,
-            stopping_criteria,
-            generation_config,
-            config,
-            model_kwargs,
-            drafts=False,
-            row_names=names,
-            leaves=False,  # the cache of all rows is needed to refine their blocks
-        )
-        run_to_end(call)
+        if self.given:
+            chooser = TokenChooser(logits_processor, Greedy())
+            step = Step(model, input_ids, generation_config, model_kwargs, chooser)
+            texts = self._read(step, batch, counts)
+        else:
+            # Token by token: at these batch sizes a forward is busy without drafts.
+            config = JacobiConfig(block_size=1, pool_size=0, seed=self.settings.seed)
+            call = DecodeCall(
+                model,
+                input_ids,
+                logits_processor,
+                stopping_criteria,
+                generation_config,
+                config,
+                model_kwargs,
+                drafts=False,
+                row_names=[str(prompt.number) for prompt in batch],
+                leaves=False,  # the cache of all rows is needed to refine their blocks
+            )
+            run_to_end(call)
+            step = call.step
+            texts = [row.tokens[row.prompt_length :][: row.stats.new_tokens] for row in call.rows]
+        return self._refine(step, batch, texts, counts)
+
+    def _read(self, step: Step, batch: list[Prompt], counts: Counter) -> list[list[int] | None]:
+        """
+        Runs given completions through the model, some tokens of all rows at a time, so that the cache holds them.
+
+        Returns:
+            the completions, `None` in place of those that are refused.
+        """
+        texts = [prompt.completion for prompt in batch]
+        longest = max(map(len, texts))
+        width = step.input_ids.shape[1]
+        predicted = step.prefill(False, width + longest, 1)
+        piece = max(1, self.positions_per_forward // len(batch))
+        for done in range(0, longest - 1, piece):
+            starts = [width + min(done, max(0, len(text) - 1)) for text in texts]
+            layout = step.score([Draft(text[:-1][done : done + piece] or [0]) for text in texts], starts)
+            found = step.chooser.predict(step.logits, layout.keys).tolist()
+            predicted = [before + row for before, row in zip(predicted, found)]
+        kept = []
+        for prompt, text, own in zip(batch, texts, predicted):
+            counts["given_tokens"] += len(text)
+            counts["own_tokens"] += sum(one == other for one, other in zip(text, own))
+            place = next((place for place, pair in enumerate(zip(text, own)) if pair[0] != pair[1]), None)
+            if place is not None and self.check:
+                given, mine = (self.tokenizer.decode([token]) for token in (text[place], own[place]))
+                counts["other_text"] += 1
+                prompt.refused = (
+                    f"the completion of prompt {prompt.name} is not the model's greedy text: its token {place} is "
+                    f"{given!r}, the model's {mine!r}"
+                )
+            kept.append(None if prompt.refused else text)
+        return kept
+
+    def _refine(
+        self, step: Step, batch: list[Prompt], texts: list[list[int] | None], counts: Counter
+    ) -> dict[int, dict]:
+        """The rows of texts that lie in the cache of a step, each with the states of its blocks."""
         rows = {}
         blocks: list[Block] = []
-        for prompt, row in zip(batch, call.rows):
-            text = row.tokens[row.prompt_length :][: row.stats.new_tokens]
-            kept = clean(
-                text,
-                self.eos_tokens,
-                repetition=self.settings.repetition,
-                overlong=self.settings.overlong,
-                empty=self.settings.empty,
-                counts=counts,
-            )
+        for number, (prompt, text) in enumerate(zip(batch, texts)):
+            kept = text
+            if text is not None:
+                kept = clean(
+                    text,
+                    self.eos_tokens,
+                    repetition=self.settings.repetition,
+                    overlong=self.settings.overlong,
+                    empty=self.settings.empty,
+                    counts=counts,
+                )
             if kept is None:
                 continue
-            own = first_guesses(kept, row.number, row.prompt_length, prompt, self.settings)
+            own = first_guesses(kept, number, step.input_ids.shape[1], prompt, self.settings)
             blocks += own
             rows[prompt.number] = {
                 "prompt_id": prompt.name,
@@ -244,7 +321,7 @@ class Collector:
                 "trajectories": [block.states for block in own],
                 "ended": kept[-1] in self.eos_tokens,
             }
-        refine_blocks(call.step, blocks, self.positions_per_forward)
+        refine_blocks(step, blocks, self.positions_per_forward)
         counts.update(
             sequences=len(rows),
             tokens=sum(len(block.final) for block in blocks),

@@ -7,8 +7,8 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,15 @@ class Prompt:
         number: its place in the data set.
         name: what identifies it: the row's own id if it has one, else its number.
         ids: its tokens.
+        completion: the tokens that go on from it, where they are given.
+        refused: why that is left out, if it is.
     """
 
     number: int
     name: str
     ids: list[int]
+    completion: list[int] = field(default_factory=list)
+    refused: str = ""
 
 
 def open_prompts(source, split: str | None = None, name: str | None = None) -> Iterable[dict[str, Any]]:
@@ -218,12 +222,15 @@ def _reason(error: BaseException) -> str:
     return next((str(one).strip() for one in chain if one is not None and str(one).strip()), type(error).__name__)
 
 
-def only_prompts(rows, column: str | None):
-    """The columns of a data set that prompts and their names are read from; others may be costly to decode."""
+def only_prompts(rows, column: str | None, *others: str):
+    """
+    The columns of a data set that prompts and their names are read from, and `others` that it has; the rest may be
+    costly to decode.
+    """
     if not isinstance(rows, (Dataset, IterableDataset)):
         return rows
     rows = rows.with_format(None)
-    known = (*PROMPT_COLUMNS, *TEMPLATE_COLUMNS, *ID_COLUMNS, column)
+    known = (*PROMPT_COLUMNS, *TEMPLATE_COLUMNS, *ID_COLUMNS, column, *others)
     wanted = [name for name in rows.column_names or () if name in known]
     return rows.select_columns(wanted) if wanted else rows
 
@@ -397,8 +404,14 @@ def _text_of(content: Any) -> str:
     return "".join(part["text"] for part in parts)
 
 
-def digest_of(rows: list[dict[str, Any]], column: str | None) -> str:
-    """A digest of the prompts of some rows, by which a run that goes on knows that they are still the same."""
+def digest_of(rows: list[dict[str, Any]], column: str | None, others: Sequence[str] = ()) -> str:
+    """A digest of the prompts of some rows, by which a run that goes on knows that they are still the same.
+
+    Args:
+        rows: the rows.
+        column: see `prompt_column`.
+        others: columns that count, too.
+    """
     prompts = []
     for row in rows:
         try:
@@ -406,6 +419,6 @@ def digest_of(rows: list[dict[str, Any]], column: str | None) -> str:
         except UsageError:  # a prompt that is left out
             value = None
         known = [value, [row.get(key) for key in ID_COLUMNS]]
-        prompts.append(known + [row[key] for key in TEMPLATE_COLUMNS if row.get(key) is not None])
+        prompts.append(known + [row[key] for key in (*TEMPLATE_COLUMNS, *others) if row.get(key) is not None])
     text = json.dumps(prompts, default=lambda value: value.tolist() if hasattr(value, "tolist") else str(value))
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

@@ -17,6 +17,8 @@ class CollectReport:
         long_prompts, empty_prompts, bad_prompts: of these, left out for their length, for having no token, or because
             they could not be encoded.
         empty, repetitive, overlong: completions of nothing but an end; that ended in a loop; that reached the limit.
+        other_text: given completions that were left out, as they are not the model's greedy text.
+        given_tokens, own_tokens: tokens of given completions, and those of them that the model itself predicts there.
         sequences: completions kept.
         tokens, blocks, states: of those.
         seconds: time spent completing and refining, added up over processes.
@@ -30,6 +32,9 @@ class CollectReport:
     empty: int = 0
     repetitive: int = 0
     overlong: int = 0
+    other_text: int = 0
+    given_tokens: int = 0
+    own_tokens: int = 0
     sequences: int = 0
     tokens: int = 0
     blocks: int = 0
@@ -70,11 +75,13 @@ class CollectReport:
             ("prompts", f"{self.prompts}"),
             ("  too long, or empty", f"{self.long_prompts}, {self.empty_prompts}"),
             *([("  not to be encoded", f"{self.bad_prompts}")] if self.bad_prompts else []),
+            *([("  other text", f"{self.other_text}")] if self.other_text else []),
             ("completions kept", f"{self.sequences}"),
             ("  empty", f"{self.empty}"),
             ("  ending in a loop", f"{self.repetitive}"),
             ("  without an end", f"{self.overlong}"),
             ("tokens", f"{self.tokens}"),
+            *([("  the model's own", f"{self.own_tokens} of {self.given_tokens}")] if self.given_tokens else []),
             ("blocks", f"{self.blocks}"),
             ("iterations per block", f"{self.iterations_per_block:.2f}"),
             ("tokens per iteration", f"{self.tokens_per_iteration:.2f}"),

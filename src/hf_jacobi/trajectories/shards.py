@@ -8,7 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,12 +84,7 @@ class ShardFolder:
         Raises:
             `ValueError`: another run is at work in it.
         """
-        with open(self.folder / LOCK, "w") as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    raise UsageError(f"another run is at work in {self.folder}: wait for it, or stop it.") from None
+        with alone_in(self.folder):
             self._check_settings(self.settings)  # another run may have begun since
             for scratch in self.folder.iterdir():
                 if scratch.name.startswith(".") and scratch.suffix == ".tmp":
@@ -159,6 +154,8 @@ class ShardFolder:
             skipped: what of these was left out, a sentence each.
         """
         schema = self.features.arrow_schema
+        counts = dict(counts)
+        seconds = counts.pop("seconds", None)  # beside the shard, which is the same however long it took
         note = {"digest": digest, "made_from": made_from, "counts": counts, "skipped": list(skipped)}
         schema = schema.with_metadata({**(schema.metadata or {}), METADATA: json.dumps(note).encode()})
 
@@ -167,6 +164,8 @@ class ShardFolder:
                 if rows:  # a file of no row groups is what `datasets` reads as empty
                     writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
 
+        if seconds is not None:
+            self._write_at_once(seconds_of(self.path(number)), lambda path: path.write_text(f"{seconds}\n"))
         self._write_at_once(self.path(number), write)
 
     def _write_at_once(self, path: Path, write: Callable[[Path], Any]) -> None:
@@ -195,6 +194,18 @@ class ShardFolder:
             if isinstance(error.__cause__ or error, (OSError, MemoryError)):  # not the file's fault
                 raise
             raise UsageError(f"{path} is broken ({_first_line(error.__cause__ or error)}): {AGAIN}.") from error
+
+
+@contextmanager
+def alone_in(folder: Path):
+    """Keeps other runs out of a folder; `UsageError` where one is at work in it."""
+    with open(folder / LOCK, "w") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UsageError(f"another run is at work in {folder}: wait for it, or stop it.") from None
+        yield
 
 
 @contextmanager
@@ -299,6 +310,11 @@ def read_note(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} is broken or not one of ours: delete it and run again.") from error
 
 
+def seconds_of(path: Path) -> Path:
+    """The file that says how long a shard took."""
+    return path.with_name(f".{path.stem}.seconds")
+
+
 def notes_in(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """
     What was noted of each shard of a folder.
@@ -313,7 +329,11 @@ def notes_in(folder: str | Path, name: str) -> list[dict[str, Any]]:
         raise MissingFile(f"{folder} holds no {name}.")
     for path in files:
         check_file(path)
-    return [read_note(path) for path in files]
+    notes = [read_note(path) for path in files]
+    for path, note in zip(files, notes):
+        with suppress(OSError, ValueError):  # a copy may lack it
+            note["counts"]["seconds"] = float(seconds_of(path).read_text())
+    return notes
 
 
 def counts_in(folder: str | Path, name: str) -> Counter:

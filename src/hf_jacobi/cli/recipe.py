@@ -1,0 +1,42 @@
+"""`hf-jacobi recipe`: a training in phases, from prompts to a model that was tried out."""
+
+from __future__ import annotations
+
+from .options import path
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Train in phases: collect trajectories, pack, train, choose a checkpoint by decoding; then again"
+    parser = commands.add_parser("recipe", help=about, description=about)
+    parser.add_argument("recipe", type=path, metavar="RECIPE", help="a YAML file, such as those of examples/recipes")
+    parser.add_argument(
+        "--output-dir", type=path, required=True, help="where it is written; a run that was interrupted goes on there"
+    )
+    parser.add_argument("--model", help="in place of the recipe's model")
+    parser.add_argument("--prompts", help="in place of the recipe's prompts")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    from transformers.utils import logging
+
+    from ..recipes.recipe import read_recipe, read_yaml
+    from ..recipes.report import markdown
+    from ..recipes.run import plan, run_recipe
+
+    logging.set_verbosity_error()
+    given = {"model": arguments.model, "prompts": arguments.prompts}
+    recipe = read_recipe(read_yaml(arguments.recipe) | {name: value for name, value in given.items() if value})
+    if arguments.dry_run:
+        print(plan(recipe, arguments.output_dir))
+        return 0
+    try:
+        report = run_recipe(recipe, arguments.output_dir)
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on where this stopped.")
+        return 130
+    print(f"{markdown(report)}\nwritten to {arguments.output_dir}")
+    return 0

@@ -1,0 +1,7 @@
+"""Trainings in phases, each of which collects, packs, trains and chooses. Needs what the extra `train` brings."""
+
+from .recipe import Phase, Recipe, read_recipe
+from .run import run_recipe
+
+
+__all__ = ["Phase", "Recipe", "read_recipe", "run_recipe"]

@@ -1,0 +1,72 @@
+"""Completions from elsewhere: read out of a row beside its prompt, and turned into tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..decoding.errors import UsageError
+from .encoding import BadPrompt, token_ids
+
+
+COMPLETION_COLUMNS = ("completion_ids", "completion")
+END_COLUMNS = ("finish_reason", "ended")  # whether a text that is given as text has an end
+CUT = ("length", "max_tokens")  # the reasons for which engines stop a text that has none
+
+
+def check_completions(row: dict[str, Any]) -> None:
+    """Raises `UsageError` for rows without a column of completions."""
+    if not any(name in row for name in COMPLETION_COLUMNS):
+        raise UsageError(
+            f"`completions` need a column `completion` (text) or `completion_ids` (tokens): the columns are "
+            f"{sorted(row)}."
+        )
+
+
+def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: list[int], longest: int) -> list[int]:
+    """
+    The tokens of a row's completion, up to its end of text, and `longest` at most.
+
+    Text is encoded by itself, as it stands after the prompt. An engine leaves the end-of-sequence token out of it: it
+    is put there, unless `finish_reason` is one of `CUT`, or `ended` is false. Tokens are taken as they are.
+
+    Args:
+        name: of the prompt, for errors.
+        row: the row.
+        tokenizer: the tokenizer.
+        eos_tokens: the end-of-sequence tokens of the model.
+        longest: how many tokens a completion may have.
+
+    Raises:
+        `BadPrompt`: the row has no completion, or one that is neither text nor tokens.
+    """
+    given = row.get("completion_ids")
+    value = row.get("completion") if given is None else given
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if value is None:
+        raise BadPrompt(f"prompt {name} has no completion")
+    tokens = [] if value == [] else token_ids(value)
+    if tokens is None:
+        text = _text_of(name, value)
+        try:
+            tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        except Exception as error:  # of a tokenizer, about this one text
+            raise BadPrompt(f"the completion of prompt {name}: {type(error).__name__}: {error}") from error
+        if _has_end(row) and not (tokens and tokens[-1] in eos_tokens):
+            own = getattr(tokenizer, "eos_token_id", None)
+            tokens += [own] if own in eos_tokens else eos_tokens[:1]
+    end = next((place + 1 for place, token in enumerate(tokens) if token in eos_tokens), len(tokens))
+    return tokens[: min(end, longest)]
+
+
+def _has_end(row: dict[str, Any]) -> bool:
+    return str(row.get("finish_reason")).lower() not in CUT and row.get("ended") is not False
+
+
+def _text_of(name: str, value: Any) -> str:
+    """The text of a completion, which may be a conversation of one message."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
+        value = value[0].get("content")
+    if not isinstance(value, str):
+        raise BadPrompt(f"the completion of prompt {name} must be text or a list of token ids, got {value!r:.60}")
+    return value
