@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from datasets import Dataset
 from models import tiny_model
-from packed_rows import packed
+from packed_rows import one_copy_each, packed
 from test_trainer import assert_same, lora, rows, trainer_of
 
 
@@ -32,7 +33,9 @@ def loss_and_gradients(folder, name="llama", data=None, one_forward=False, atten
     model = tiny_model(name, attention=attention)
     torch.manual_seed(1)
     adapter = peft.LoraConfig(r=4, target_modules=targets or MODELS[name], init_lora_weights=False)
-    trainer = trainer_of(model, folder, rows(4) if data is None else data, adapter_scope="draft", peft_config=adapter, **settings)
+    trainer = trainer_of(
+        model, folder, rows(4) if data is None else data, adapter_scope="draft", peft_config=adapter, **settings
+    )
     if one_forward:
         trainer.text_once = None
     else:
@@ -56,3 +59,68 @@ def test_losses_and_gradients_are_those_of_one_forward(tmp_path, name, attention
     expected, theirs = loss_and_gradients(tmp_path, name, one_forward=True, attention=attention)
     assert loss == pytest.approx(expected, rel=1e-5)
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("samples", [{}, {"max_length": 150}])
+@pytest.mark.parametrize("one_forward", [False, True])
+def test_copies_of_noise_count_as_rows_of_their_own(tmp_path, name, samples, one_forward):
+    data = packed(6, noisy_copies=3, **samples)
+    if not samples:
+        assert len(one_copy_each(data)) == 3 * len(data)
+        loss, ours = loss_and_gradients(tmp_path, name, Dataset.from_list(data), one_forward)
+        expected, theirs = loss_and_gradients(tmp_path, name, Dataset.from_list(one_copy_each(data)), True)
+    else:
+        loss, ours = loss_and_gradients(tmp_path, name, Dataset.from_list(data), one_forward)
+        expected, theirs = loss_and_gradients(
+            tmp_path, name, Dataset.from_list(one_copy_each(packed(6, noisy_copies=3))), True
+        )
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_whole_model_learns_from_copies_as_from_rows(tmp_path, name):
+    found = {}
+    for way, data in (("copies", packed(4, noisy_copies=3)), ("rows", one_copy_each(packed(4, noisy_copies=3)))):
+        model = tiny_model(name)
+        trainer = trainer_of(model, tmp_path, Dataset.from_list(data))
+        with trainer._one_batch():
+            loss = trainer.compute_loss(model, trainer.data_collator(data))
+            loss.backward()
+        found[way] = (loss.item(), {name: weight.grad for name, weight in model.named_parameters()})
+    assert found["copies"][0] == pytest.approx(found["rows"][0], rel=1e-5)
+    assert_same(found["copies"][1], found["rows"][1])
+
+
+def test_activations_computed_again_make_no_difference(tmp_path):
+    _, ours = loss_and_gradients(tmp_path, activation_checkpointing=True)
+    _, theirs = loss_and_gradients(tmp_path, one_forward=True)
+    assert_same(ours, theirs)
+
+
+def test_the_text_is_run_once_without_a_gradient(tmp_path, monkeypatch):
+    from hf_jacobi.training import text_once
+
+    seen = []
+    run = text_once.run_decoder
+
+    def spy(model, **inputs):
+        seen.append((inputs["input_ids"].shape, torch.is_grad_enabled()))
+        return run(model, **inputs)
+
+    data = packed(2, noisy_copies=4)
+    trainer = trainer_of(
+        tiny_model(), tmp_path, Dataset.from_list(data), adapter_scope="draft", peft_config=lora(), max_steps=1
+    )
+    monkeypatch.setattr(text_once, "run_decoder", spy)
+    trainer.train()
+    (text, of_text), (noise, of_noise) = seen
+    assert text == (2, max(row["block_ids"].count(-1) for row in data)) and not of_text
+    assert noise.numel() > 2 * text.numel() and of_noise
+
+
+def test_the_state_of_the_layers_is_put_back(tmp_path):
+    trainer = trainer_of(tiny_model(), tmp_path, adapter_scope="draft", peft_config=lora(), max_steps=2)
+    trainer.train()
+    assert not any("forward" in vars(module) for module in trainer.model.modules())

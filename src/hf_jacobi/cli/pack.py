@@ -25,6 +25,9 @@ def add_parser(commands) -> None:
     parser.add_argument("--max-noise", type=float, default=1.0, help="highest noise level (default: 1)")
     parser.add_argument("--max-length", type=positive, help="tokens a row may have; longer samples are cut")
     parser.add_argument("--pack-samples", action="store_true", help="several samples a row, up to --max-length")
+    parser.add_argument(
+        "--noisy-copies", type=positive, default=1, help="noisy versions of each text in a row (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random schedule (default: 0)")
     parser.add_argument("--shard-size", type=positive, default=256, help="trajectories per file (default: 256)")
     parser.add_argument("--plot", type=path, help="draw the noise levels into this PNG file")

@@ -65,9 +65,7 @@ class RowTensors:
         """
         taken = {name: values[rows, tokens.clamp(min=0)] for name, values in vars(self).items()}
         absent = tokens < 0
-        return RowTensors(
-            **taken | {name: taken[name].masked_fill(absent, -1) for name in ("seq_ids", "block_ids")}
-        )
+        return RowTensors(**taken | {name: taken[name].masked_fill(absent, -1) for name in ("seq_ids", "block_ids")})
 
 
 def visible(rows: RowTensors, batch, query, key) -> torch.Tensor:

@@ -71,7 +71,9 @@ def split_tokens(rows: RowTensors, group: int = GROUP) -> Split:
 
     def padded(pieces: list[np.ndarray]) -> torch.Tensor:
         longest = max(1, *map(len, pieces))
-        return torch.tensor(np.stack([np.pad(piece, (0, longest - len(piece)), constant_values=-1) for piece in pieces]))
+        return torch.tensor(
+            np.stack([np.pad(piece, (0, longest - len(piece)), constant_values=-1) for piece in pieces])
+        )
 
     return Split(*(tensor.to(device) for tensor in (padded(texts), padded(noises), torch.tensor(owners))))
 

@@ -66,29 +66,29 @@ class Sample:
         return len(self.clean) + len(self.noisy)
 
 
-def lay_out_sample(
-    prompt: list[int], blocks: list[tuple[list[int], list[int]]], size: int, window_size: int
-) -> Sample:
+def lay_out_sample(prompt: list[int], text: list[int], copies: list[list[list[int]]], window_size: int) -> Sample:
     """
     Lays out one sequence.
 
     Args:
         prompt: its prompt.
-        blocks: for each block a noisy state and the clean tokens, of equal length.
-        size: n, the length of every block but the last.
+        text: the clean tokens after it.
+        copies: for each noisy copy of the text the states of its blocks, one after the other.
         window_size: w, blocks of a window.
     """
     clean, noisy = Half(), Half()
-    text = [token for _, final in blocks for token in final]
     for position, token in enumerate([*prompt, *text]):
         clean.append(token, position, -1, 0, token if position >= len(prompt) else -100, -1)
-    for index, (state, final) in enumerate(blocks):
-        start = len(prompt) + index * size
-        window_start = len(prompt) + index // window_size * window_size * size
-        right = converged_prefix(state, final)
-        for offset, token in enumerate(state):
-            position = start + offset
-            noisy.append(token, position, index, window_start, -100, position if offset >= right else -1)
+    for states in copies:
+        start = window_start = len(prompt)
+        for index, state in enumerate(states):
+            if index % window_size == 0:
+                window_start = start
+            final = text[start - len(prompt) :][: len(state)]
+            right = converged_prefix(state, final)
+            for position, token in enumerate(state, start):
+                noisy.append(token, position, index, window_start, -100, position if position >= start + right else -1)
+            start += len(state)
     return Sample(clean, noisy)
 
 
@@ -103,18 +103,30 @@ class PackSettings:
     max_length: int | None
     pack_samples: bool
     seed: int
+    noisy_copies: int = 1
 
     def __post_init__(self):
+        check_whole("noisy_copies", self.noisy_copies, 1)
         noise_targets(self.noise_schedule, self.window_size, self.min_noise, self.max_noise, random.Random(self.seed))
         if self.pack_samples and self.max_length is None:
             raise UsageError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
         if self.max_length is not None:
             check_whole("max_length", self.max_length, 1)
+        levels = 1 if self.noise_schedule == "constant" else self.window_size
+        draws = callable(self.noise_schedule) or self.noise_schedule == "random"
+        if not draws and self.noisy_copies > levels:
+            raise UsageError(
+                f"`noisy_copies={self.noisy_copies}` would be alike, as the {self.noise_schedule!r} schedule has "
+                f"{levels} levels: pass noise_schedule='random', or at most so many."
+            )
 
     def described(self) -> dict[str, Any]:
         """The settings, JSON-serializable: a schedule that is a function stands there as a digest of it."""
         schedule = Hasher.hash(self.noise_schedule) if callable(self.noise_schedule) else self.noise_schedule
-        return vars(self) | {"noise_schedule": schedule}
+        described = vars(self) | {"noise_schedule": schedule}
+        if self.noisy_copies == 1:  # as folders were described before there were copies
+            del described["noisy_copies"]
+        return described
 
 
 def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sample | None:
@@ -123,26 +135,35 @@ def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sam
 
     Args:
         row: a row of a trajectory data set.
-        number: its place, which with the seed decides what the `"random"` schedule draws.
+        number: its place, which with the seed decides what is drawn.
         settings: the settings.
     """
     _check_row(row, number)
-    generator = random.Random(f"{settings.seed}/{number}")
     prompt = row["prompt_ids"]
     room = None if settings.max_length is None else settings.max_length - len(prompt)
-    blocks: list[tuple[list[int], list[int]]] = []
-    for index, states in enumerate(row["trajectories"]):
-        place = index % settings.window_size
-        if place == 0:
-            targets = noise_targets(
-                settings.noise_schedule, settings.window_size, settings.min_noise, settings.max_noise, generator
-            )
+    blocks = []
+    for states in row["trajectories"]:
         if room is not None:
-            room -= 2 * len(states[-1])
+            room -= (1 + settings.noisy_copies) * len(states[-1])
             if room < 0:
                 break
-        blocks.append((states[nearest_state(states, targets[place])], states[-1]))
-    return lay_out_sample(prompt, blocks, row["block_size"], settings.window_size) if blocks else None
+        blocks.append(states)
+    text = [token for states in blocks for token in states[-1]]
+    copies = [_noisy_copy(blocks, number, copy, settings) for copy in range(settings.noisy_copies)]
+    return lay_out_sample(prompt, text, copies, settings.window_size) if blocks else None
+
+
+def _noisy_copy(blocks: list[list[list[int]]], number: int, copy: int, settings: PackSettings) -> list[list[int]]:
+    """The state of each block in one copy; each copy is further on in the window's noise levels than the last."""
+    size = settings.window_size
+    generator = random.Random(f"{settings.seed}/{number}" + (f"/{copy}" if copy else ""))
+    chosen = []
+    for index, states in enumerate(blocks):
+        if index % size == 0:
+            targets = noise_targets(settings.noise_schedule, size, settings.min_noise, settings.max_noise, generator)
+        place = (index + copy * size // settings.noisy_copies) % size
+        chosen.append(states[nearest_state(states, targets[place])])
+    return chosen
 
 
 def _check_row(row: dict[str, Any], number: int) -> None:
@@ -231,6 +252,7 @@ def pack_trajectories(
     max_noise: float = 1.0,
     max_length: int | None = None,
     pack_samples: bool = False,
+    noisy_copies: int = 1,
     seed: int = 0,
     output_dir: str | Path | None = None,
     shard_size: int = 256,
@@ -252,6 +274,9 @@ def pack_trajectories(
         max_length: tokens a row may have; a longer sample is cut at a block boundary, and left out if not even its
             first block fits.
         pack_samples: put several samples into a row, up to `max_length`.
+        noisy_copies: how many noisy versions of the text follow it in a row, each with other noise levels: the
+            schedule begins further on in each, and `"random"` draws anew. A draft-only adapter learns from them for
+            one forward over the text (`JacobiForcingConfig.adapter_scope`).
         seed: of the `"random"` schedule; each sample draws by itself, so the result does not depend on the others.
         output_dir: where Parquet files are written as they are made; started again, packing goes on where it was
             interrupted. Left out, the rows go to the cache of `datasets`.
@@ -271,7 +296,9 @@ def pack_trajectories(
             work.
     """
     check_whole("shard_size", shard_size, 1)
-    settings = PackSettings(window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed)
+    settings = PackSettings(
+        window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed, noisy_copies
+    )
     if iter(trajectories) is trajectories:
         raise UsageError("`trajectories` can be run through only once: pass a list or a data set, not an iterator.")
     if isinstance(trajectories, (Dataset, IterableDataset)):
