@@ -25,6 +25,9 @@ from contextlib import nullcontext
 import torch
 
 
+USE_CPU = not torch.cuda.is_available()
+
+
 def in_own_process(measurement: str, *arguments) -> dict:
     """Runs `_measurement(*arguments)` of this module in another process."""
     command = [sys.executable, "-m", "benchmarks.training", "one", measurement, json.dumps(arguments)]
@@ -241,7 +244,7 @@ def one_drafts(model: str, way: str, copies: int, length: int, batch: int, steps
     with tempfile.TemporaryDirectory() as folder:
         trainer = JacobiForcingTrainer(
             base,
-            JacobiForcingConfig(folder, report_to="none", use_cpu=not torch.cuda.is_available(), adapter_scope="draft"),
+            JacobiForcingConfig(folder, report_to="none", use_cpu=USE_CPU, adapter_scope="draft"),
             data,
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
         )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .evaluation import plots
     from .hub import publish
     from .training import JacobiForcingConfig, JacobiForcingTrainer
-    from .trajectories import collect_trajectories, pack_trajectories
+    from .trajectories import collect_trajectories, pack_completions, pack_trajectories
 
 
 __version__ = "0.1.0"
@@ -38,6 +38,7 @@ __all__ = [
     "collect_trajectories",
     "disable",
     "enable",
+    "pack_completions",
     "pack_trajectories",
     "plots",
     "publish",
@@ -48,6 +49,7 @@ _MODULES = {
     "JacobiForcingConfig": "training",
     "JacobiForcingTrainer": "training",
     "collect_trajectories": "trajectories",
+    "pack_completions": "trajectories",
     "pack_trajectories": "trajectories",
     "publish": "hub",
     "plots": "evaluation.plots",

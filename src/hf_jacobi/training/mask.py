@@ -106,8 +106,9 @@ def dense_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype, f
         first: the first token whose view is wanted.
 
     Returns:
-        `[B, 1, L - first, L]`, 0 where a token is seen and the lowest number elsewhere, or a dict of them by layer type. It is
-        additive because SDPA would turn a boolean one into that in every layer, and keep each for the backward pass.
+        `[B, 1, L - first, L]`, 0 where a token is seen and the lowest number elsewhere, or a dict of them by layer
+        type. It is additive because SDPA would turn a boolean one into that in every layer, and keep each for the
+        backward pass.
     """
     length = rows.seq_ids.shape[1]
     device = rows.seq_ids.device
