@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         enable,
     )
     from .evaluation import plots
-    from .hub import publish
+    from .hub import load_draft_adapter, publish
     from .training import JacobiForcingConfig, JacobiForcingTrainer
     from .trajectories import collect_trajectories, pack_completions, pack_trajectories
 
@@ -38,6 +38,7 @@ __all__ = [
     "collect_trajectories",
     "disable",
     "enable",
+    "load_draft_adapter",
     "pack_completions",
     "pack_trajectories",
     "plots",
@@ -51,6 +52,7 @@ _MODULES = {
     "collect_trajectories": "trajectories",
     "pack_completions": "trajectories",
     "pack_trajectories": "trajectories",
+    "load_draft_adapter": "hub",
     "publish": "hub",
     "plots": "evaluation.plots",
     "decoding": "decoding",

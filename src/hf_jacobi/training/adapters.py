@@ -13,7 +13,7 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, decoder_layers, forget_offsets
-from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
+from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only, touching_base
 from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
@@ -105,14 +105,7 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
 
 def _refuse_touching(config) -> None:
     """Raises `ValueError` for the configuration of an adapter that changes parts of the base model."""
-    touching = {
-        "modules_to_save": getattr(config, "modules_to_save", None),
-        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
-        "bias": None if getattr(config, "bias", "none") == "none" else config.bias,
-        "use_dora": getattr(config, "use_dora", None),
-        "layer_replication": getattr(config, "layer_replication", None),
-    }
-    if asked := [name for name, value in touching.items() if value]:
+    if asked := touching_base(config):
         raise UsageError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
 
 
