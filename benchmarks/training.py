@@ -239,7 +239,7 @@ def one_drafts(model: str, way: str, copies: int, length: int, batch: int, steps
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
     rows = made_up_trajectories(batch, length, vocabulary=base.config.vocab_size)
-    data = Dataset.from_list(list(packed_rows(rows, PackSettings(16, "linear", 0.0, 1.0, None, False, 0, copies))))
+    data = Dataset.from_list(list(packed_rows(rows, PackSettings(1, "random", 0.0, 1.0, None, False, 0, copies))))
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = JacobiForcingTrainer(
@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the drafts")
     parser.add_argument("--length", type=int, default=256, help="tokens of a completion of the drafts")
-    parser.add_argument("--batch", type=int, default=2, help="texts in a step of the drafts")
+    parser.add_argument("--batch", type=int, default=1, help="texts in a step of the drafts")
     parser.add_argument("--output", help="a JSON file for the results")
     arguments = parser.parse_args()
     if arguments.what == "one":

@@ -292,7 +292,7 @@ class JacobiForcingTrainer(Trainer):
                 chunk_size=max(1, self.args.loss_chunk_size * len(targets.clean) // max(1, *targets.counts[:2])),
             )
             if self.text_once:  # of the text, which no draft-only adapter changes
-                terms = terms._replace(ar=terms.ar.detach())
+                terms = Terms(terms.consistency, terms.ar.detach(), terms.right)
             if not asked:
                 return terms
             router = self.router_loss(outputs.router_logits, targets.present, by_row=not self.model.training)
