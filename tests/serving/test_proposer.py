@@ -472,3 +472,17 @@ def test_fewer_guesses_are_tried_where_more_requests_run(serve):
         assert all(request.text == plain(copies, request.prompt, 200) for request in served)
         drafted.append(runner.proposer.stats.drafted / requests)
     assert drafted[1] < drafted[0]
+
+
+def test_first_guesses_may_come_out_of_the_vocabulary(serve):
+    drafts = []
+    for seed in (1, 1, 2):
+        settings = {"block_size": 8, "pool_size": 0, "draft_init": "vocabulary", "seed": seed}
+        runner = serve(wanders, jacobi=settings)
+        request = runner.add(prompt_of(0), 100)
+        runner.run()
+        assert check(request, wanders) > 1
+        rule = DraftRule(JacobiConfig(**settings), prompt_of(0), f"{seed}/0", VOCABULARY)
+        rule.begin(5)
+        drafts.append((request.steps, rule.propose(8).chain))
+    assert drafts[0] == drafts[1] != drafts[2]

@@ -9,6 +9,8 @@ from models import tiny_model
 from packed_rows import one_copy_each, packed
 from test_trainer import assert_same, lora, rows, trainer_of
 
+from hf_jacobi.decoding.compat import is_checkpointing
+
 
 peft = pytest.importorskip("peft")
 MODELS = {
@@ -28,7 +30,9 @@ def _cpu(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
 
 
-def loss_and_gradients(folder, name="llama", data=None, one_forward=False, attention=None, targets=None, **settings):
+def loss_and_gradients(
+    folder, name="llama", data=None, one_forward=False, attention=None, targets=None, required=True, **settings
+):
     """Of one batch, of an adapter that does something from the start."""
     model = tiny_model(name, attention=attention)
     torch.manual_seed(1)
@@ -39,11 +43,12 @@ def loss_and_gradients(folder, name="llama", data=None, one_forward=False, atten
     if one_forward:
         trainer.text_once = None
     else:
-        assert trainer.text_once is not None
+        assert trainer.text_once is not None or not required
     batch = trainer.data_collator([trainer.train_dataset[number] for number in range(len(trainer.train_dataset))])
     trainer.model.train()
     if settings.get("activation_checkpointing"):
         trainer.model.gradient_checkpointing_enable()
+        assert is_checkpointing(trainer.model)
     with trainer._one_batch():
         loss = trainer.compute_loss(trainer.model, batch)
         loss.backward()
@@ -124,3 +129,38 @@ def test_the_state_of_the_layers_is_put_back(tmp_path):
     trainer = trainer_of(tiny_model(), tmp_path, adapter_scope="draft", peft_config=lora(), max_steps=2)
     trainer.train()
     assert not any("forward" in vars(module) for module in trainer.model.modules())
+
+
+def test_half_precision_differs_by_rounding_alone(tmp_path):
+    loss, ours = loss_and_gradients(tmp_path, bf16=True)
+    expected, theirs = loss_and_gradients(tmp_path, one_forward=True, bf16=True)
+    assert loss == pytest.approx(expected, rel=1e-2)
+    assert_same(ours, theirs, 5e-2)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "phi3", "cohere2", "deepseek_v3", "gemma3n"])
+def test_other_models_are_tried_and_train_as_before(tmp_path, name):
+    """In two forwards, or in one where a few tokens came out otherwise when the trainer was made."""
+    targets = {"deepseek_v3": ["o_proj"], "phi3": ["qkv_proj", "o_proj"]}.get(name, ["q_proj", "v_proj"])
+    found = [
+        loss_and_gradients(tmp_path, name, targets=targets, one_forward=way, required=False) for way in (False, True)
+    ]
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    assert_same(found[0][1], found[1][1])
+
+
+def test_what_gives_another_text_in_two_forwards_trains_in_one(tmp_path, monkeypatch):
+    from hf_jacobi.training import text_once
+
+    update = text_once.TextLayer.update
+    monkeypatch.setattr(
+        text_once.TextLayer, "update", lambda self, keys, *others, **settings: update(self, 2 * keys, *others)
+    )
+    trainer = trainer_of(tiny_model(), tmp_path, adapter_scope="draft", peft_config=lora())
+    assert trainer.text_once is None
+
+
+@pytest.mark.parametrize("settings", [{"compile_layers": True}, {"adapter_scope": "all"}])
+def test_what_needs_one_forward_has_one(tmp_path, settings):
+    trainer = trainer_of(tiny_model(), tmp_path, **{"adapter_scope": "draft", "peft_config": lora()} | settings)
+    assert trainer.text_once is None
