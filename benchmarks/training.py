@@ -4,6 +4,7 @@ What Jacobi Forcing costs beside plain fine-tuning: time and memory of a step, a
     python -m benchmarks.training speed       # completions per second against transformers.Trainer on the same texts
     python -m benchmarks.training memory      # peak memory of the losses at a vocabulary of 150,000 and 4,096 tokens
     python -m benchmarks.training attention   # the dense mask against one call over the text and one per window
+    python -m benchmarks.training drafts      # a draft-only adapter of SmolLM2: text and noise in one forward, in two
 
 Each measurement runs in a process of its own, as peak memory can only grow.
 """
@@ -22,6 +23,9 @@ import time
 from contextlib import nullcontext
 
 import torch
+
+
+USE_CPU = not torch.cuda.is_available()
 
 
 def in_own_process(measurement: str, *arguments) -> dict:
@@ -221,13 +225,75 @@ def attention(arguments) -> dict:
     return rows
 
 
+# Draft-only adapters: text and noise in one forward, or the text once for several copies of the noise
+
+
+def one_drafts(model: str, way: str, copies: int, length: int, batch: int, steps: int) -> dict:
+    """Noisy tokens with a target, a second of this process's time, and the memory of a step."""
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
+    from hf_jacobi.trajectories.packing import PackSettings, packed_rows
+
+    base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    rows = made_up_trajectories(batch, length, vocabulary=base.config.vocab_size)
+    data = Dataset.from_list(list(packed_rows(rows, PackSettings(1, "random", 0.0, 1.0, None, False, 0, copies))))
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = JacobiForcingTrainer(
+            base,
+            JacobiForcingConfig(folder, report_to="none", use_cpu=USE_CPU, adapter_scope="draft"),
+            data,
+            peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
+        )
+        if way == "one":
+            trainer.text_once = None
+        inputs = trainer.data_collator([data[number] for number in range(batch)])
+        targets, before, seconds = trainer._targets(inputs), peak_megabytes(), []
+        trainer.model.train()
+        trainer.create_optimizer()
+        for _ in range(steps):
+            start = time.process_time()
+            loss = trainer.training_step(trainer.model, dict(inputs))
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad()
+            seconds.append(time.process_time() - start)
+    return {
+        "noisy_tokens_per_second": len(targets.noisy) / min(seconds),
+        "seconds": min(seconds),
+        "noisy_tokens": len(targets.noisy),
+        "megabytes": peak_megabytes() - before,
+        "loss": float(loss),
+    }
+
+
+def drafts(arguments) -> dict:
+    rows = {}
+    print(f"{'forwards':10}{'copies':>8}{'noisy tokens':>14}{'seconds':>9}{'a second':>10}{'ratio':>8}{'MB':>8}")
+    for way, copies in (("one", 1), ("two", 1), ("two", 2), ("two", 4)):
+        settings = (arguments.model, way, copies, arguments.length, arguments.batch, arguments.steps)
+        found = rows[f"{way}/{copies}"] = in_own_process("drafts", *settings)
+        rate = found["noisy_tokens_per_second"]
+        print(
+            f"{way:10}{copies:>8}{found['noisy_tokens']:>14}{found['seconds']:>9.2f}{rate:>10.1f}"
+            f"{rate / rows['one/1']['noisy_tokens_per_second']:>8.2f}{found['megabytes']:>8.0f}",
+            flush=True,
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("speed", "memory", "attention", "one"))
+    parser.add_argument("what", choices=("speed", "memory", "attention", "drafts", "one"))
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=150_000)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the drafts")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a completion of the drafts")
+    parser.add_argument("--batch", type=int, default=1, help="texts in a step of the drafts")
     parser.add_argument("--output", help="a JSON file for the results")
     arguments = parser.parse_args()
     if arguments.what == "one":

@@ -28,7 +28,23 @@ def trajectories(count: int, *, block_size: int = 4, length: int = 22, seed: int
     return rows
 
 
-def packed(count: int, *, window_size: int = 3, max_length: int | None = None, seed: int = 0, **others) -> list[dict]:
+def packed(
+    count: int, *, window_size: int = 3, max_length: int | None = None, seed: int = 0, noisy_copies: int = 1, **others
+) -> list[dict]:
     """Packed rows; several samples each if `max_length` is given."""
-    settings = PackSettings(window_size, "random", 0.0, 1.0, max_length, max_length is not None, seed)
+    settings = PackSettings(window_size, "random", 0.0, 1.0, max_length, max_length is not None, seed, noisy_copies)
     return list(packed_rows(trajectories(count, seed=seed, **others), settings))
+
+
+def one_copy_each(rows: list[dict]) -> list[dict]:
+    """Rows of one sample with several noisy copies, as rows of the same text with one copy each."""
+    parted = []
+    for row in rows:
+        text = row["block_ids"].count(-1)
+        starts = [
+            index for index in range(text, len(row["input_ids"]))
+            if row["position_ids"][index] <= row["position_ids"][index - 1]
+        ]  # fmt: skip
+        for start, end in zip(starts, [*starts[1:], len(row["input_ids"])]):
+            parted.append({column: values[:text] + values[start:end] for column, values in row.items()})
+    return parted

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
         enable,
     )
     from .evaluation import plots
-    from .hub import publish
+    from .hub import load_draft_adapter, publish
     from .recipes import run_recipe
     from .training import JacobiForcingConfig, JacobiForcingTrainer, Refresh
-    from .trajectories import collect_trajectories, pack_trajectories
+    from .trajectories import collect_trajectories, pack_completions, pack_trajectories
 
 
 __version__ = "0.1.0"
@@ -40,6 +40,8 @@ __all__ = [
     "collect_trajectories",
     "disable",
     "enable",
+    "load_draft_adapter",
+    "pack_completions",
     "pack_trajectories",
     "plots",
     "publish",
@@ -52,7 +54,9 @@ _MODULES = {
     "JacobiForcingTrainer": "training",
     "Refresh": "training",
     "collect_trajectories": "trajectories",
+    "pack_completions": "trajectories",
     "pack_trajectories": "trajectories",
+    "load_draft_adapter": "hub",
     "publish": "hub",
     "run_recipe": "recipes",
     "plots": "evaluation.plots",

@@ -1,6 +1,7 @@
 """`hf-jacobi collect` and `hf-jacobi pack`, from prompts to training rows."""
 
 import json
+import re
 
 import pytest
 from datasets import load_dataset
@@ -99,3 +100,25 @@ def test_training_from_the_shell(checkpoint, tmp_path, capsys, monkeypatch):
     assert "--model_name_or_path" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["collect", "--nonsense", "--dataset", "x", "--output-dir", "y"])
+
+
+def test_completions_are_packed_with_noise_of_a_tokenizer(tmp_path, capsys):
+    def run(*options):
+        places = ["--trajectories", str(tmp_path / "c.jsonl"), "--output-dir", str(tmp_path / "p")]
+        code = main(["pack", *places, *options])
+        return code, capsys.readouterr()
+
+    rows = [{"prompt_ids": [5, 6], "completion_ids": list(range(10, 40))} for _ in range(3)]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer"), "--block-size", "8", "--noisy-copies", "2"]
+    for options, said in (
+        (["--noise", "uniform"], "name their --tokenizer"),
+        (["--noise", "uniform", *tokenizer, "--window-size", "4"], "--window-size can be had without --noise alone"),
+        (["--block-size", "8"], "--block-size can be had with --noise alone"),
+        (["--noise", "uniform", "--tokenizer", str(tmp_path / "no")], "no"),
+    ):
+        code, printed = run(*options)
+        assert code == 2 and said in printed.err
+    code, printed = run("--noise", "uniform", *tokenizer)
+    assert code == 0 and re.search(r"noisy tokens +180\n", printed.out)

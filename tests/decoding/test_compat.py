@@ -9,6 +9,7 @@ import re
 import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +51,14 @@ def prepared():
         **padded_prompts(1), custom_generate=lambda *_, generation_config, **__: seen.append(generation_config)
     )
     return seen[0]
+
+
+def checkpointing_layer():
+    """What `caches_in_checkpoints` looks at; before 5.24 it had no such name, and such models train in one forward."""
+    layer = import_module("transformers.modeling_layers").GradientCheckpointingLayer
+    known = hasattr(layer, "_can_checkpoint_with_cache")
+    assert known or not compat.caches_in_checkpoints(tiny_model())
+    return layer if known else SimpleNamespace(_can_checkpoint_with_cache=False)
 
 
 def hooked():
@@ -112,6 +121,7 @@ NAMES = [
     ("lora_variant", adapted, "draft-only adapters"),
     ("alora_invocation_tokens", member("peft.LoraConfig"), "draft-only adapters"),
     ("GradientCheckpointingLayer", lambda: import_module("transformers.modeling_layers"), "compile_layers"),
+    ("_can_checkpoint_with_cache", checkpointing_layer, "draft-only training that saves memory"),
     ("CONFIG_MAPPING", lambda: import_module("transformers.models.auto.configuration_auto"), "publishing"),
     ("MODEL_FOR_CAUSAL_LM_MAPPING", lambda: import_module("transformers.models.auto.modeling_auto"), "publishing"),
 ]

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from hf_jacobi import JacobiConfig
+from hf_jacobi import JacobiConfig, UsageError
 from hf_jacobi.decoding import config as settings
-from hf_jacobi.decoding.drafting import FIRST_GUESSES, Draft, DraftRule, DraftSource, Lead, Ngrams, Tree
+from hf_jacobi.decoding.drafting import FIRST_GUESSES, Draft, DraftRule, DraftSource, Lead, Ngrams, Tree, scattered
 from hf_jacobi.decoding.ngram_pool import NgramPool
 
 
@@ -123,7 +123,7 @@ def test_no_more_than_max_blocks_are_in_flight():
 @pytest.mark.parametrize("kind", settings.DRAFT_INITS)
 def test_first_guesses(kind):
     def guesses():
-        rule = DraftRule(JacobiConfig(block_size=6, draft_init=kind, pool_size=0), [5, 6, 7, 8], "seed")
+        rule = DraftRule(JacobiConfig(block_size=6, draft_init=kind, pool_size=0), [5, 6, 7, 8], "seed", 1000)
         rule.begin(6)
         return rule.propose(99).chain[1:]
 
@@ -131,6 +131,8 @@ def test_first_guesses(kind):
     assert len(guess) == 5
     if kind == "repeat":
         assert guess == [6] * 5
+    elif kind == "vocabulary":
+        assert len(set(guess)) == 5 and max(guess) > 8 and set(guess) <= set(range(1000))
     else:
         assert set(guess) <= {5, 6, 7, 8}
     if kind == "ngram":
@@ -140,9 +142,34 @@ def test_first_guesses(kind):
 
 def test_first_guesses_without_a_prompt():
     for kind in settings.DRAFT_INITS:
-        rule = DraftRule(JacobiConfig(block_size=3, draft_init=kind), [], "seed")
+        rule = DraftRule(JacobiConfig(block_size=3, draft_init=kind), [], "seed", 5)
         rule.begin(4)
-        assert rule.propose(99).chain == [4, 4, 4]
+        chain = rule.propose(99).chain
+        assert chain == [4, 4, 4] if kind != "vocabulary" else len(chain) == 3
+
+
+def test_what_is_drawn_from_the_vocabulary_depends_on_seed_and_position_alone():
+    def drawn(seed="seed", prompt=(5, 6, 7)):
+        rule = rule_of_vocabulary(seed, prompt)
+        first = rule.propose(99).chain[1:]
+        accept(rule, [11, 12], [])
+        return first, rule.propose(99).chain[1:]
+
+    def rule_of_vocabulary(seed, prompt):
+        rule = DraftRule(JacobiConfig(block_size=8, draft_init="vocabulary", pool_size=0), list(prompt), seed, 1000)
+        rule.begin(9)
+        return rule
+
+    first, second = drawn()
+    assert second[:5] == first[2:] and len(second) == 7
+    assert drawn() == (first, second) == drawn(prompt=(8, 8, 8)) != drawn(seed="other")
+    numbers = [scattered(7, position) % 10 for position in range(2000)]
+    assert all(150 < numbers.count(digit) < 250 for digit in range(10))
+
+
+def test_drawing_from_a_vocabulary_that_is_not_known_is_refused():
+    with pytest.raises(UsageError, match="whose number is not known here"):
+        DraftRule(JacobiConfig(draft_init="vocabulary"), [1], "seed")
 
 
 def test_a_source_is_a_class_and_a_name(monkeypatch):

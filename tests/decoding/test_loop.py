@@ -259,3 +259,15 @@ def test_a_default_device_of_torchs_changes_nothing(do_sample):
         out = model.generate(**inputs, **settings, streamer=Streamer())
     assert torch.equal(out.sequences, expected.sequences) and put == out.sequences[0].tolist()
     assert tokens_per_forward(out) > 1 and (do_sample or out.jacobi_stats.recycled_tokens > 0)
+
+
+def test_first_guesses_out_of_the_vocabulary_leave_the_text_alone_and_follow_the_seed():
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(3)
+    expected = generate(model, inputs, eos_token_id=None)
+    forwards = []
+    for seed in (1, 1, 2, 3, 4):
+        config = {"block_size": 8, "pool_size": 0, "draft_init": "vocabulary", "seed": seed}
+        out = jacobi(model, inputs, config, eos_token_id=None)
+        assert torch.equal(out.sequences, expected) and tokens_per_forward(out) > 1
+        forwards.append(out.jacobi_stats.forwards)
+    assert forwards[0] == forwards[1] and len(set(forwards)) > 1

@@ -34,7 +34,7 @@ jacobi_settings = st.fixed_dictionaries(
         "block_size": st.sampled_from([1, 2, 3, 7, 16, 40]),
         "max_blocks": st.integers(1, 3),
         "spawn_ratio": st.sampled_from([0.1, 0.5, 0.85, 1.0]),
-        "draft_init": st.sampled_from(["prompt", "ngram", "repeat"]),
+        "draft_init": st.sampled_from(["prompt", "ngram", "repeat", "vocabulary"]),
         "pool_size": st.integers(0, 6),
         "ngram_size": st.integers(1, 8),
         "pool_prompt": st.booleans(),

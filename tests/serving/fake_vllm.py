@@ -68,7 +68,11 @@ def config_of(length=15, jacobi=None, kept=None, max_model_len=512, stages=1, **
     """
     return SimpleNamespace(
         speculative_config=SimpleNamespace(num_speculative_tokens=length, **speculative),
-        model_config=SimpleNamespace(max_model_len=max_model_len, try_get_generation_config=lambda: kept or {}),
+        model_config=SimpleNamespace(
+            max_model_len=max_model_len,
+            try_get_generation_config=lambda: kept or {},
+            get_vocab_size=lambda: VOCABULARY,
+        ),
         parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         additional_config={} if jacobi is None else {"jacobi": jacobi},
     )

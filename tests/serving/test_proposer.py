@@ -523,3 +523,17 @@ def test_steps_that_waited_for_something_else_do_not_count():
     assert [times.curve(2, default).cost(width) for width in (1, 8)] == pytest.approx([1.0, 1.5])
     assert times.curve(2, default).cost(16) == pytest.approx(1.5 * default.cost(16) / default.cost(8))
     assert times.curve(1, default) is default, "nothing is known of that"
+
+
+def test_first_guesses_may_come_out_of_the_vocabulary(serve):
+    drafts = []
+    for seed in (1, 1, 2):
+        settings = {"block_size": 8, "pool_size": 0, "draft_init": "vocabulary", "seed": seed}
+        runner = serve(wanders, jacobi=settings)
+        request = runner.add(prompt_of(0), 100)
+        runner.run()
+        assert check(request, wanders) > 1
+        rule = DraftRule(JacobiConfig(**settings), prompt_of(0), f"{seed}/0", VOCABULARY)
+        rule.begin(5)
+        drafts.append((request.steps, rule.propose(8).chain))
+    assert drafts[0] == drafts[1] != drafts[2]

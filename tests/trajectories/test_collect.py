@@ -144,6 +144,19 @@ def test_the_first_guess_is_kept_and_drawn_by_the_seed():
     assert all(len(set(map(tuple, row))) > 1 for row in first), "blocks draw by themselves"
 
 
+def test_first_guesses_may_come_out_of_the_vocabulary(tmp_path):
+    model, settings = tiny_model(), {"seed": 3, "draft_init": "vocabulary"}
+    once, again = (collect(model, texts(4), **settings, output_dir=folder) for folder in (None, tmp_path / "out"))
+    assert once[:] == again[:]
+    plain = collect(model, texts(4), seed=3)
+    assert plain["completion_ids"] == once["completion_ids"], "the text is the model's own"
+    drawn = {token for row in once for states in row["trajectories"] for token in states[0]}
+    prompts = {token for row in once for token in row["prompt_ids"]}
+    assert len(drawn - prompts) > 20
+    with pytest.raises(ValueError, match="draft_init"):
+        collect(model, texts(4), seed=3, output_dir=tmp_path / "out")
+
+
 def test_model_and_its_generation_config_come_back_as_they_were():
     model = tiny_model().train()
     model.generation_config.repetition_penalty = 1.3

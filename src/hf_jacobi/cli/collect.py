@@ -66,6 +66,12 @@ def add_parser(commands) -> None:
     parser.add_argument("--temperature", type=float, help="of the samples (default: as the model has it)")
     parser.add_argument("--top-k", type=positive, help="of the samples (default: as the model has it)")
     parser.add_argument("--top-p", type=float, help="of the samples (default: as the model has it)")
+    parser.add_argument(
+        "--draft-init",
+        choices=("prompt", "vocabulary"),
+        default="prompt",
+        help="what a block's first guess is drawn from (default: prompt)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of samples and first guesses (default: 0)")
     parser.add_argument(
         "--repetition", choices=("cut", "drop", "keep"), default="cut", help="text that ends in a loop"

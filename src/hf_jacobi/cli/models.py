@@ -372,12 +372,13 @@ def with_adapter(model, folder: Path) -> Adapted:
     """
     from ..decoding.draft_adapter import is_draft_only
     from ..evaluation.pairs import fastest_pair, is_for_all_tokens
+    from ..hub.plain_lora import as_draft, is_plain_draft
 
     folder = Path(folder).expanduser()
     if not (folder / ADAPTER_CONFIG).exists():
         raise MissingFile(f"{folder} holds no adapter: name a folder that `hf-jacobi train` wrote.")
     try:
-        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel
+        from peft import PEFT_TYPE_TO_CONFIG_MAPPING, LoraConfig, PeftConfig, PeftModel
     except ModuleNotFoundError as error:
         raise MissingPackage(f"adapters need {error.name}: pip install peft") from error
 
@@ -389,6 +390,8 @@ def with_adapter(model, folder: Path) -> Adapted:
         raise MissingFile(f"{folder} holds neither {' nor '.join(ADAPTER_WEIGHTS)}: add the adapter's weights.")
     with reading(str(folder)):
         adapter = PeftConfig.from_pretrained(folder)
+    if is_plain_draft(folder):
+        as_draft(adapter, str(folder), LoraConfig)
     drafts = is_draft_only(adapter)
     if not (drafts or is_for_all_tokens(adapter)):
         raise UsageError(f"{folder} is neither a LoRA for all tokens nor one that only drafts: give one of these.")
@@ -396,7 +399,7 @@ def with_adapter(model, folder: Path) -> Adapted:
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     try:
         with reading(str(folder)):
-            adapted = PeftModel.from_pretrained(shared, folder)
+            adapted = PeftModel.from_pretrained(shared, folder, config=adapter)
     except UsageError as error:
         if not isinstance(error.__cause__, (RuntimeError, ValueError)):
             raise

@@ -18,6 +18,11 @@ def add_parser(commands) -> None:
         "--evaluation",
         help="a JSON file of what was measured, for the card; `hf-jacobi bench --evaluation` writes one",
     )
+    parser.add_argument(
+        "--format",
+        choices=("lora",),
+        help="write a draft-only adapter as a plain LoRA, for hf_jacobi.load_draft_adapter and other engines",
+    )
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--output-dir", help="keep what is pushed in this folder, empty or new")
     parser.add_argument("--dry-run", action="store_true", help="only write --output-dir, push nothing")
@@ -29,8 +34,8 @@ def run(arguments) -> int:
     """Runs the command."""
     tell = functools.partial(print, flush=True)
     if arguments.space:
-        if arguments.tokenizer or arguments.evaluation:
-            raise UsageError("--tokenizer and --evaluation are for a model: drop them, or drop --space.")
+        if arguments.tokenizer or arguments.evaluation or arguments.format:
+            raise UsageError("--tokenizer, --evaluation and --format are for a model: drop them, or drop --space.")
         from ..hub.space import publish_space
 
         settings = {"private": arguments.private, "tell": tell}
@@ -46,6 +51,7 @@ def run(arguments) -> int:
         arguments.output_dir,
         arguments.dry_run,
         evaluation=arguments.evaluation,
+        format=arguments.format,
         private=arguments.private,
         tell=tell,
     )

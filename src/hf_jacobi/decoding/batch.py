@@ -38,6 +38,7 @@ class Row:
         max_length: int | None,
         last_position: int | None = None,
         records: bool = False,
+        vocabulary: int | None = None,
     ):
         self.number = self.place = number
         self.tokens = list(tokens)
@@ -47,7 +48,7 @@ class Row:
         self.last_position = last_position
         self.stopped = False
         self.finished = False
-        self.rule = DraftRule(config, self.tokens[padding:], f"{config.seed or 0}/{number}")
+        self.rule = DraftRule(config, self.tokens[padding:], f"{config.seed or 0}/{number}", vocabulary)
         self.stats = JacobiStats()
         self.trajectory = Trajectory(self.prompt_length) if records else None
         self.scores: list = []

@@ -174,9 +174,10 @@ def _rows(step: Step, config, max_length: int | None, records: bool) -> list[Row
     padding = [0] * len(prompts)
     if (valid := step.model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
         padding = (valid[:, valid.shape[1] - step.input_ids.shape[1] :] == 0).sum(1).tolist()
-    table = getattr(step.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    text = step.model.config.get_text_config(decoder=True)
+    table = getattr(text, "max_position_embeddings", None)
     rows = []
     for number, (tokens, end) in enumerate(zip(prompts, step.prompt_ends)):
         last = None if table is None else len(tokens) - 1 + table - 1 - end
-        rows.append(Row(number, tokens, padding[number], config, max_length, last, records))
+        rows.append(Row(number, tokens, padding[number], config, max_length, last, records, text.vocab_size))
     return rows

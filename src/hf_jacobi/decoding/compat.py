@@ -296,6 +296,28 @@ def without_checkpointing(model: torch.nn.Module):
             module.gradient_checkpointing = True
 
 
+CACHED_CHECKPOINT = "_can_checkpoint_with_cache"  # of a layer, whether checkpointing leaves it its cache; since 5.24
+
+
+def caches_in_checkpoints(model: torch.nn.Module) -> bool:
+    """Whether the layers of a model can be told to keep their cache where activations are computed again."""
+    layers = decoder_layers(model)
+    return bool(layers) and all(hasattr(layer, CACHED_CHECKPOINT) for layer in layers)
+
+
+@contextmanager
+def caching_in_checkpoints(model: torch.nn.Module):
+    """While this is open, layers that compute activations again keep a cache that their forward does not change."""
+    layers = decoder_layers(model) if is_checkpointing(model) else []
+    for layer in layers:
+        setattr(layer, CACHED_CHECKPOINT, True)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            delattr(layer, CACHED_CHECKPOINT)
+
+
 def looks_attention_up(model) -> bool:
     """Whether a model asks transformers for its attention, so that one that was registered reaches it."""
     return model._supports_attention_backend

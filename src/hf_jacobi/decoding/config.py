@@ -14,7 +14,7 @@ from .files import read_json, write_whole
 
 
 WINDOWS = ("block", "sliding")
-DRAFT_INITS = ("prompt", "ngram", "repeat")
+DRAFT_INITS = ("prompt", "ngram", "repeat", "vocabulary")
 DEFAULT_BLOCK_SIZE = 16
 
 
@@ -38,11 +38,12 @@ class JacobiConfig:
             K, how many blocks may be in flight: one real-active and K - 1 pseudo-active ones (paper, section 3.3).
         spawn_ratio (`float`, defaults to 0.85):
             r in (0, 1]: the next block is spawned once this share of the newest one has converged.
-        draft_init (`"prompt"`, `"ngram"` or `"repeat"`, defaults to `"ngram"`):
+        draft_init (`"prompt"`, `"ngram"`, `"repeat"` or `"vocabulary"`, defaults to `"ngram"`):
             First guess for new positions: tokens drawn from the prompt (the paper's), the continuation that the
-            draft's last tokens have in the n-gram pool (tokens of the prompt where there is none), or the last token
-            again. With `"ngram"`, the pool's continuation also replaces the model's own rejected predictions as the
-            next draft while it turns out right further than they do.
+            draft's last tokens have in the n-gram pool (tokens of the prompt where there is none), the last token
+            again, or tokens drawn from the whole vocabulary, for adapters that were trained on such noise. With
+            `"ngram"`, the pool's continuation also replaces the model's own rejected predictions as the next draft
+            while it turns out right further than they do.
         adaptive (`bool`, *optional*):
             Let each forward try as many tokens, of its own predictions and of n-grams, as bring most tokens per cost,
             by what has come true so far and by `position_cost`: up to `block_size` each, and none where nothing pays,
@@ -91,7 +92,7 @@ class JacobiConfig:
     window: Literal["sliding", "block"] = "sliding"
     max_blocks: int = 1
     spawn_ratio: float = 0.85
-    draft_init: Literal["prompt", "ngram", "repeat"] = "ngram"
+    draft_init: Literal["prompt", "ngram", "repeat", "vocabulary"] = "ngram"
     adaptive: bool | None = None
     position_cost: float | list | dict | None = None
     pool_size: int = 4

@@ -53,6 +53,18 @@ def is_activated(adapter_config) -> bool:
     return bool(getattr(adapter_config, INVOCATION, None))
 
 
+def touching_base(adapter_config) -> list[str]:
+    """What an adapter's configuration asks for that changes parts of the base model."""
+    touching = {
+        "modules_to_save": getattr(adapter_config, "modules_to_save", None),
+        "trainable_token_indices": getattr(adapter_config, "trainable_token_indices", None),
+        "bias": None if getattr(adapter_config, "bias", "none") == "none" else adapter_config.bias,
+        "use_dora": getattr(adapter_config, "use_dora", None),
+        "layer_replication": getattr(adapter_config, "layer_replication", None),
+    }
+    return [name for name, value in touching.items() if value]
+
+
 class DraftAdapter:
     """
     The draft-only adapter of a model in one call: on for the last tokens of each row of its forwards.

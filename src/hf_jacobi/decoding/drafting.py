@@ -13,10 +13,12 @@ from collections.abc import Sequence
 
 from .adaptive import DRAFTED, LEAST, Choice, Copied, Economy, Outlook, Own
 from .config import JacobiConfig
+from .errors import UsageError
 from .ngram_pool import CONTEXT_LENGTHS, LONGEST_MATCH, NgramPool
 
 
 CONTEXT = max(CONTEXT_LENGTHS)  # tokens that n-grams are looked up by, at most
+MASK = (1 << 64) - 1
 MEMORY = 0.7  # weight of the past in the running mean of how far a source is right
 
 
@@ -116,12 +118,13 @@ class DraftSource:
         prompt: the tokens of the prompt, without padding.
         pool: the n-grams of the sequence.
         draw: where anything random is drawn from.
+        vocabulary: how many tokens the model has; `None` where that is not known.
     """
 
     leads = False  # whether its guess may come before the model's own while it turns out right further
 
-    def __init__(self, prompt: list[int], pool: NgramPool, draw: random.Random):
-        self.prompt, self.pool, self.draw = prompt, pool, draw
+    def __init__(self, prompt: list[int], pool: NgramPool, draw: random.Random, vocabulary: int | None = None):
+        self.prompt, self.pool, self.draw, self.vocabulary = prompt, pool, draw, vocabulary
 
     def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
         """
@@ -188,11 +191,36 @@ class RepeatLast(DraftSource):
         return [(drafted or text)[-1]] * count
 
 
+class VocabularyTokens(DraftSource):
+    """Tokens drawn from the whole vocabulary: noise that says nothing of the text (UNO, arXiv 2609.04010)."""
+
+    def __init__(self, *known):
+        super().__init__(*known)
+        self.seed = self.draw.getrandbits(64)
+        if not self.vocabulary:
+            raise UsageError(
+                'draft_init="vocabulary" draws from the tokens of a model, whose number is not known here.'
+            )
+
+    def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
+        start = len(text) + len(drafted)
+        return [scattered(self.seed, position) % self.vocabulary for position in range(start, start + count)]
+
+
+def scattered(seed: int, position: int) -> int:
+    """A number of 64 bits that depends on both alone, whatever was drawn before (SplitMix64)."""
+    mixed = (seed + 0x9E3779B97F4A7C15 * (position + 1)) & MASK
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = ((mixed ^ (mixed >> shift)) * factor) & MASK
+    return mixed ^ (mixed >> 31)
+
+
 # `JacobiConfig.draft_init` -> the sources of positions that the model has not predicted yet, tried in order.
 FIRST_GUESSES: dict[str, tuple[type[DraftSource], ...]] = {
     "ngram": (Ngrams, PromptTokens, RepeatLast),
     "prompt": (PromptTokens, RepeatLast),
     "repeat": (RepeatLast,),
+    "vocabulary": (VocabularyTokens,),
 }
 
 
@@ -267,6 +295,7 @@ class DraftRule:
         config: the settings.
         prompt: the tokens of the prompt, without padding.
         seed: of what is drawn.
+        vocabulary: how many tokens the model has; for first guesses that are drawn from them.
 
     Attributes:
         start, end: the blocks in flight cover these positions, counted from the first token of the prompt; the token
@@ -276,14 +305,14 @@ class DraftRule:
         is_drafted: whether what is predicted beyond the text is what a draft-only adapter said.
     """
 
-    def __init__(self, config: JacobiConfig, prompt: list[int], seed: str):
+    def __init__(self, config: JacobiConfig, prompt: list[int], seed: str, vocabulary: int | None = None):
         self.config = config
         self.size = config.size
         self.text = list(prompt)
         self.pool = NgramPool()
         if config.pool_prompt:
             self.pool.extend(prompt)
-        known = (list(prompt), self.pool, random.Random(seed))
+        known = (list(prompt), self.pool, random.Random(seed), vocabulary)
         self.first_guesses = [source(*known) for source in FIRST_GUESSES[config.draft_init]]
         self.own = OwnPredictions(*known)
         self.lead = Lead([self.own, *(source for source in self.first_guesses if source.leads)])

@@ -1,6 +1,7 @@
 """How checkpoints are shared."""
 
+from .plain_lora import load_draft_adapter
 from .publish import publish
 
 
-__all__ = ["publish"]
+__all__ = ["load_draft_adapter", "publish"]

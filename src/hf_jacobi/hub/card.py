@@ -200,7 +200,7 @@ def render_card(
         f"{_opening(note)} {KINDS[note['kind']]}",
         *([note["remark"]] if note.get("remark") else []),
         "## Use",
-        _usage(name, note, shared, packaged),
+        _usage_of_plain(name, note) if note.get("format") == "lora" else _usage(name, note, shared, packaged),
     ]
     if shared:
         parts += ["Without `hf_jacobi`, with the decoder that is in this repository:", _usage_of_shared(name, note)]
@@ -303,6 +303,33 @@ def _usage(name: str, note: dict[str, Any], shared: bool, packaged: bool) -> str
         "print(tokenizer.decode(output[0]))",
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _usage_of_plain(name: str, note: dict[str, Any]) -> str:
+    """Of a draft-only adapter as a plain LoRA."""
+    base = note["base_model"] or "BASE"
+    size = JacobiConfig.coerce(note["jacobi"]).size
+    lines = [
+        "import hf_jacobi",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        f'model = hf_jacobi.load_draft_adapter(base, "{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'inputs = tokenizer({_example(note)}, return_tensors="pt")',
+        'output = model.generate(**inputs, decoding="jacobi", max_new_tokens=128)',
+        "print(tokenizer.decode(output[0]))",
+    ]
+    return (
+        "```python\n" + "\n".join(lines) + "\n```\n\n"
+        "It is a plain LoRA that is meant for drafts alone: loaded by PEFT's `from_pretrained` it would apply to "
+        "every token and change the text. It has the form of UNO's adapters (arXiv 2609.04010), with which SGLang "
+        "drafts; with this one, that was not tried. One of UNO is on for all tokens of a draft but its first, this "
+        "one for that, too.\n\n"
+        f"```bash\nhf download {name} --local-dir adapter\n"
+        f"python -m sglang.launch_server --model-path {base} --dtype bfloat16 --attention-backend fa3 \\\n"
+        f"    --speculative-algorithm UNO --uno-lora-path adapter --speculative-num-draft-tokens {size}\n```"
+    )
 
 
 def _usage_of_shared(name: str, note: dict[str, Any]) -> str:

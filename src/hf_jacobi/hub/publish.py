@@ -40,10 +40,12 @@ from .files import (
 )
 from .network import talking_to_the_hub
 from .places import is_on_hub, without_local_paths
+from .plain_lora import DRAFTS, as_plain, doubts_of, is_plain_draft
 
 
 logger = logging.getLogger(__name__)
 CARD = "README.md"
+FORMATS = (None, "lora")
 
 
 def publish(
@@ -54,6 +56,7 @@ def publish(
     dry_run: bool = False,
     *,
     evaluation: str | Path | dict[str, Any] | None = None,
+    format: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
     tell: Callable[[str], Any] | None = None,
@@ -77,6 +80,9 @@ def publish(
         dry_run (`bool`): write `output_dir` and push nothing.
         evaluation (*optional*): what was measured, for the card: a dict or a JSON file, as `render_card` takes it;
             `evaluation.json` of the folder if left out.
+        format (`"lora"`, *optional*): writes a draft-only adapter as a plain LoRA, without the keys of an activated
+            one and without `custom_generate/`: for `hf_jacobi.load_draft_adapter`, and for SGLang's UNO decoding
+            (`--speculative-algorithm UNO --uno-lora-path`), in which it was not run.
         private (`bool`, *optional*): whether a new repository is private; as the organization has it if left out.
         token (*optional*): for the Hub; the one that is logged in if left out.
         tell (*optional*): called with each line of what is to be said before the push: names and sizes of what goes,
@@ -93,6 +99,8 @@ def publish(
     _check_names(model_or_dir=model_or_dir, tokenizer=tokenizer, output_dir=output_dir, evaluation=evaluation)
     in_memory = not isinstance(model_or_dir, (str, Path))
     _check_kinds(model_or_dir, tokenizer)
+    if format not in FORMATS:
+        raise UsageError(f"`format` must be 'lora', or left out, got {format!r}.")
     check_repo(repo_id)
     target = target_of(output_dir, dry_run)
     evaluation = _read_evaluation(evaluation)
@@ -106,7 +114,7 @@ def publish(
             tokenizer = _load_tokenizer(tokenizer)
         doubts = _doubts_of_base(chosen, base, source) if dry_run else _check_base(api, chosen, base, source)
         folder = Path(place) / "pushed"
-        doubts += _write_folder(chosen, folder, repo_id, base, source, tokenizer, evaluation)
+        doubts += _write_folder(chosen, folder, repo_id, base, source, tokenizer, evaluation, format == "lora")
         refuse_secrets(folder)
         for doubt in doubts:
             (tell or logger.warning)(doubt)
@@ -288,8 +296,11 @@ def _write_folder(
     source: Path,
     tokenizer,
     evaluation: dict[str, Any] | None,
+    plain: bool,
 ) -> list[str]:
     """Writes everything that is pushed into a new folder; returns what is doubtful of it."""
+    adapter = _adapter_config(chosen)
+    written = as_plain(adapter or {}, is_plain_draft(source)) if plain else adapter
     folder.mkdir()
     for name, file in chosen.files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -300,22 +311,26 @@ def _write_folder(
         raise UsageError(
             f"generation_config.json: `decoding` must be one of {DECODINGS}, got {settings['decoding']!r}."
         )
-    adapter = _adapter_config(chosen)
-    write_decoder(folder / CARRIED, settings, adapter=adapter is not None)
+    if plain:
+        _write_json(folder / "adapter_config.json", written)
+    else:
+        write_decoder(folder / CARRIED, settings, adapter=adapter is not None)
     for file in filter(Path.exists, (folder / name for name in NAMING_PLACES)):
         content = read_json(file)
         if (cleaned := without_local_paths(content, source)) != content:
             _write_json(file, cleaned)
     note = without_local_paths(_note(folder, adapter, base, settings, source), source)
+    if plain:
+        note |= {"kind": DRAFTS, "format": "lora"}
     _write_json(folder / NOTE, note)
-    doubts = []
+    doubts = doubts_of(written) if plain else []
     if evaluation is None and (folder / EVALUATION).exists():
         evaluation = checked(read_json(folder / EVALUATION), source / EVALUATION)
     if evaluation is not None:
-        doubts = _check_measured(evaluation, settings)
+        doubts += _check_measured(evaluation, settings)
         evaluation = without_local_paths(evaluation, source)
         _write_json(folder / EVALUATION, evaluation)
-    (folder / CARD).write_text(render_card(repo_id, note, evaluation, shared=True), encoding="utf-8")
+    (folder / CARD).write_text(render_card(repo_id, note, evaluation, shared=not plain), encoding="utf-8")
     return doubts
 
 
@@ -402,6 +417,7 @@ def _size(count: int) -> str:
 def _note(folder: Path, adapter: dict | None, base: str | None, settings: dict[str, Any], source: Path) -> dict:
     """What the trainer noted, or what can be told of a checkpoint without that; what it is, its files say."""
     draft = adapter is not None and is_draft_only(SimpleNamespace(**adapter))
+    draft = draft or is_plain_draft(source)
     note: dict[str, Any] = {
         "dataset": None,
         "settings": {},

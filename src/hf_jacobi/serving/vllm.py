@@ -218,6 +218,7 @@ class JacobiProposer:
         refuse_unsupported(vllm_config)
         self.most = vllm_config.speculative_config.num_speculative_tokens
         self.max_model_len = vllm_config.model_config.max_model_len
+        self.vocabulary = vllm_config.model_config.get_vocab_size()
         self.config, self.draft_lengths = settings_of(vllm_config)
         self.captures = Capture.install()
         if self.captures:
@@ -311,7 +312,7 @@ class JacobiProposer:
             request.seen = self.step
         else:
             prompt = text[-1 - PROMPT_KEPT : -1].tolist()
-            rule = DraftRule(self.config, prompt, f"{self.config.seed or 0}/0")
+            rule = DraftRule(self.config, prompt, f"{self.config.seed or 0}/0", self.vocabulary)
             rule.begin(new[-1])
             economy = Economy(self._curve(1)) if self.config.adapts else None
             self.rows[row] = Request(rule, len(text), self.step, economy)

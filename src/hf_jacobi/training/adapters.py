@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, decoder_layers, forget_offsets
-from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only
+from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only, touching_base
 from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
@@ -104,14 +105,7 @@ def add_adapter(model, peft_config, args: JacobiForcingConfig):
 
 def _refuse_touching(config) -> None:
     """Raises `ValueError` for the configuration of an adapter that changes parts of the base model."""
-    touching = {
-        "modules_to_save": getattr(config, "modules_to_save", None),
-        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
-        "bias": None if getattr(config, "bias", "none") == "none" else config.bias,
-        "use_dora": getattr(config, "use_dora", None),
-        "layer_replication": getattr(config, "layer_replication", None),
-    }
-    if asked := [name for name, value in touching.items() if value]:
+    if asked := touching_base(config):
         raise UsageError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
 
 
@@ -225,25 +219,32 @@ class NoisyTokens:
     Tells the layers of a draft-only adapter which tokens of a batch it applies to: the noisy ones, which stand last.
 
     PEFT's layers are told by hooks, and pick the tokens out of the rows, which falls into many pieces when it is
-    compiled. While `in_one_piece` is open they add to the last tokens of all rows what a mask lets through.
+    compiled. While `in_one_piece` is open they add to the last tokens of all rows what a mask lets through; while
+    `in_two_forwards` is open, to all tokens of a forward or to none.
 
     Args:
         model: with the adapter.
+
+    Attributes:
+        on: whether the adapter applies to the forward that runs, while `in_two_forwards` is open.
     """
 
     def __init__(self, model):
         self.model = model
         self.mask: torch.Tensor | None = None  # [B, T, 1], true for noisy tokens, T of them in the longest row
-        self._in_one_piece = self._in_batch = False
+        self.on = False
+        self._in_one_piece = self._in_two_forwards = self._in_batch = False
 
     def inputs(self, rows: RowTensors) -> dict[str, Any]:
         """What the forward of a batch is given for its adapter."""
-        noisy = rows.block_ids >= 0
+        if self._in_two_forwards:
+            return {OFFSETS: []}  # else PEFT looks for them in the text
+        noisy = rows.noisy
         counts: list[int] = noisy.sum(1).tolist()
         if not (self._in_one_piece and self._in_batch):
             return {OFFSETS: counts}
         self.mask = noisy[:, noisy.shape[1] - max(1, *counts) :, None]
-        return {OFFSETS: []}  # else PEFT looks for them in the text
+        return {OFFSETS: []}
 
     @contextmanager
     def one_batch(self):
@@ -260,21 +261,54 @@ class NoisyTokens:
     @contextmanager
     def in_one_piece(self):
         """While this is open, the layers of the adapter compute in operations that compile into one graph."""
+        self._in_one_piece = True
+        try:
+            with self._with_forwards(self._forward_of_some):
+                yield
+        finally:
+            self._in_one_piece = False
+
+    @contextmanager
+    def in_two_forwards(self):
+        """While this is open, the layers of the adapter apply it to whole forwards, as `on` says."""
+        if self._in_two_forwards:
+            yield
+            return
+        self._in_two_forwards = True
+        try:
+            with self._with_forwards(self._forward_of_all):
+                yield
+        finally:
+            self._in_two_forwards = False
+
+    @contextmanager
+    def _with_forwards(self, make):
+        """While this is open, the layers of the adapter have the forwards that `make(layer, forward)` returns."""
         layers = [module for module in self.model.modules() if getattr(module, VARIANT, None)]
         before = {layer: vars(layer).get("forward") for layer in layers}
         for layer, forward in before.items():
-            layer.forward = self._forward(layer, forward)
-        self._in_one_piece = True
+            layer.forward = make(layer, forward)
         try:
             yield
         finally:
-            self._in_one_piece = False
             for layer, forward in before.items():
                 del layer.forward
                 if forward is not None:
                     layer.forward = forward
 
-    def _forward(self, layer, before):
+    def _forward_of_all(self, layer, before):
+        def forward(layer, x, *args, **kwargs):
+            kwargs.pop(OFFSETS, None)
+            result = layer.base_layer(x, *args, **kwargs)
+            if not self.on or layer.disable_adapters:
+                return result
+            for share in _shares(layer, x):
+                result = (result + share).to(result.dtype)
+            return result
+
+        return MethodType(forward, layer)
+
+    def _forward_of_some(self, layer, before):
         def forward(layer, x, *args, **kwargs):
             if self.mask is None or layer.disable_adapters:
                 return before(x, *args, **kwargs) if before else type(layer).forward(layer, x, *args, **kwargs)
@@ -282,11 +316,16 @@ class NoisyTokens:
             result = layer.base_layer(x, *args, **kwargs)
             length = x.shape[1] - self.mask.shape[1]
             noisy = result[:, length:]
-            for name in layer.active_adapters:
-                if name in layer.lora_A:
-                    down, up, dropout = (part[name] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
-                    drafted = up(down(dropout(x[:, length:].to(down.weight.dtype)))) * layer.scaling[name]
-                    noisy = (noisy + torch.where(self.mask, drafted, 0)).to(noisy.dtype)
+            for share in _shares(layer, x[:, length:]):
+                noisy = (noisy + torch.where(self.mask, share, 0)).to(noisy.dtype)
             return torch.cat([result[:, :length], noisy], 1)
 
         return MethodType(forward, layer)  # bound, so that a copy of the layer computes with its own weights
+
+
+def _shares(layer, x: torch.Tensor) -> Iterator[torch.Tensor]:
+    """What each adapter of a layer adds."""
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            down, up, dropout = (part[name] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))
+            yield up(down(dropout(x.to(down.weight.dtype)))) * layer.scaling[name]

@@ -71,8 +71,10 @@ def cut_to_drafts(row: dict[str, list[int]]) -> dict[str, list[int]]:
     for index, (block, twin) in enumerate(zip(row["block_ids"], row["twin_ids"])):
         if block < 0 or twin < 0:
             continue
-        if (row["seq_ids"][index], block) != previous:
-            previous = (row["seq_ids"][index], block)
+        # A block's wrong tokens follow each other; those of another copy of it do not.
+        here = (row["seq_ids"][index], block, row["position_ids"][index] - index)
+        if here != previous:
+            previous = here
             newest = twin - 1
             if row["position_ids"][index] == 0:  # no token before it: a text without a prompt
                 previous = None

@@ -32,17 +32,40 @@ class RowTensors:
         block_ids: -1 for clean tokens, else the block.
         window_start: for a noisy token the position of its window's first token.
         position_ids: positions.
+        copy_ids: which of several noisy copies of the same blocks a noisy token belongs to; other copies of other
+            windows may share a number.
     """
 
     seq_ids: torch.Tensor
     block_ids: torch.Tensor
     window_start: torch.Tensor
     position_ids: torch.Tensor
+    copy_ids: torch.Tensor
 
     @classmethod
     def of(cls, batch: dict[str, torch.Tensor]) -> RowTensors:
-        """Out of a collated batch."""
-        return cls(batch["seq_ids"], batch["block_ids"], batch["window_start"], batch["position_ids"])
+        """Out of a collated batch, in which a copy begins where positions do not go on."""
+        positions = batch["position_ids"]
+        begins = torch.zeros_like(positions)
+        begins[:, 1:] = positions[:, 1:] <= positions[:, :-1]
+        return cls(batch["seq_ids"], batch["block_ids"], batch["window_start"], positions, begins.cumsum(1))
+
+    @property
+    def noisy(self) -> torch.Tensor:
+        """`[B, L]`, which tokens are noise."""
+        return self.block_ids >= 0
+
+    def take(self, rows: torch.Tensor, tokens: torch.Tensor) -> RowTensors:
+        """
+        Other rows, out of tokens of these.
+
+        Args:
+            rows: `[R, 1]`, the row that each takes its tokens from.
+            tokens: `[R, T]`, their indices; padding where they are negative.
+        """
+        taken = {name: values[rows, tokens.clamp(min=0)] for name, values in vars(self).items()}
+        absent = tokens < 0
+        return RowTensors(**taken | {name: taken[name].masked_fill(absent, -1) for name in ("seq_ids", "block_ids")})
 
 
 def visible(rows: RowTensors, batch, query, key) -> torch.Tensor:
@@ -51,8 +74,8 @@ def visible(rows: RowTensors, batch, query, key) -> torch.Tensor:
 
     A clean token sees the clean tokens up to itself. A noisy token sees the clean tokens before its window, and the
     noisy ones of its window up to itself: blocks of a window lie side by side, each position once, so these are the
-    noisy blocks before its own, and its own as far as itself. Samples of a row see nothing of each other. A padding
-    token sees itself, as a softmax needs something to see.
+    noisy blocks before its own, and its own as far as itself. Samples of a row see nothing of each other, nor do
+    copies of noise. A padding token sees itself, as a softmax needs something to see.
 
     Args:
         rows: the tokens.
@@ -66,12 +89,13 @@ def visible(rows: RowTensors, batch, query, key) -> torch.Tensor:
     position, key_position = rows.position_ids[batch, query], rows.position_ids[batch, key]
     text = clean_key & torch.where(clean_query, key_position <= position, key_position < window)
     noise = ~clean_query & ~clean_key & (key_window == window) & (key_position <= position)
+    noise &= rows.copy_ids[batch, query] == rows.copy_ids[batch, key]
     sequence = rows.seq_ids[batch, query]
     together = (sequence == rows.seq_ids[batch, key]) & (sequence >= 0)
     return (together & (text | noise)) | (query == key)
 
 
-def dense_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype):
+def dense_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype, first: int = 0):
     """
     The mask for SDPA and eager attention.
 
@@ -79,10 +103,12 @@ def dense_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype):
         rows: the tokens.
         config: the text configuration of the model; layers with a window or chunks get masks of their own.
         dtype: the dtype that the model computes in.
+        first: the first token whose view is wanted.
 
     Returns:
-        `[B, 1, L, L]`, 0 where a token is seen and the lowest number elsewhere, or a dict of them by layer type. It is
-        additive because SDPA would turn a boolean one into that in every layer, and keep each for the backward pass.
+        `[B, 1, L - first, L]`, 0 where a token is seen and the lowest number elsewhere, or a dict of them by layer
+        type. It is additive because SDPA would turn a boolean one into that in every layer, and keep each for the
+        backward pass.
     """
     length = rows.seq_ids.shape[1]
     device = rows.seq_ids.device
@@ -90,9 +116,8 @@ def dense_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype):
     tokens = torch.arange(length, device=device)
     mask = AttentionMask(config, dtype, torch.zeros(rows.seq_ids.shape[0], dtype=torch.long, device=device))
     mask.additive = True
-    return mask(
-        visible(rows, batch, tokens.view(1, -1, 1), tokens.view(1, 1, -1)), rows.position_ids, rows.position_ids
-    )
+    seen = visible(rows, batch, tokens[first:].view(1, -1, 1), tokens.view(1, 1, -1))
+    return mask(seen, rows.position_ids[:, first:], rows.position_ids)
 
 
 def flex_mask(rows: RowTensors, config: PreTrainedConfig) -> BlockMask | dict[str, BlockMask]:

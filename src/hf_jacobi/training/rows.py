@@ -199,6 +199,10 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
     counts = np.bincount(row[starts], minlength=len(rows.lengths))
     group = (np.cumsum(counts) - counts)[row] + np.minimum(samples, counts[row] - 1)
     inside = noisy & after_noise & ~new_sample  # a noisy token after one of its own sample
+    start = np.maximum.accumulate(np.where(noisy & ~inside, np.arange(len(tokens)), 0))  # of the sample's noise
+    new_copy = inside & (step(places) < 1) & (places == places[start]) & (blocks == blocks[start])
+    new_copy &= windows == windows[start]
+    inside &= ~new_copy
     new_block = step(blocks) != 0
     twin = np.minimum(begins[row] + np.clip(twins, 0, None), len(tokens) - 1)
     return (
@@ -231,7 +235,7 @@ def block_sizes(rows: Flat) -> BlockSizes:
     """What blocks rows have that are laid out as they should be."""
     blocks, samples = rows.columns["block_ids"], rows.columns["seq_ids"]
     starts = np.ones(len(blocks), dtype=bool)
-    starts[1:] = (np.diff(blocks) != 0) | (np.diff(samples) != 0)
+    starts[1:] = (np.diff(blocks) != 0) | (np.diff(samples) != 0) | (np.diff(rows.columns["position_ids"]) < 1)
     starts[np.cumsum(rows.lengths)[:-1]] = True
     begins = np.flatnonzero(starts)
     lengths = np.diff(np.append(begins, len(blocks)))[blocks[begins] >= 0]

@@ -46,6 +46,7 @@ from .forward import Head, RouterLoss, check_compilable, compiled_layers, forwar
 from .losses import Targets, Terms, find_targets, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
 from .refresh import Refresh, RefreshedRows, Refreshing, check_refresh
+from .text_once import TextOnce, can_split
 from .windows import attending_by_windows, can_be_windowed, segments
 
 
@@ -185,6 +186,7 @@ class JacobiForcingTrainer(Trainer):
                 f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
                 "`accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES."
             )
+        self.text_once = self._make_text_once(inner)
         make_own(inner.generation_config)
         inner.generation_config.decoding = "jacobi"
         inner.generation_config.jacobi = self.jacobi_config.to_dict()
@@ -208,6 +210,15 @@ class JacobiForcingTrainer(Trainer):
         size = self._row_check.all(name, dataset)
         self._checked.append(dataset)
         return size
+
+    def _make_text_once(self, model: PreTrainedModel) -> TextOnce | None:
+        """What runs the text of a draft-only adapter once, where that can be."""
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        others = self.args.compile_layers or self.router_loss.weight or sharded
+        if not self.noisy_tokens or others or not can_split(model, bool(self.args.activation_checkpointing)):
+            return None
+        text_once = TextOnce(model, self.noisy_tokens, self.windowed)
+        return text_once if text_once.check(model) else None
 
     @property
     def jacobi_config(self) -> JacobiConfig:
@@ -272,42 +283,59 @@ class JacobiForcingTrainer(Trainer):
         rows = RowTensors.of(batch)
         enabled = torch.is_autocast_enabled(self.accelerator.device.type)
         dtype = torch.get_autocast_dtype(self.accelerator.device.type) if enabled else self.head.model.dtype
-        if self.windowed:
+        if self.text_once:
+            mask = None
+        elif self.windowed:
             mask = segments(rows)
         else:
             mask = training_mask(rows, self.head.model.config.get_text_config(decoder=True), dtype)
 
         def method(inner, input_ids, attention_mask, position_ids, **ignored) -> Terms:
             asked = {"output_router_logits": True} if self.router_loss.weight else {}
-            outputs = run_decoder(
-                inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked
-            )
+            if self.text_once:
+                hidden = self.text_once(inner, input_ids, rows, dtype)
+            else:
+                outputs = run_decoder(
+                    inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked
+                )
+                hidden = outputs.last_hidden_state
             terms = sum_losses(
                 self.head,
-                outputs.last_hidden_state,
+                hidden,
                 targets,
                 kind=self.args.consistency_loss,
                 temperature=self.args.temperature,
                 label_smoothing=self.args.label_smoothing_factor,
-                chunk_size=self.args.loss_chunk_size,
+                chunk_size=max(1, self.args.loss_chunk_size * len(targets.clean) // max(1, *targets.counts[:2])),
             )
+            if self.text_once:  # of the text, which no draft-only adapter changes
+                terms = Terms(terms.consistency, terms.ar.detach(), terms.right)
             if not asked:
                 return terms
             router = self.router_loss(outputs.router_logits, targets.present, by_row=not self.model.training)
             return Terms(terms.consistency, terms.ar, terms.right, router)
 
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        inputs |= self.noisy_tokens.inputs(rows) if self.noisy_tokens else {}
-        with self._attention():
+        with ExitStack() as stack:
+            stack.enter_context(self._attention())
+            if self.text_once:
+                stack.enter_context(self.noisy_tokens.in_two_forwards())
+            inputs |= self.noisy_tokens.inputs(rows) if self.noisy_tokens else {}
             return forward_as(model, method, attention_mask=mask, **inputs)
 
     def _attention(self):
-        return attending_by_windows(self.head.model) if self.windowed else nullcontext()
+        whole = self.windowed and not self.text_once
+        return attending_by_windows(self.head.model) if whole else nullcontext()
 
     @contextmanager
     def _one_batch(self):
         """While this is open, what the forward pass was told of a batch holds for what is computed from it later."""
-        with self._attention(), self.noisy_tokens.one_batch() if self.noisy_tokens else nullcontext():
+        with ExitStack() as stack:
+            stack.enter_context(self._attention())
+            if self.noisy_tokens:
+                stack.enter_context(self.noisy_tokens.one_batch())
+            if self.text_once:
+                stack.enter_context(self.noisy_tokens.in_two_forwards())
             yield
 
     def train(self, *args, **kwargs):

@@ -36,7 +36,8 @@ def segments(rows: RowTensors) -> torch.Tensor:
         `[1, 1, S, 5]`, int64: for each segment its row, where it begins and ends, and where the text that it sees
         before itself begins and ends (-1 for padding). Four dimensions, as transformers lets masks of four pass.
     """
-    keys = torch.stack([rows.seq_ids, rows.block_ids.ge(0).long(), rows.window_start])
+    copies = rows.copy_ids * rows.noisy
+    keys = torch.stack([rows.seq_ids, rows.noisy.long(), rows.window_start, copies])
     changes = torch.ones_like(rows.seq_ids, dtype=torch.bool)
     changes[:, 1:] = (keys[:, :, 1:] != keys[:, :, :-1]).any(0)
     starts = changes.nonzero()
@@ -46,7 +47,7 @@ def segments(rows: RowTensors) -> torch.Tensor:
     length = rows.seq_ids.shape[1]
     values = keys[:, starts[:, 0], starts[:, 1]].T.tolist()
     positions = rows.position_ids[starts[:, 0], starts[:, 1]].tolist()
-    for (row, start), (next_row, next_start), (sequence, noisy, window), position in zip(
+    for (row, start), (next_row, next_start), (sequence, noisy, window, _), position in zip(
         bounds, bounds[1:], values, positions
     ):
         end = next_start if next_row == row else length

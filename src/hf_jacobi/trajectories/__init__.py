@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .collect import TRAJECTORY_FEATURES, collect_trajectories, read_report
+    from .corruption import pack_completions
     from .noise import converged_prefix, nearest_state, noise_level, noise_targets
     from .packing import PACKED_FEATURES, pack_trajectories
     from .report import CollectReport
@@ -22,6 +23,7 @@ __all__ = [
     "nearest_state",
     "noise_level",
     "noise_targets",
+    "pack_completions",
     "pack_trajectories",
     "packing_statistics",
     "read_report",
@@ -36,6 +38,7 @@ _MODULES = {
     "nearest_state": "noise",
     "noise_level": "noise",
     "noise_targets": "noise",
+    "pack_completions": "completions",
     "PACKED_FEATURES": "packing",
     "pack_trajectories": "packing",
     "CollectReport": "report",

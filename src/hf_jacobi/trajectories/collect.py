@@ -68,6 +68,7 @@ def collect_trajectories(
     as_chat: bool = False,
     max_prompt_length: int | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
+    draft_init: str = "prompt",
     strict: bool = False,
     repetition: str = "cut",
     overlong: str = "keep",
@@ -79,9 +80,9 @@ def collect_trajectories(
     """
     Has a model complete prompts, and records how each block of its text comes about by Jacobi iterations.
 
-    A block's trajectory begins with a first guess drawn from the prompt; each further state holds the model's own
-    prediction for every position, given the text before the block and the state before it; the last state is the
-    text (paper, section 3.1). Started again with the same arguments, it goes on where it was interrupted. Started by
+    A block's trajectory begins with a first guess (`draft_init`); each further state holds the model's own prediction
+    for every position, given the text before the block and the state before it; the last state is the text (paper,
+    section 3.1). Started again with the same arguments, it goes on where it was interrupted. Started by
     `accelerate launch` in several processes, each takes its share of the shards, and all return the whole.
 
     > Parameters that control what is collected
@@ -105,6 +106,7 @@ def collect_trajectories(
             the engine did.
         block_size: n, the length of a block; the last block of a completion may be shorter.
         max_new_tokens: the longest completion.
+        draft_init: `"prompt"` or `"vocabulary"`, what a block's first guess is drawn from, by `seed`.
         prompt_column: the column of the prompts. Left out, the first of `messages`, `conversations`, `prompt`,
             `question`, `instruction`, `text`, `prompt_ids` and `input_ids` that there is.
         as_chat: take a text for a user's message, rather than for the beginning of a text.
@@ -182,6 +184,8 @@ def collect_trajectories(
             _fill(files, collector, rows, strict, progress)
             return files.dataset(in_memory=True)
     described = {"model": describe(model), "tokenizer": describe_tokenizer(tokenizer), **vars(settings)}
+    if settings.draft_init == "prompt":  # as folders were described before there was a choice
+        del described["draft_init"]
     described["generation_config"] = {
         name: getattr(collector.generation_config, name) for name in (*TOKENS, *SAMPLING)
     }

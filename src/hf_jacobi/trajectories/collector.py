@@ -73,6 +73,7 @@ class CollectSettings:
     empty: str
     shard_size: int
     chat_template_kwargs: dict[str, Any] | None
+    draft_init: str = "prompt"
 
     def __post_init__(self):
         check_settings(self.chat_template_kwargs)
@@ -85,6 +86,7 @@ class CollectSettings:
             ("repetition", ("cut", "drop", "keep")),
             ("overlong", ("keep", "drop")),
             ("empty", ("drop", "keep")),
+            ("draft_init", ("prompt", "vocabulary")),
         ):
             if getattr(self, name) not in choices:
                 raise UsageError(f"`{name}` must be one of {choices}, got {getattr(self, name)!r}.")
@@ -311,7 +313,7 @@ class Collector:
                 )
             if kept is None:
                 continue
-            own = first_guesses(kept, number, step.input_ids.shape[1], prompt, self.settings)
+            own = first_guesses(kept, number, step.input_ids.shape[1], prompt, self.settings, self.vocabulary)
             blocks += own
             rows[prompt.number] = {
                 "prompt_id": prompt.name,
@@ -331,9 +333,11 @@ class Collector:
         return rows
 
 
-def first_guesses(text: list[int], row: int, start: int, prompt: Prompt, settings: CollectSettings) -> list[Block]:
+def first_guesses(
+    text: list[int], row: int, start: int, prompt: Prompt, settings: CollectSettings, vocabulary: int
+) -> list[Block]:
     """
-    The blocks of a completion, each with its first guess: tokens drawn from the prompt.
+    The blocks of a completion, each with its first guess: tokens drawn from the prompt, or from the vocabulary.
 
     Args:
         text: the completion.
@@ -341,12 +345,14 @@ def first_guesses(text: list[int], row: int, start: int, prompt: Prompt, setting
         start: index in that row of its first token.
         prompt: the prompt; its number and the seed decide what is drawn.
         settings: the settings.
+        vocabulary: how many tokens the model has.
     """
     size = settings.block_size
+    source = prompt.ids if settings.draft_init == "prompt" else range(vocabulary)
     blocks = []
     for offset in range(0, len(text), size):
         final = text[offset : offset + size]
-        drawn = random.Random(f"{settings.seed}/{prompt.number}/{offset // size}").choices(prompt.ids, k=len(final))
+        drawn = random.Random(f"{settings.seed}/{prompt.number}/{offset // size}").choices(source, k=len(final))
         blocks.append(Block(row, start + offset, final, [drawn]))
     return blocks
 

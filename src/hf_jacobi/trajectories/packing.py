@@ -8,9 +8,10 @@ import random
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, List, Value
@@ -66,29 +67,29 @@ class Sample:
         return len(self.clean) + len(self.noisy)
 
 
-def lay_out_sample(
-    prompt: list[int], blocks: list[tuple[list[int], list[int]]], size: int, window_size: int
-) -> Sample:
+def lay_out_sample(prompt: list[int], text: list[int], copies: list[list[list[int]]], window_size: int) -> Sample:
     """
     Lays out one sequence.
 
     Args:
         prompt: its prompt.
-        blocks: for each block a noisy state and the clean tokens, of equal length.
-        size: n, the length of every block but the last.
+        text: the clean tokens after it.
+        copies: for each noisy copy of the text the states of its blocks, one after the other.
         window_size: w, blocks of a window.
     """
     clean, noisy = Half(), Half()
-    text = [token for _, final in blocks for token in final]
     for position, token in enumerate([*prompt, *text]):
         clean.append(token, position, -1, 0, token if position >= len(prompt) else -100, -1)
-    for index, (state, final) in enumerate(blocks):
-        start = len(prompt) + index * size
-        window_start = len(prompt) + index // window_size * window_size * size
-        right = converged_prefix(state, final)
-        for offset, token in enumerate(state):
-            position = start + offset
-            noisy.append(token, position, index, window_start, -100, position if offset >= right else -1)
+    for states in copies:
+        start = window_start = len(prompt)
+        for index, state in enumerate(states):
+            if index % window_size == 0:
+                window_start = start
+            final = text[start - len(prompt) :][: len(state)]
+            right = converged_prefix(state, final)
+            for position, token in enumerate(state, start):
+                noisy.append(token, position, index, window_start, -100, position if position >= start + right else -1)
+            start += len(state)
     return Sample(clean, noisy)
 
 
@@ -103,46 +104,61 @@ class PackSettings:
     max_length: int | None
     pack_samples: bool
     seed: int
+    noisy_copies: int = 1
+    columns = TRAJECTORY_COLUMNS
+    what = "trajectories"
 
     def __post_init__(self):
+        check_whole("noisy_copies", self.noisy_copies, 1)
         noise_targets(self.noise_schedule, self.window_size, self.min_noise, self.max_noise, random.Random(self.seed))
         if self.pack_samples and self.max_length is None:
             raise UsageError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
         if self.max_length is not None:
             check_whole("max_length", self.max_length, 1)
+        levels = 1 if self.noise_schedule == "constant" else self.window_size
+        draws = callable(self.noise_schedule) or self.noise_schedule == "random"
+        if not draws and self.noisy_copies > levels:
+            raise UsageError(
+                f"`noisy_copies={self.noisy_copies}` would be alike, as the {self.noise_schedule!r} schedule has "
+                f"{levels} levels: pass noise_schedule='random', or at most so many."
+            )
 
     def described(self) -> dict[str, Any]:
         """The settings, JSON-serializable: a schedule that is a function stands there as a digest of it."""
         schedule = Hasher.hash(self.noise_schedule) if callable(self.noise_schedule) else self.noise_schedule
-        return vars(self) | {"noise_schedule": schedule}
+        described = vars(self) | {"noise_schedule": schedule}
+        if self.noisy_copies == 1:  # as folders were described before there were copies
+            del described["noisy_copies"]
+        return described
+
+    def sample(self, row: dict[str, Any], number: int) -> Sample | None:
+        """See `Packing.sample`; the place of a row decides, with the seed, what is drawn."""
+        _check_row(row, number)
+        prompt = row["prompt_ids"]
+        room = None if self.max_length is None else self.max_length - len(prompt)
+        blocks = []
+        for states in row["trajectories"]:
+            if room is not None:
+                room -= (1 + self.noisy_copies) * len(states[-1])
+                if room < 0:
+                    break
+            blocks.append(states)
+        text = [token for states in blocks for token in states[-1]]
+        copies = [_noisy_copy(blocks, number, copy, self) for copy in range(self.noisy_copies)]
+        return lay_out_sample(prompt, text, copies, self.window_size) if blocks else None
 
 
-def make_sample(row: dict[str, Any], number: int, settings: PackSettings) -> Sample | None:
-    """
-    Lays out one trajectory row, cut at a block boundary to `max_length`; `None` if not even one block fits.
-
-    Args:
-        row: a row of a trajectory data set.
-        number: its place, which with the seed decides what the `"random"` schedule draws.
-        settings: the settings.
-    """
-    _check_row(row, number)
-    generator = random.Random(f"{settings.seed}/{number}")
-    prompt = row["prompt_ids"]
-    room = None if settings.max_length is None else settings.max_length - len(prompt)
-    blocks: list[tuple[list[int], list[int]]] = []
-    for index, states in enumerate(row["trajectories"]):
-        place = index % settings.window_size
-        if place == 0:
-            targets = noise_targets(
-                settings.noise_schedule, settings.window_size, settings.min_noise, settings.max_noise, generator
-            )
-        if room is not None:
-            room -= 2 * len(states[-1])
-            if room < 0:
-                break
-        blocks.append((states[nearest_state(states, targets[place])], states[-1]))
-    return lay_out_sample(prompt, blocks, row["block_size"], settings.window_size) if blocks else None
+def _noisy_copy(blocks: list[list[list[int]]], number: int, copy: int, settings: PackSettings) -> list[list[int]]:
+    """The state of each block in one copy; each copy is further on in the window's noise levels than the last."""
+    size = settings.window_size
+    generator = random.Random(f"{settings.seed}/{number}" + (f"/{copy}" if copy else ""))
+    chosen = []
+    for index, states in enumerate(blocks):
+        if index % size == 0:
+            targets = noise_targets(settings.noise_schedule, size, settings.min_noise, settings.max_noise, generator)
+        place = (index + copy * size // settings.noisy_copies) % size
+        chosen.append(states[nearest_state(states, targets[place])])
+    return chosen
 
 
 def _check_row(row: dict[str, Any], number: int) -> None:
@@ -161,7 +177,7 @@ def _check_row(row: dict[str, Any], number: int) -> None:
     if any(len(length) != 1 for length in lengths):
         raise UsageError(f"trajectory {number} has a block of no states, or of states of different lengths.")
     for tokens in (row["prompt_ids"], row["completion_ids"], *row["trajectories"]):
-        _check_tokens(tokens, number)
+        check_tokens(tokens, f"trajectory {number}")
     sizes = [length.pop() for length in lengths]
     if any(size != row["block_size"] for size in sizes[:-1]) or (sizes and not 0 < sizes[-1] <= row["block_size"]):
         raise UsageError(
@@ -171,13 +187,13 @@ def _check_row(row: dict[str, Any], number: int) -> None:
         raise UsageError(f"trajectory {number} has other text in completion_ids than its blocks end in.")
 
 
-def _check_tokens(tokens: Sequence, number: int) -> None:
+def check_tokens(tokens: Sequence, what: str) -> None:
     """Raises `ValueError` for a list of tokens, or of such lists of one length, that holds something else."""
     array = np.asarray(tokens)
     if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST_TOKENS):
         flat = np.asarray(tokens, dtype=object).ravel()
         odd = next((token for token in flat if not isinstance(token, Integral) or not 0 <= token < MOST_TOKENS), None)
-        raise UsageError(f"trajectory {number} holds {odd!r}, which is no token: they are whole numbers from 0 on.")
+        raise UsageError(f"{what} holds {odd!r}, which is no token: they are whole numbers from 0 on.")
 
 
 def join_samples(samples: list[Sample]) -> dict[str, list[int]]:
@@ -211,11 +227,24 @@ def fill_rows(samples: Iterable[Sample], max_length: int) -> Iterator[list[Sampl
         yield from rows
 
 
-def packed_rows(
-    trajectories: Iterable[dict], settings: PackSettings, first: int = 0
-) -> Iterator[dict[str, list[int]]]:
-    """The training rows of trajectories whose places count from `first`."""
-    laid_out = (make_sample(row, number, settings) for number, row in enumerate(trajectories, start=first))
+class Packing(Protocol):
+    """How rows of some kind become samples; `PackSettings` for trajectories, `NoiseSettings` for plain completions."""
+
+    columns: tuple[str, ...]  # of the rows
+    what: str  # they are called in errors
+    max_length: int | None
+    pack_samples: bool
+
+    def sample(self, row: dict[str, Any], number: int) -> Sample | None:
+        """The sample of a row, cut at a block boundary to `max_length`; `None` if not even one block fits."""
+
+    def described(self) -> dict[str, Any]:
+        """The settings, JSON-serializable."""
+
+
+def packed_rows(trajectories: Iterable[dict], settings: Packing, first: int = 0) -> Iterator[dict[str, list[int]]]:
+    """The training rows of trajectories or completions whose places count from `first`."""
+    laid_out = (settings.sample(row, number) for number, row in enumerate(trajectories, start=first))
     samples = (sample for sample in laid_out if sample is not None)
     groups = fill_rows(samples, settings.max_length) if settings.pack_samples else ([sample] for sample in samples)
     for group in groups:
@@ -231,6 +260,7 @@ def pack_trajectories(
     max_noise: float = 1.0,
     max_length: int | None = None,
     pack_samples: bool = False,
+    noisy_copies: int = 1,
     seed: int = 0,
     output_dir: str | Path | None = None,
     shard_size: int = 256,
@@ -252,6 +282,9 @@ def pack_trajectories(
         max_length: tokens a row may have; a longer sample is cut at a block boundary, and left out if not even its
             first block fits.
         pack_samples: put several samples into a row, up to `max_length`.
+        noisy_copies: how many noisy versions of the text follow it in a row, each with other noise levels: the
+            schedule begins further on in each, and `"random"` draws anew. A draft-only adapter learns from them for
+            one forward over the text (`JacobiForcingConfig.adapter_scope`).
         seed: of the `"random"` schedule; each sample draws by itself, so the result does not depend on the others.
         output_dir: where Parquet files are written as they are made; started again, packing goes on where it was
             interrupted. Left out, the rows go to the cache of `datasets`.
@@ -270,75 +303,86 @@ def pack_trajectories(
         `ValueError`: a column is missing, an argument is out of range, no sample fits, or `output_dir` holds other
             work.
     """
+    settings = PackSettings(
+        window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed, noisy_copies
+    )
+    return pack_rows(trajectories, settings, output_dir, shard_size, progress)
+
+
+def pack_rows(
+    rows: Iterable[dict], settings: Packing, output_dir: str | Path | None, shard_size: int, progress: bool
+) -> Dataset:
+    """Packs rows as `settings` say; arguments, result and errors as of `pack_trajectories`."""
     check_whole("shard_size", shard_size, 1)
-    settings = PackSettings(window_size, noise_schedule, min_noise, max_noise, max_length, pack_samples, seed)
-    if iter(trajectories) is trajectories:
-        raise UsageError("`trajectories` can be run through only once: pass a list or a data set, not an iterator.")
-    if isinstance(trajectories, (Dataset, IterableDataset)):
-        trajectories = trajectories.with_format(None)
-    _check_columns(trajectories)
+    _check_columns(rows, settings)
+    if isinstance(rows, (Dataset, IterableDataset)):
+        rows = rows.with_format(None)
     if output_dir is not None:
-        packed = _pack_into(output_dir, trajectories, settings, shard_size, progress)
+        packed = _pack_into(output_dir, rows, settings, shard_size, progress)
     else:
-        if next(packed_rows(trajectories, settings), None) is None:
-            raise UsageError(_nothing_fits(trajectories, max_length))
+        if next(packed_rows(rows, settings), None) is None:
+            raise UsageError(_nothing_fits(rows, settings))
         # A fingerprint of its own: by default `datasets` would return what a reader of the same name gave before.
         try:
             packed = Dataset.from_generator(
-                lambda: packed_rows(trajectories, settings), features=PACKED_FEATURES, fingerprint=uuid.uuid4().hex
+                lambda: packed_rows(rows, settings), features=PACKED_FEATURES, fingerprint=uuid.uuid4().hex
             )
         except DatasetGenerationError as error:
             raise error.__cause__ or error from None
     if not len(packed):
-        raise UsageError(_nothing_fits(trajectories, max_length))
+        raise UsageError(_nothing_fits(rows, settings))
     return packed
 
 
-def _check_columns(trajectories: Any) -> None:
-    """Raises `ValueError` for what is no data set of trajectories."""
-    if isinstance(trajectories, Mapping):
-        what = "splits: pass one of them, as in trajectories['train']" if trajectories else "nothing"
-        raise UsageError(f"`trajectories` must be rows, got a dictionary of {list(trajectories)}, {what}.")
-    if isinstance(trajectories, (str, Path)):
+def _check_columns(rows: Any, settings: Packing) -> None:
+    """Raises `ValueError` for what is no data set of rows of the kind."""
+    what = settings.what
+    if isinstance(rows, Mapping):
+        found = f"splits: pass one of them, as in {what}['train']" if rows else "nothing"
+        raise UsageError(f"`{what}` must be rows, got a dictionary of {list(rows)}, {found}.")
+    if isinstance(rows, (str, Path)):
         raise UsageError(
-            f"`trajectories` must be rows, got the path {str(trajectories)!r}: open it with "
+            f"`{what}` must be rows, got the path {str(rows)!r}: open it with "
             "datasets.load_dataset(path, split='train') first."
         )
-    first = next(iter(trajectories), None)
+    if iter(rows) is rows:
+        raise UsageError(f"`{what}` can be run through only once: pass a list or a data set, not an iterator.")
+    first = next(iter(rows), None)
     if first is None:
-        raise UsageError("there are no trajectories.")
+        raise UsageError(f"there are no {what}.")
     if not isinstance(first, Mapping):
-        raise UsageError(f"`trajectories` must be rows with columns, the first one is {first!r:.80}.")
+        raise UsageError(f"`{what}` must be rows with columns, the first one is {first!r:.80}.")
     if set(COLUMNS) <= first.keys():
-        raise UsageError("`trajectories` are packed already: train on them, or pass what they were packed from.")
-    if missing := [column for column in TRAJECTORY_COLUMNS if column not in first]:
-        raise UsageError(f"trajectories need the columns {missing} too: those found are {sorted(first)}.")
+        raise UsageError(f"`{what}` are packed already: train on them, or pass what they were packed from.")
+    if missing := [column for column in settings.columns if column not in first]:
+        raise UsageError(f"{what} need the columns {missing} too: those found are {sorted(first)}.")
 
 
-def _nothing_fits(trajectories: Iterable[dict], max_length: int | None) -> str:
-    if not any(row["trajectories"] for row in trajectories):
+def _nothing_fits(rows: Iterable[dict], settings: Packing) -> str:
+    if not any(row[settings.columns[-1]] for row in rows):
         return "there is nothing to pack: every completion is empty."
-    return f"there is no sample that fits into max_length={max_length} with even one block."
+    return f"there is no sample that fits into max_length={settings.max_length} with even one block."
 
 
-def _digest(rows: list[dict[str, Any]]) -> str:
-    known = [[row[column] for column in TRAJECTORY_COLUMNS] for row in rows]
+def _digest(rows: list[dict[str, Any]], columns: tuple[str, ...] = TRAJECTORY_COLUMNS) -> str:
+    known = [[row[column] for column in columns] for row in rows]
     text = json.dumps(known, default=lambda array: array.tolist())  # of numpy, say
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _pack_into(output_dir, trajectories, settings: PackSettings, shard_size: int, progress: bool) -> Dataset:
+def _pack_into(output_dir, trajectories, settings: Packing, shard_size: int, progress: bool) -> Dataset:
     """Writes the shards that are missing in a folder, and returns all of it."""
+    digest = partial(_digest, columns=settings.columns)
     files = ShardFolder(output_dir, "packed", PACKED_FEATURES, settings.described() | {"shard_size": shard_size})
     total = len(trajectories) if hasattr(trajectories, "__len__") else None
     shards = 0
     with files.locked(), tqdm(total=total, unit=" samples", desc="packing", disable=not progress) as bar:
         for shard, piece in in_shards(trajectories, shard_size):
             shards += 1
-            if not files.is_done(shard, piece, _digest):
+            if not files.is_done(shard, piece, digest):
                 rows = list(packed_rows(piece, settings, first=shard * shard_size))
                 counts = packing_statistics(rows).counts() | {"trajectories": len(piece)}
-                files.write(shard, rows, counts, _digest(piece), len(piece))
+                files.write(shard, rows, counts, digest(piece), len(piece))
             bar.update(len(piece))
         files.check_end(shards)
         return files.dataset()

@@ -63,8 +63,13 @@ class PackingStatistics:
             block < 0 and sequence >= 0 for block, sequence in zip(row["block_ids"], row["seq_ids"])
         )
         places: Counter = Counter()
-        for (sequence, _), block in groupby(noisy, key=lambda index: (row["seq_ids"][index], row["block_ids"][index])):
+        for (sequence, *_), block in groupby(
+            noisy,  # positions go on within a block, and not from one copy of it to the next
+            key=lambda index: (row["seq_ids"][index], row["block_ids"][index], row["position_ids"][index] - index),
+        ):
             indices = list(block)
+            if indices[0] and row["position_ids"][indices[0]] <= row["position_ids"][indices[0] - 1]:
+                places.clear()
             wrong = sum(row["twin_ids"][index] >= 0 for index in indices)
             self.twin_tokens += wrong
             window = (sequence, row["window_start"][indices[0]])

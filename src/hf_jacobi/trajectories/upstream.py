@@ -250,14 +250,15 @@ class PackedRows(UpstreamRows):
             )
         if self.block_size is not None and size != self.block_size:
             raise MalformedRow(f"blocks of {size} tokens, not {self.block_size}")
-        blocks = []
+        text, states = [], []
         for start in range(0, len(pairs), 2 * size):
             noisy, clean = pairs[start : start + size], pairs[start + size : start + 2 * size]
             kept = self._until_end(clean)
-            blocks.append((noisy[: len(kept)], kept))
+            text += kept
+            states.append(noisy[: len(kept)])
             if kept[-1] in self.eos_tokens:
                 break
-        return join_samples([lay_out_sample(prompt, blocks, size, self.window_size)])
+        return join_samples([lay_out_sample(prompt, text, [states], self.window_size)])
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, Any]]:

@@ -1,0 +1,209 @@
+"""
+Draft-only training in two forwards: the text once, without a gradient, then the noise on its keys and values.
+
+A draft-only adapter leaves the text as it is. So the text needs no backward pass, and one forward over it serves all
+noisy copies of its blocks. The noise is cut into groups of a few windows each, the rows of the second forward: tokens
+of other windows see nothing of each other, and a short row wastes little of a dense mask.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+from ..decoding.compat import (
+    attention_of,
+    cache_argument,
+    caches_in_checkpoints,
+    caching_in_checkpoints,
+    without_checkpointing,
+)
+from .adapters import NoisyTokens
+from .forward import outside_training, run_decoder
+from .mask import RowTensors, dense_mask, training_mask
+from .windows import attending_by_windows, segments
+
+
+GROUP = 256  # noisy tokens that share a row of the second forward, about
+
+
+class Split(NamedTuple):
+    """
+    Which tokens of a batch go into which forward, as indices into its rows, -1 for padding.
+
+    Attributes:
+        text: `[B, C]`.
+        noise: `[R, N]`.
+        rows: `[R]`, the row of the batch that each row of `noise` belongs to.
+    """
+
+    text: torch.Tensor
+    noise: torch.Tensor
+    rows: torch.Tensor
+
+
+def split_tokens(rows: RowTensors, group: int = GROUP) -> Split:
+    """
+    Parts the text of a batch from its noise, and cuts the noise into rows that keep windows whole.
+
+    Args:
+        rows: the tokens.
+        group: how many noisy tokens a row has, about; a longer window has a row of its own.
+    """
+    device = rows.seq_ids.device
+    keys = torch.stack([rows.seq_ids, rows.noisy.long(), rows.window_start, rows.copy_ids]).cpu().numpy()
+    texts, noises, owners = [], [], []
+    for number in range(keys.shape[1]):
+        sequence, noisy, *_ = of_row = keys[:, number]
+        texts.append(np.flatnonzero((sequence >= 0) & (noisy == 0)))
+        tokens = np.flatnonzero((sequence >= 0) & (noisy == 1))
+        seams = 1 + np.flatnonzero((np.diff(of_row[:, tokens]) != 0).any(0))
+        size = len(tokens) / max(1, -(-len(tokens) // group))
+        cuts = [seam for before, seam in zip([0, *seams], seams) if before // size < seam // size] if size else []
+        for piece in np.split(tokens, cuts):
+            noises.append(piece)
+            owners.append(number)
+
+    def padded(pieces: list[np.ndarray]) -> torch.Tensor:
+        longest = max(1, *map(len, pieces))
+        return torch.tensor(
+            np.stack([np.pad(piece, (0, longest - len(piece)), constant_values=-1) for piece in pieces])
+        )
+
+    return Split(*(tensor.to(device) for tensor in (padded(texts), padded(noises), torch.tensor(owners))))
+
+
+class TextLayer(DynamicLayer):
+    """
+    The keys and values of the text in one layer, which noise sees before its own and leaves as they are.
+
+    Args:
+        layer: of the cache that the text was run with.
+        rows: `[R]`, whose text each row of noise sees.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: torch.Tensor):
+        super().__init__()
+        self.text = (layer.keys[rows], layer.values[rows])
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return tuple(torch.cat(pair, 2) for pair in zip(self.text, (key_states, value_states)))
+
+    def get_seq_length(self) -> int:
+        return self.text[0].shape[2]
+
+
+class TextCache(DynamicCache):
+    """The layers of a text, for rows of noise; see `TextLayer`."""
+
+    def __init__(self, cache: DynamicCache, rows: torch.Tensor):
+        super().__init__()
+        self.layers = [TextLayer(layer, rows) for layer in cache.layers]
+
+
+class TextOnce:
+    """
+    Runs batches of a draft-only adapter in two forwards.
+
+    Args:
+        model: the causal language model, with the adapter's layers in it.
+        noisy_tokens: switches the adapter on and off.
+        windowed: whether the text is run with the windowed attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, noisy_tokens: NoisyTokens, windowed: bool):
+        self.noisy_tokens = noisy_tokens
+        self.windowed = windowed
+        self.cache = cache_argument(model)
+        self.config = model.config.get_text_config(decoder=True)
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        rows: RowTensors,
+        dtype: torch.dtype,
+        adapted: bool = True,
+    ) -> torch.Tensor:
+        """
+        The hidden states that the head reads, `[B, L, H]`, with a gradient at noisy tokens alone; 0 at padding.
+
+        Args:
+            model: the causal language model.
+            input_ids: `[B, L]`.
+            rows: the tokens.
+            dtype: the dtype that the model computes in.
+            adapted: whether the adapter applies to the noise.
+        """
+        split = split_tokens(rows)
+        of_batch = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1)
+        with self.noisy_tokens.in_two_forwards():
+            self.noisy_tokens.on = False
+            cache, text = self._run_text(model, input_ids, rows.take(of_batch, split.text), of_batch, split, dtype)
+            self.noisy_tokens.on = adapted
+            noise = self._run_noise(model, input_ids, rows, split, cache, dtype)
+        length = input_ids.shape[1]
+        hidden = noise.new_zeros(input_ids.numel(), noise.shape[-1])
+        hidden[(of_batch * length + split.text)[split.text >= 0]] = text[split.text >= 0]
+        places = (split.rows.unsqueeze(1) * length + split.noise)[split.noise >= 0]
+        return hidden.index_copy(0, places, noise[split.noise >= 0]).view(*input_ids.shape, -1)
+
+    @torch.no_grad()
+    def _run_text(self, model, input_ids, rows: RowTensors, of_batch, split: Split, dtype):
+        cache = DynamicCache()
+        mask = segments(rows) if self.windowed else training_mask(rows, self.config, dtype)
+        windows = attending_by_windows(model) if self.windowed else nullcontext()
+        with without_checkpointing(model), windows:
+            hidden = run_decoder(
+                model,
+                input_ids=input_ids[of_batch, split.text.clamp(min=0)],
+                position_ids=rows.position_ids,
+                attention_mask=mask,
+                **{self.cache: cache},
+            ).last_hidden_state
+        return cache, hidden
+
+    def _run_noise(self, model, input_ids, rows: RowTensors, split: Split, cache: DynamicCache, dtype):
+        owner, first = split.rows.unsqueeze(1), split.text.shape[1]
+        seen = rows.take(owner, torch.cat([split.text[split.rows], split.noise], 1))
+        with caching_in_checkpoints(model):
+            return run_decoder(
+                model,
+                input_ids=input_ids[owner, split.noise.clamp(min=0)],
+                position_ids=seen.position_ids[:, first:],
+                attention_mask=dense_mask(seen, self.config, dtype, first),
+                **{self.cache: TextCache(cache, split.rows)},
+            ).last_hidden_state
+
+    @torch.no_grad()
+    def check(self, model: PreTrainedModel) -> bool:
+        """Whether a model gives a few tokens the same hidden states in two forwards as in one."""
+        tokens = torch.arange(8, device=model.device).unsqueeze(0) % self.config.vocab_size
+        places = torch.arange(8, device=model.device).unsqueeze(0)
+        noisy = places >= 4
+        rows = RowTensors(places * 0, noisy.long() - 1, 4 * noisy, places, places * 0)
+        with outside_training(model), self.noisy_tokens.in_two_forwards():
+            try:
+                ours = self(model, tokens, rows, model.dtype, adapted=False)
+            except Exception:  # whatever a model makes of a cache that it does not know
+                return False
+            whole = run_decoder(model, input_ids=tokens).last_hidden_state
+        return torch.allclose(ours.float(), whole.float(), atol=1e-2 * float(whole.abs().max()), rtol=1e-2)
+
+
+def can_split(model: PreTrainedModel, checkpointing: bool) -> bool:
+    """
+    Whether a model has the attention and the cache that two forwards need; `TextOnce.check` tries them.
+
+    Args:
+        model: the causal language model.
+        checkpointing: whether activations are computed again in the backward pass.
+    """
+    plain = attention_of(model.config.get_text_config(decoder=True)) in ("sdpa", "eager")
+    cached = cache_argument(model) is not None and (not checkpointing or caches_in_checkpoints(model))
+    return plain and cached
