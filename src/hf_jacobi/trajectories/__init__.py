@@ -38,7 +38,7 @@ _MODULES = {
     "nearest_state": "noise",
     "noise_level": "noise",
     "noise_targets": "noise",
-    "pack_completions": "completions",
+    "pack_completions": "corruption",
     "PACKED_FEATURES": "packing",
     "pack_trajectories": "packing",
     "CollectReport": "report",
