@@ -27,16 +27,72 @@ def by_hand(kind, student, teacher, temperature):
         "reverse_kl": kl(q, p),
         "jsd": (kl(p, mean) + kl(q, mean)) / 2,
     }
-    return values[kind] * temperature**2
+    alpha = sum(map(min, p, q))
+    weight = math.exp(-3 * alpha)
+    unweighted = {"tv": 1 - alpha, "lk": weight * kl(p, q) + (1 - weight) * (1 - alpha)}
+    return unweighted[kind] if kind in unweighted else values[kind] * temperature**2
 
 
 @pytest.mark.parametrize("kind", CONSISTENCY_LOSSES)
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_consistency_losses(kind, temperature):
     student, teacher = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     losses = consistency_loss(student, teacher, kind, temperature)
     for loss, one, other in zip(losses, student.tolist(), teacher.tolist()):
         assert float(loss) == pytest.approx(by_hand(kind, one, other, temperature), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", CONSISTENCY_LOSSES)
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_gradients_are_those_of_small_differences(kind, temperature):
+    """In float64. That of the LK loss takes its weight for a constant, and so is compared with the weight held."""
+    student, teacher = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student.requires_grad_()
+    (ours,) = torch.autograd.grad(consistency_loss(student, teacher, kind, temperature).sum(), student)
+    held = None
+    if kind == "lk":
+        tv = consistency_loss(student.detach(), teacher, "tv", temperature)
+        held = torch.exp(-3 * (1 - tv))
+
+    def value(logits):
+        if held is None:
+            return float(consistency_loss(logits, teacher, kind, temperature).sum())
+        kl = consistency_loss(logits, teacher, "kl", temperature) / temperature**2
+        return float((held * kl + (1 - held) * consistency_loss(logits, teacher, "tv", temperature)).sum())
+
+    for row, column in ((row, column) for row in range(3) for column in range(7)):
+        step = torch.zeros_like(teacher)
+        step[row, column] = 1e-6
+        slope = (value(student.detach() + step) - value(student.detach() - step)) / 2e-6
+        assert float(ours[row, column]) == pytest.approx(slope, abs=1e-7)
+
+
+@pytest.mark.parametrize("kind", CONSISTENCY_LOSSES)
+@pytest.mark.parametrize("apart", [0.0, 1e2, 3e38], ids=["equal", "disjoint", "at the end of bfloat16"])
+def test_losses_and_gradients_of_bfloat16_are_finite(kind, apart):
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(4, 9, generator=generator).to(torch.bfloat16)
+    student = teacher.clone()
+    teacher[:, 0] += apart
+    student[:, 1] += apart
+    student.requires_grad_()
+    loss = consistency_loss(student, teacher, kind, 1.0)
+    loss.sum().backward()
+    assert loss.isfinite().all() and student.grad.isfinite().all()
+    if apart == 0.0 and kind not in ("soft", "hard"):
+        assert float(loss.detach().abs().max()) < 1e-6
+    if kind == "tv" and apart:
+        assert loss.tolist() == pytest.approx([1.0] * 4)
+    if kind == "lk" and apart:
+        assert float(student.grad.abs().max()) > 0.1, "KL teaches where nothing is accepted"
+
+
+def test_total_variation_is_what_is_not_accepted():
+    """Of a token drawn from the student, accepted with the chance min(1, p / q)."""
+    student, teacher = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    accepted = (q * (p / q).clamp(max=1)).sum()
+    assert float(consistency_loss(student, teacher, "tv", 1.0)) == pytest.approx(1 - float(accepted))
 
 
 def test_no_gradient_flows_into_the_teacher():

@@ -47,7 +47,8 @@ class JacobiForcingConfig(TrainingArguments):
             logarithm grows with the square of the steps done. A large weight keeps a model from learning to draft: so
             it learns that first, and its text is mended later.
         consistency_loss (`str`, defaults to `"soft"`):
-            `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"` or `"hard"`; see `losses.consistency_loss`.
+            `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"`, `"hard"`, or what is accepted of a draft: `"tv"` (total
+            variation) or `"lk"`; see `losses.consistency_loss`.
         temperature (`float`, defaults to 1.0):
             T of the consistency loss.
         within_block (`bool`, defaults to `False`):
@@ -95,7 +96,7 @@ class JacobiForcingConfig(TrainingArguments):
     ar_loss_weight_start: float | None = field(
         default=None, metadata={"help": "lambda at the first step, if it is to grow to ar_loss_weight"}
     )
-    consistency_loss: str = field(default="soft", metadata={"help": "one of soft, kl, reverse_kl, jsd, hard"})
+    consistency_loss: str = field(default="soft", metadata={"help": "one of soft, kl, reverse_kl, jsd, tv, lk, hard"})
     temperature: float = field(default=1.0, metadata={"help": "temperature of the consistency loss"})
     within_block: bool = field(default=False, metadata={"help": "leave out the last token of each noisy block"})
     loss_chunk_size: int = field(default=512, metadata={"help": "tokens whose logits are held at a time"})

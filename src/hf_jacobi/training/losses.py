@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +14,40 @@ from torch.utils.checkpoint import checkpoint
 from ..decoding.errors import UsageError
 
 
-CONSISTENCY_LOSSES = ("soft", "kl", "reverse_kl", "jsd", "hard")
+LK_DECAY = 3.0  # eta, of the LK loss
+
+
+def _soft(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return -(teacher.exp() * student).sum(-1)
+
+
+def _kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def _reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return _kl(teacher, student)
+
+
+def _jsd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    mean = torch.logaddexp(student, teacher) - math.log(2.0)
+    return (_kl(mean, student) + _kl(mean, teacher)) / 2
+
+
+def _tv(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (teacher.exp() - student.exp()).abs().sum(-1) / 2
+
+
+def _lk(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    tv = _tv(student, teacher)
+    weight = torch.exp(-LK_DECAY * (1 - tv.detach()))
+    return weight * _kl(student, teacher) + (1 - weight) * tv
+
+
+# From log-probabilities `[N, V]` of student and teacher to `[N]`.
+DIVERGENCES = {"soft": _soft, "kl": _kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "tv": _tv, "lk": _lk}
+OF_ACCEPTANCE = ("tv", "lk")  # not weighted by the temperature
+CONSISTENCY_LOSSES = (*DIVERGENCES, "hard")
 
 
 def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
@@ -21,35 +55,36 @@ def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, te
     How far predictions made in a noisy block are from those made in the text.
 
     Args:
-        student: `[N, V]` logits at noisy tokens.
-        teacher: `[N, V]` logits at their twins; no gradient flows into them.
-        kind: `"soft"` (cross-entropy against the teacher's distribution, the paper's), `"kl"` (the same less the
-            teacher's entropy, so that 0 is perfect; the same gradient), `"reverse_kl"`, `"jsd"` (Jensen-Shannon), or
-            `"hard"` (cross-entropy against the teacher's likeliest token; the temperature does not apply).
-        temperature: T; both distributions are softened by it, and the loss is weighted by its square, so that the
-            size of the gradient does not depend on it (Hinton et al., arXiv 1503.02531, section 2).
+        student: `[N, V]` logits at noisy tokens, q.
+        teacher: `[N, V]` logits at their twins, p; no gradient flows into them.
+        kind: one of
+
+            - `"soft"`: cross-entropy against the teacher's distribution, the paper's.
+            - `"kl"`: the same less the teacher's entropy, so that 0 is perfect; the same gradient.
+            - `"reverse_kl"`.
+            - `"jsd"`: Jensen-Shannon.
+            - `"tv"`: total variation, 1 - alpha, where alpha = sum of min(p, q) is the chance that a token drawn from
+              q is accepted. Its gradient vanishes where q and p have hardly anything in common.
+            - `"lk"`: the LK loss with adaptive lambda (Samarin et al., arXiv 2602.23881, sections 4.2 and 4.4),
+              lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha), which gets no gradient: KL as long as little is
+              accepted, TV later. Alpha is that of each token; the authors' code takes the mean over a batch, with
+              which micro-batches would no longer add up to one large batch.
+            - `"hard"`: cross-entropy against the teacher's likeliest token; the temperature does not apply.
+        temperature: T, by which both distributions are softened. The loss is weighted by its square, so that the size
+            of the gradient does not depend on it (Hinton et al., arXiv 1503.02531, section 2); but for `"tv"` and
+            `"lk"`, in which T is the temperature that tokens are drawn at, and alpha a probability.
 
     Returns:
-        `[N]`, float32.
+        `[N]`, float32; float64 for logits in float64.
     """
-    student, teacher = student.float(), teacher.detach().float()
+    if kind not in CONSISTENCY_LOSSES:
+        raise UsageError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {kind!r}.")
+    precision = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(precision), teacher.detach().to(precision)
     if kind == "hard":
         return F.cross_entropy(student, teacher.argmax(-1), reduction="none")
-    log_student = F.log_softmax(student / temperature, -1)
-    log_teacher = F.log_softmax(teacher / temperature, -1)
-    if kind == "soft":
-        loss = -(log_teacher.exp() * log_student).sum(-1)
-    elif kind == "kl":
-        loss = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
-    elif kind == "reverse_kl":
-        loss = (log_student.exp() * (log_student - log_teacher)).sum(-1)
-    elif kind == "jsd":
-        log_mean = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0, device=student.device))
-        parts = log_student.exp() * (log_student - log_mean) + log_teacher.exp() * (log_teacher - log_mean)
-        loss = parts.sum(-1) / 2
-    else:
-        raise UsageError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {kind!r}.")
-    return loss * temperature**2
+    loss = DIVERGENCES[kind](F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1))
+    return loss if kind in OF_ACCEPTANCE else loss * temperature**2
 
 
 @dataclass
