@@ -236,10 +236,15 @@ class NoisyTokens:
         self.mask: torch.Tensor | None = None  # [B, T, 1], true for noisy tokens, T of them in the longest row
         self._in_one_piece = self._in_batch = False
 
-    def inputs(self, rows: RowTensors) -> dict[str, Any]:
-        """What the forward of a batch is given for its adapter."""
+    def inputs(self, rows: RowTensors, counts: list[int]) -> dict[str, Any]:
+        """
+        What the forward of a batch is given for its adapter.
+
+        Args:
+            rows: the tokens.
+            counts: how many of them are noisy in each row.
+        """
         noisy = rows.block_ids >= 0
-        counts: list[int] = noisy.sum(1).tolist()
         if not (self._in_one_piece and self._in_batch):
             return {OFFSETS: counts}
         self.mask = noisy[:, noisy.shape[1] - max(1, *counts) :, None]

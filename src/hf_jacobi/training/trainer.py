@@ -38,12 +38,12 @@ from .checks import (
     check_tokenizer,
     refuse_split_rows,
 )
-from .collator import FILL, PackedCollator
+from .collator import FILL, PLAN, PackedCollator, Plan, Planner
 from .config import JacobiForcingConfig
 from .forward import Head, RouterLoss, check_compilable, compiled_layers, forward_as, run_decoder
-from .losses import Targets, Terms, find_targets, sum_losses
+from .losses import Targets, Terms, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
-from .windows import attending_by_windows, can_be_windowed, segments
+from .windows import attending_by_windows, can_be_windowed
 
 
 class JacobiForcingTrainer(Trainer):
@@ -118,6 +118,7 @@ class JacobiForcingTrainer(Trainer):
         refuse_untrainable(inner)
         check_weights(inner)
         self.windowed = can_be_windowed(inner)
+        self.planner = Planner(args.within_block, self.windowed)
         self.head = Head(inner)
         self.head.check()
         self.router_loss = RouterLoss(inner)
@@ -151,6 +152,7 @@ class JacobiForcingTrainer(Trainer):
                 FLEX_MULTIPLE if flex else 1,
                 args.adapter_scope == "draft",
                 self._row_check.some if stream else None,
+                self.planner,
             )
         self._sums = {"train": Counter(), "eval": Counter()}
         self._seconds = 0.0  # spent in training steps since the last log
@@ -218,13 +220,9 @@ class JacobiForcingTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also counts the tokens of the losses over all micro-batches of a step and all processes, `[3]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(3, dtype=torch.long, device=device)
-        for batch in batches:
-            counts += self._targets(batch).counts.to(device)
-        return batches, self.accelerator.reduce(counts, "sum")
-
-    def _targets(self, batch: dict[str, torch.Tensor]) -> Targets:
-        return find_targets(batch, self.args.within_block)
+        batches = [batch if PLAN in batch else {**batch, PLAN: self.planner(batch)} for batch in batches]
+        counts = sum((batch[PLAN].targets.counts for batch in batches), torch.zeros(3, dtype=torch.long))
+        return batches, self.accelerator.reduce(counts.to(device, non_blocking=True), "sum")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """
@@ -233,13 +231,14 @@ class JacobiForcingTrainer(Trainer):
 
         Args:
             model: the model, wrapped or not.
-            inputs: a collated batch.
+            inputs: a collated batch; what it lacks of a plan, as with a collator of your own, is found here.
             return_outputs: whether to return the `Terms` too.
             num_items_in_batch: `[3]`, the counts to divide by; of this batch alone if left out.
         """
-        targets = self._targets(inputs)
+        plan = inputs[PLAN] if PLAN in inputs else self.planner(inputs)
+        targets = plan.targets
         with self.accelerator.autocast():
-            terms = self.sum_losses(model, inputs, targets)
+            terms = self.sum_losses(model, inputs, plan)
         counts = targets.counts if num_items_in_batch is None else num_items_in_batch
         ar_count, consistency_count, token_count = counts.clamp(min=1)
         loss = terms.consistency / consistency_count + self.ar_loss_weight * terms.ar / ar_count
@@ -250,37 +249,42 @@ class JacobiForcingTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, terms) if return_outputs else loss
 
-    def sum_losses(self, model, batch: dict[str, torch.Tensor], targets: Targets) -> Terms:
+    def sum_losses(self, model, batch: dict[str, torch.Tensor], plan: Plan) -> Terms:
         """Runs a batch through the model: the sums of its losses."""
         rows = RowTensors.of(batch)
         enabled = torch.is_autocast_enabled(self.accelerator.device.type)
         dtype = torch.get_autocast_dtype(self.accelerator.device.type) if enabled else self.head.model.dtype
         if self.windowed:
-            mask = segments(rows)
+            mask = plan.segments
         else:
             mask = training_mask(rows, self.head.model.config.get_text_config(decoder=True), dtype)
+
+        def losses(head, hidden) -> Terms:
+            return sum_losses(
+                head,
+                hidden,
+                plan.targets,
+                kind=self.args.consistency_loss,
+                temperature=self.args.temperature,
+                label_smoothing=self.args.label_smoothing_factor,
+                chunk_size=self.args.loss_chunk_size,
+                accept_cut=self.args.accept_cut,
+                place_weight=self.args.block_position_weight,
+            )
 
         def method(inner, input_ids, attention_mask, position_ids, **ignored) -> Terms:
             asked = {"output_router_logits": True} if self.router_loss.weight else {}
             outputs = run_decoder(
                 inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked
             )
-            terms = sum_losses(
-                self.head,
-                outputs.last_hidden_state,
-                targets,
-                kind=self.args.consistency_loss,
-                temperature=self.args.temperature,
-                label_smoothing=self.args.label_smoothing_factor,
-                chunk_size=self.args.loss_chunk_size,
-            )
+            terms = self.head.in_one_call(losses, outputs.last_hidden_state)
             if not asked:
                 return terms
-            router = self.router_loss(outputs.router_logits, targets.present, by_row=not self.model.training)
-            return Terms(terms.consistency, terms.ar, terms.right, router)
+            router = self.router_loss(outputs.router_logits, plan.targets.present, by_row=not self.model.training)
+            return terms._replace(router=router)
 
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
-        inputs |= self.noisy_tokens.inputs(rows) if self.noisy_tokens else {}
+        inputs |= self.noisy_tokens.inputs(rows, plan.noisy_tokens) if self.noisy_tokens else {}
         with self._attention():
             return forward_as(model, method, attention_mask=mask, **inputs)
 
@@ -361,8 +365,8 @@ class JacobiForcingTrainer(Trainer):
 
     def _each_once(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        A batch whose rows are padding where they repeat others: accelerate fills the last round of batches with rows
-        from the beginning of the data, so that all processes have as many.
+        A batch whose rows are padding where they repeat others, and its plan: accelerate fills the last round of
+        batches with rows from the beginning of the data, so that all processes have as many.
         """
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -371,7 +375,8 @@ class JacobiForcingTrainer(Trainer):
         new = min(max(0, state.remainder - self.accelerator.process_index * rows), rows)
         old = torch.arange(rows, device=batch["input_ids"].device) >= new
         filled = {name: batch[name].masked_fill(old[:, None], fill) for name, fill in FILL.items()}
-        return {**batch, **filled}
+        batch = {name: values for name, values in batch.items() if name != PLAN} | filled
+        return {**batch, PLAN: self.planner(batch)}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Adds both losses, summed over the whole set, and what decoding some of its prompts comes to."""
@@ -389,13 +394,11 @@ class JacobiForcingTrainer(Trainer):
 
     def _count(self, mode: str, targets: Targets, terms: Terms) -> None:
         self._sums[mode].update(
-            consistency=terms.consistency.detach(),
+            consistency=terms.uncut,
             ar=terms.ar.detach(),
             right=terms.right.detach(),
             router=terms.router.detach() if self.router_loss.weight else 0.0,
-            noisy=len(targets.noisy),
-            clean=len(targets.clean),
-            tokens=targets.present.sum(),
+            **dict(zip(("clean", "noisy", "tokens"), targets.counts.tolist())),
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
