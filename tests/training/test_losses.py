@@ -131,8 +131,8 @@ def test_targets_are_those_of_a_plain_loop(max_length, within_block):
                 noisy.append((shift + index, shift + twin))
     assert list(zip(targets.clean.tolist(), targets.labels.tolist())) == clean
     assert sorted(zip(targets.noisy.tolist(), targets.clean[targets.twins].tolist())) == noisy
-    assert targets.twins.tolist() == sorted(targets.twins.tolist()) == targets.host_twins.tolist()
-    assert targets.counts.tolist() == [len(clean), len(noisy), sum(len(row["input_ids"]) for row in rows)]
+    assert targets.twins.tolist() == sorted(targets.twins.tolist()) == targets.host_twins
+    assert targets.counts == [len(clean), len(noisy), sum(len(row["input_ids"]) for row in rows)]
     assert 0 < len(noisy) < len(clean)
 
 

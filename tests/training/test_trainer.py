@@ -51,7 +51,9 @@ def arguments(folder, **settings) -> JacobiForcingConfig:
 
 def trainer_of(model, folder, data=None, **settings):
     others = {
-        name: settings.pop(name) for name in ("peft_config", "eval_dataset", "processing_class") if name in settings
+        name: settings.pop(name)
+        for name in ("peft_config", "eval_dataset", "processing_class", "data_collator")
+        if name in settings
     }
     others.setdefault("processing_class", tiny_tokenizer())
     return JacobiForcingTrainer(
@@ -131,7 +133,7 @@ def test_a_cut_loss_is_that_of_the_oracle(tmp_path):
                 expected, counted = expected + 0.5**place * tv, counted + 1
             hit = int(logits[index].argmax()) == row["labels"][twin + 1]
             place, failed, right = place + 1, failed or not hit, right + hit
-    count = trainer.planner(trainer.data_collator(some)).targets.counts[1].item()
+    count = trainer.planner(trainer.data_collator(some)).targets.counts[1]
     assert 0 < right < count and right < counted < count, "some blocks are cut, and some predictions are right"
     assert float(terms.uncut) == pytest.approx(every, rel=1e-4) and int(terms.right) == right
     assert float(loss.detach()) == pytest.approx(float(expected / count + 2 * torch.stack(ar).mean()), rel=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -100,8 +101,8 @@ class Targets:
         blocks: `[M]`, a number for the noisy block, from 0 on.
         places: `[M]`, how many of `noisy` stand before it in its block.
         present: `[B, L]`, tokens that are no padding.
-        counts: `[3]`, tokens of the AR loss, of the consistency loss, and of the router loss of a mixture of experts;
-            like `host_twins`, the same as `twins`, always on the host.
+        host_twins: the same as `twins`.
+        counts: tokens of the AR loss, of the consistency loss, and of the router loss of a mixture of experts.
     """
 
     clean: torch.Tensor
@@ -111,15 +112,15 @@ class Targets:
     blocks: torch.Tensor
     places: torch.Tensor
     present: torch.Tensor
-    counts: torch.Tensor
-    host_twins: torch.Tensor
+    host_twins: list[int]
+    counts: list[int]
 
     def to(self, device, **others) -> Targets:
-        """With all but `counts` and `host_twins` on another device."""
+        """With the tensors on another device."""
         return self._map(lambda values: values.to(device, **others))
 
     def pin_memory(self) -> Targets:
-        """With all but `counts` and `host_twins` in pinned memory."""
+        """With the tensors in pinned memory."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
@@ -127,10 +128,10 @@ class Targets:
         return replace(self, **{name: function(getattr(self, name)) for name in names})
 
     def chunks(self, size: int) -> Iterator[tuple[slice, slice]]:
-        """Parts of `clean`, `size` each, and those of `noisy` whose twins are in them; reads nothing of the device."""
-        starts = range(0, len(self.clean), size)
-        bounds = torch.searchsorted(self.host_twins, torch.tensor([*starts, len(self.clean)]))
-        return zip((slice(start, start + size) for start in starts), map(slice, bounds.tolist(), bounds[1:].tolist()))
+        """Parts of `clean`, `size` each, and those of `noisy` whose twins are in them."""
+        for start in range(0, len(self.clean), size):
+            first, end = (bisect_left(self.host_twins, bound) for bound in (start, start + size))
+            yield slice(start, start + size), slice(first, end)
 
 
 def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> Targets:
@@ -166,9 +167,9 @@ def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> 
     order = torch.argsort(twins, stable=True)
     blocks, places = _blocks_of(batch, noisy)
     present = batch["seq_ids"] >= 0
-    counts = torch.tensor([len(clean), len(noisy), int(present.sum())])
+    counts = [len(clean), len(noisy), int(present.sum())]
     noisy, twins, blocks, places = (values[order] for values in (noisy, twins, blocks, places))
-    return Targets(clean, flat_labels[clean], noisy, twins, blocks, places, present, counts, twins.cpu())
+    return Targets(clean, flat_labels[clean], noisy, twins, blocks, places, present, twins.tolist(), counts)
 
 
 def _blocks_of(batch: dict[str, torch.Tensor], noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -221,8 +221,8 @@ class JacobiForcingTrainer(Trainer):
         """Also counts the tokens of the losses over all micro-batches of a step and all processes, `[3]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         batches = [batch if PLAN in batch else {**batch, PLAN: self.planner(batch)} for batch in batches]
-        counts = sum((batch[PLAN].targets.counts for batch in batches), torch.zeros(3, dtype=torch.long))
-        return batches, self.accelerator.reduce(counts.to(device, non_blocking=True), "sum")
+        counts = [sum(some) for some in zip([0, 0, 0], *(batch[PLAN].targets.counts for batch in batches))]
+        return batches, self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """
@@ -239,7 +239,7 @@ class JacobiForcingTrainer(Trainer):
         targets = plan.targets
         with self.accelerator.autocast():
             terms = self.sum_losses(model, inputs, plan)
-        counts = targets.counts if num_items_in_batch is None else num_items_in_batch
+        counts = torch.tensor(targets.counts) if num_items_in_batch is None else num_items_in_batch
         ar_count, consistency_count, token_count = counts.clamp(min=1)
         loss = terms.consistency / consistency_count + self.ar_loss_weight * terms.ar / ar_count
         if self.router_loss.weight:
@@ -398,7 +398,7 @@ class JacobiForcingTrainer(Trainer):
             ar=terms.ar.detach(),
             right=terms.right.detach(),
             router=terms.router.detach() if self.router_loss.weight else 0.0,
-            **dict(zip(("clean", "noisy", "tokens"), targets.counts.tolist())),
+            **dict(zip(("clean", "noisy", "tokens"), targets.counts)),
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
