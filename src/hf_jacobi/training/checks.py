@@ -113,12 +113,21 @@ def check_shares(args) -> None:
         )
 
 
-def check_dispatch(args) -> None:
-    """Raises `ValueError` where one process would join batches of different lengths for the others."""
-    if args.world_size > 1 and getattr(args.accelerator_config, "dispatch_batches", None):
+def never_dispatch(args) -> None:
+    """
+    Has each process read a stream by itself and take its rows, where one process would by accelerate's default join
+    batches of different lengths for the others.
+
+    Raises:
+        `ValueError`: that is asked for.
+    """
+    if args.world_size == 1:
+        return
+    if getattr(args.accelerator_config, "dispatch_batches", None):
         raise UsageError(
             "`dispatch_batches=True` joins the batches of all processes, whose rows differ in length: leave it out."
         )
+    args.accelerator_config.dispatch_batches = False
 
 
 def check_best_model(model, args) -> None:

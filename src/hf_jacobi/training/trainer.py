@@ -32,10 +32,10 @@ from .callbacks import DecodingCallback, SkippingBrokenSteps, prompts_of, texts_
 from .checks import (
     RowCheck,
     check_best_model,
-    check_dispatch,
     check_precision,
     check_shares,
     check_tokenizer,
+    never_dispatch,
     refuse_split_rows,
 )
 from .collator import FILL, PLAN, PackedCollator, Plan, Planner
@@ -106,7 +106,7 @@ class JacobiForcingTrainer(Trainer):
         refuse_split_rows(args)
         check_precision(args)
         check_shares(args)
-        check_dispatch(args)
+        never_dispatch(args)
         self.base_name = model if isinstance(model, str) else name_of(unwrap(model))
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
