@@ -69,8 +69,11 @@ def gradients_of_a_step(folder, **settings) -> dict[str, torch.Tensor]:
     """The gradients of the first optimizer step, read when the optimizer runs."""
     model = tiny_model(attention=settings.pop("attention", None))
     torch.manual_seed(0)  # of the adapter, if there is one
+    evaluations = settings.pop("evaluations", 0)
     trainer = trainer_of(model, folder, learning_rate=0.0, max_grad_norm=0.0, **settings)
     found = {}
+    for _ in range(evaluations):
+        trainer.evaluate(rows(2, seed=1))
     trainer.create_optimizer()
     step = trainer.optimizer.step
 
