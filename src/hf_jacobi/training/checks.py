@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import islice
 from typing import Any
+
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from ..decoding.errors import UsageError
 from ..trajectories.packing import COLUMNS
@@ -165,3 +168,33 @@ def refuse_split_rows(args, config=None) -> None:
             "that keeps noise out of the text: leave them out, and share the rows among processes instead (DDP, FSDP, "
             "DeepSpeed ZeRO)."
         )
+
+
+def refuse_without_sharding(trainer) -> None:
+    """Raises `ValueError` where FSDP was asked for, and accelerate, which has it for GPUs alone, would do without."""
+    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and trainer.accelerator.num_processes > 1 and not trainer.is_fsdp_enabled:
+        raise UsageError(
+            f"FSDP was asked for, but accelerate has none for processes on a {trainer.args.device.type}, and would "
+            "copy the whole model to each of them: leave FSDP out, or run on GPUs."
+        )
+
+
+def refuse_unsharded(trainer) -> None:
+    """Raises `ValueError` for an evaluation before FSDP 2 has sharded the model."""
+    if getattr(trainer.accelerator, "is_fsdp2", False) and not isinstance(trainer.model, FSDPModule):
+        raise UsageError(
+            "FSDP 2 shards a model when its training begins: evaluate after train(), with eval_on_start=True, or "
+            "without FSDP."
+        )
+
+
+def keep_sums_whole(trainer) -> None:
+    """
+    Has FSDP 2 leave outputs in their precision. What a forward returns here are sums over thousands of tokens, which
+    accelerate asks for in half precision where the weights are.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)

@@ -35,8 +35,11 @@ from .checks import (
     check_precision,
     check_shares,
     check_tokenizer,
+    keep_sums_whole,
     never_dispatch,
     refuse_split_rows,
+    refuse_unsharded,
+    refuse_without_sharding,
 )
 from .collator import FILL, PLAN, PackedCollator, Plan, Planner
 from .config import JacobiForcingConfig
@@ -167,6 +170,8 @@ class JacobiForcingTrainer(Trainer):
         )
         leave_loss_as_it_is(self)
         refuse_split_rows(self.args, getattr(self.accelerator, "parallelism_config", None))
+        refuse_without_sharding(self)
+        keep_sums_whole(self)
         if self.args.n_gpu > 1:
             raise UsageError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
@@ -380,6 +385,7 @@ class JacobiForcingTrainer(Trainer):
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Adds both losses, summed over the whole set, and what decoding some of its prompts comes to."""
+        refuse_unsharded(self)
         self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self._means_of(self._take_sums("eval"))
