@@ -1,4 +1,4 @@
-"""FSDP 2 on processes without a GPU: accelerate takes it for GPUs alone, and is told otherwise here."""
+"""FSDP 2 and DeepSpeed on processes without a GPU: accelerate has them for GPUs alone, and is told otherwise here."""
 
 from __future__ import annotations
 
@@ -33,3 +33,25 @@ def shard() -> None:
                 fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     AcceleratorState.__init__ = init
+
+
+def with_zero(stage: int) -> dict:
+    """
+    From now on accelerate trains with DeepSpeed.
+
+    Args:
+        stage: of ZeRO, 2 or 3.
+
+    Returns:
+        the arguments of the training that say so.
+    """
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # with which it would leave DeepSpeed out
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True, backend="gloo")
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    config = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}}
+    sizes = ("train_micro_batch_size_per_gpu", "train_batch_size", "gradient_accumulation_steps", "gradient_clipping")
+    config |= dict.fromkeys(sizes, "auto") | {"zero_allow_untested_optimizer": True}
+    config["zero_force_ds_cpu_optimizer"] = False
+    return {"deepspeed": config, "use_cpu": False, "accelerator_config": {"use_configured_state": True}}

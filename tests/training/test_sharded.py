@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from models import tiny_model
 from packed_rows import packed
-from sharded import shard
+from sharded import shard, with_zero
 from test_evaluation import BACKEND, on_processes
 from test_trainer import curve, lora, rows, trainer_of
 from torch.distributed.fsdp import fully_shard
@@ -35,11 +36,11 @@ def _cpu(monkeypatch):
 
 def sharded_trainer(folder, kind: str, processes: int = 1, **settings):
     of_model, of_trainer = KINDS[kind]
+    model = settings.pop("model", None) or tiny_model(**of_model)
     torch.manual_seed(0)  # of the adapter
     settings = {"max_steps": STEPS, "learning_rate": 3e-3, "loss_chunk_size": 16} | of_trainer | settings
     return trainer_of(
-        tiny_model(**of_model), folder, per_device_train_batch_size=4 // processes, eval_dataset=rows(3, seed=1),
-        **settings, **BACKEND,
+        model, folder, per_device_train_batch_size=4 // processes, eval_dataset=rows(3, seed=1), **BACKEND | settings
     )  # fmt: skip
 
 
@@ -80,18 +81,70 @@ def test_sharded_processes_train_save_and_resume_as_one_does(tmp_path):
         texts = []
         for processes in (1, 2):
             folder = tmp_path / f"curves-{processes}-{kind}" / "saved"
-            if "peft_config" in KINDS[kind][1]:
-                from peft import PeftModel
-
-                model = PeftModel.from_pretrained(tiny_model(**KINDS[kind][0]), folder)
-            else:
-                model = AutoModelForCausalLM.from_pretrained(folder)
+            model = saved(folder, kind)
             output = hf_jacobi.enable(model).generate(
                 prompt, max_new_tokens=24, decoding="jacobi", return_dict_in_generate=True
             )
             texts.append(output.sequences.tolist())
         assert texts[0] == texts[1], kind
         assert (Path(folder) / "README.md").exists()
+
+
+def zero_curves(folder) -> dict[str, list[float]]:
+    """The losses of a whole model and of an adapter with ZeRO 2 and 3; 3 from a model by name, which comes sharded."""
+    found = {}
+    for stage in (2, 3):
+        for kind in ("untied", "lora", "draft"):
+            name = f"{kind} {stage}"
+            settings = {"save_strategy": "steps", "save_steps": STEPS // 2, "eval_prompts": 2}
+            if stage == 3:
+                base = Path(folder) / "base"
+                settings |= {"model": str(base), "model_init_kwargs": {"attn_implementation": "sdpa"}}
+                if os.environ["RANK"] == "0" and not base.exists():
+                    tiny_model(**KINDS[kind][0]).save_pretrained(base)
+            trainer = sharded_trainer(f"{folder}/{name}", kind, 2, **with_zero(stage) | settings)
+            assert stage == 2 or not any(weight.numel() for weight in trainer.head.model.lm_head.parameters())
+            trainer.train()
+            found[name] = curve(trainer)
+            found[f"{name}, evaluated"] = [trainer.evaluate()["eval_loss"]]
+            trainer.save_model(f"{folder}/{name}/saved")
+            resumed = sharded_trainer(f"{folder}/{name}", kind, 2, **with_zero(stage) | settings)
+            resumed.train(resume_from_checkpoint=f"{folder}/{name}/checkpoint-{STEPS // 2}")
+            found[f"{name}, resumed"] = curve(resumed)
+        trainer = sharded_trainer(f"{folder}/{stage}", "untied", 2, **with_zero(stage))
+        with pytest.raises(ValueError, match=r"ZeRO Stage 3|a trainer trains once, and not after an evaluation"):
+            trainer.evaluate()
+            trainer.train()
+    return found
+
+
+@pytest.mark.multiprocess
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs DeepSpeed")
+def test_zero_trains_saves_and_resumes_as_one_process_does(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "zero_curves-2" / "base")
+    two = on_processes(2, "zero_curves", tmp_path, module="test_sharded")
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    for kind in ("untied", "lora", "draft"):
+        alone = sharded_trainer(tmp_path / kind, kind)
+        alone.train()
+        loss = alone.evaluate()["eval_loss"]
+        expected = hf_jacobi.enable(alone.model).generate(prompt, max_new_tokens=24, decoding="jacobi").tolist()
+        for stage in (2, 3):
+            name = f"{kind} {stage}"
+            assert two[name] == pytest.approx(curve(alone), rel=1e-4), name
+            assert two[f"{name}, resumed"] == pytest.approx(curve(alone), rel=1e-4), name
+            assert two[f"{name}, evaluated"] == pytest.approx([loss], rel=1e-4), name
+            model = saved(tmp_path / "zero_curves-2" / name / "saved", kind)
+            assert hf_jacobi.enable(model).generate(prompt, max_new_tokens=24, decoding="jacobi").tolist() == expected
+
+
+def saved(folder: Path, kind: str):
+    """The model of a saved folder."""
+    if "peft_config" not in KINDS[kind][1]:
+        return AutoModelForCausalLM.from_pretrained(folder)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(tiny_model(**KINDS[kind][0]), folder)
 
 
 def in_half_precision(folder) -> list[str]:

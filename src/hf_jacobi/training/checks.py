@@ -189,6 +189,15 @@ def refuse_unsharded(trainer) -> None:
         )
 
 
+def refuse_prepared(trainer) -> None:
+    """Raises `ValueError` for a training with DeepSpeed after an evaluation or another training, of another engine."""
+    if trainer.is_deepspeed_enabled and trainer.deepspeed is not None:
+        raise UsageError(
+            "with DeepSpeed a trainer trains once, and not after an evaluation: make a trainer anew, and pass "
+            "eval_on_start=True to evaluate first."
+        )
+
+
 def keep_sums_whole(trainer) -> None:
     """
     Has FSDP 2 leave outputs in their precision. What a forward returns here are sums over thousands of tokens, which

@@ -37,6 +37,7 @@ from .checks import (
     check_tokenizer,
     keep_sums_whole,
     never_dispatch,
+    refuse_prepared,
     refuse_split_rows,
     refuse_unsharded,
     refuse_without_sharding,
@@ -309,6 +310,7 @@ class JacobiForcingTrainer(Trainer):
                 "no weight of the model may be trained: load an adapter with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or pass a `peft_config`."
             )
+        refuse_prepared(self)
         if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             forget_preparation(self)
         with ExitStack() as stack:
