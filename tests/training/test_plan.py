@@ -1,4 +1,4 @@
-"""What the training reads off a batch is found once, in the collator: no step waits for its device."""
+"""What the training reads off a batch is found once, in the collator, and not on its device."""
 
 from __future__ import annotations
 

@@ -287,7 +287,7 @@ class JacobiForcingTrainer(Trainer):
             if not asked:
                 return terms
             router = self.router_loss(outputs.router_logits, plan.targets.present, by_row=not self.model.training)
-            return terms._replace(router=router)
+            return Terms(terms.consistency, terms.ar, terms.right, router, terms.uncut)
 
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         inputs |= self.noisy_tokens.inputs(rows, plan.noisy_tokens) if self.noisy_tokens else {}
