@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models import tiny_model
 from packed_rows import packed
-from test_trainer import rows, trainer_of
+from test_trainer import assert_same, gradients_of_a_step, lora, rows, trainer_of
 
 import hf_jacobi
 
@@ -90,7 +91,6 @@ def test_rows_that_training_drops_are_evaluated(tmp_path, monkeypatch):
 
 def weights_after(folder) -> list[list[float]]:
     """Sums over the weights of all processes after a training behind an evaluation."""
-    import torch
     from accelerate.utils import gather_object
     from datasets import IterableDataset
 
@@ -110,3 +110,23 @@ def weights_after(folder) -> list[list[float]]:
 def test_processes_train_together_after_an_evaluation(tmp_path):
     one, other = on_processes(2, "weights_after", tmp_path)
     assert one == other
+
+
+def gradients_after_an_evaluation(folder) -> list[dict[str, list[float]]]:
+    """Those of all processes, of the whole model and of an adapter."""
+    from accelerate.utils import gather_object
+
+    settings = {"evaluations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | BACKEND
+    found = gradients_of_a_step(folder, **settings) | gradients_of_a_step(folder, peft_config=lora(), **settings)
+    return gather_object([{name.removeprefix("module."): value.flatten().tolist() for name, value in found.items()}])
+
+
+@pytest.mark.multiprocess
+def test_processes_have_the_gradients_of_one_after_an_evaluation(tmp_path, monkeypatch):
+    """transformers takes a model that it prepared for evaluation for a wrapped one: each would train by itself."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
+    one, other = on_processes(2, "gradients_after_an_evaluation", tmp_path)
+    assert one == other
+    alone = gradients_of_a_step(tmp_path) | gradients_of_a_step(tmp_path, peft_config=lora())
+    assert_same({name: torch.tensor(value) for name, value in one.items()},
+                {name: value.flatten() for name, value in alone.items()})  # fmt: skip

@@ -52,7 +52,7 @@ def arguments(folder, **settings) -> JacobiForcingConfig:
 def trainer_of(model, folder, data=None, **settings):
     others = {
         name: settings.pop(name)
-        for name in ("peft_config", "eval_dataset", "processing_class", "eval_score")
+        for name in ("peft_config", "eval_dataset", "processing_class", "eval_score", "data_collator")
         if name in settings
     }
     others.setdefault("processing_class", tiny_tokenizer())
@@ -69,8 +69,11 @@ def gradients_of_a_step(folder, **settings) -> dict[str, torch.Tensor]:
     """The gradients of the first optimizer step, read when the optimizer runs."""
     model = tiny_model(attention=settings.pop("attention", None))
     torch.manual_seed(0)  # of the adapter, if there is one
+    evaluations = settings.pop("evaluations", 0)
     trainer = trainer_of(model, folder, learning_rate=0.0, max_grad_norm=0.0, **settings)
     found = {}
+    for _ in range(evaluations):
+        trainer.evaluate(rows(2, seed=1))
     trainer.create_optimizer()
     step = trainer.optimizer.step
 
@@ -108,6 +111,37 @@ def test_the_loss_is_that_of_the_oracle(tmp_path):
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_a_cut_loss_is_that_of_the_oracle(tmp_path):
+    """After some training, so that predictions are right; what is logged is of all positions."""
+    model = tiny_model()
+    settings = {"consistency_loss": "tv", "accept_cut": True, "block_position_weight": 0.5, "ar_loss_weight": 2.0}
+    trainer = trainer_of(model, tmp_path, max_steps=30, learning_rate=1e-2, **settings)
+    trainer.train()
+    some = packed(3)
+    loss, terms = trainer.compute_loss(model.eval(), trainer.data_collator(some), return_outputs=True)
+    expected, every, ar, counted, right = 0.0, 0.0, [], 0, 0
+    for row in some:
+        logits = oracle_logits(model, row)
+        previous = None
+        for index, (block, twin) in enumerate(zip(row["block_ids"], row["twin_ids"])):
+            if block < 0 and index + 1 < len(row["labels"]) and row["labels"][index + 1] != -100:
+                ar.append(torch.nn.functional.cross_entropy(logits[index], torch.tensor(row["labels"][index + 1])))
+            if twin < 0 or row["labels"][twin + 1] == -100:
+                continue
+            if block != previous:
+                previous, place, failed = block, 0, False
+            tv = (logits[twin].softmax(-1) - logits[index].softmax(-1)).abs().sum() / 2
+            every += float(tv.detach())
+            if not failed:
+                expected, counted = expected + 0.5**place * tv, counted + 1
+            hit = int(logits[index].argmax()) == row["labels"][twin + 1]
+            place, failed, right = place + 1, failed or not hit, right + hit
+    count = trainer.planner(trainer.data_collator(some)).targets.counts[1]
+    assert 0 < right < count and right < counted < count, "some blocks are cut, and some predictions are right"
+    assert float(terms.uncut) == pytest.approx(every, rel=1e-4) and int(terms.right) == right
+    assert float(loss.detach()) == pytest.approx(float(expected / count + 2 * torch.stack(ar).mean()), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -118,9 +152,10 @@ def test_the_loss_is_that_of_the_oracle(tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["full", "lora"])
-def test_a_step_is_one_large_batch_however_it_is_cut(tmp_path, settings, kind):
+@pytest.mark.parametrize("loss", [{}, {"accept_cut": True, "consistency_loss": "lk", "block_position_weight": 0.8}])
+def test_a_step_is_one_large_batch_however_it_is_cut(tmp_path, settings, kind, loss):
     adapter = {} if kind == "full" else {"peft_config": lora()}
-    ours, theirs = (gradients_of_a_step(tmp_path, **adapter, **changed) for changed in (settings, {}))
+    ours, theirs = (gradients_of_a_step(tmp_path, **adapter, **loss, **changed) for changed in (settings, {}))
     assert_same(ours, theirs)
     assert all("lora_" in name for name in ours) == (kind == "lora")
 
@@ -442,6 +477,8 @@ def test_checkpointing_goes_by_the_new_name_and_the_old_one(tmp_path, name):
         ({"consistency_loss": "l2"}, "`consistency_loss` must be one of"),
         ({"ar_loss_weight_start": 2.0}, "`ar_loss_weight_start` must be above 0 and at most"),
         ({"temperature": 0.0}, "`temperature` must be positive"),
+        ({"block_position_weight": 0.0}, "`block_position_weight` must be above 0"),
+        ({"block_position_weight": float("nan")}, "`block_position_weight` must be a finite number"),
         ({"jacobi_config": {"blocksize": 3}}, "unknown settings"),
     ],
 )

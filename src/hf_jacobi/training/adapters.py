@@ -235,12 +235,17 @@ class NoisyTokens:
         self.on = False
         self._in_one_piece = self._in_two_forwards = self._in_batch = False
 
-    def inputs(self, rows: RowTensors) -> dict[str, Any]:
-        """What the forward of a batch is given for its adapter."""
+    def inputs(self, rows: RowTensors, counts: list[int]) -> dict[str, Any]:
+        """
+        What the forward of a batch is given for its adapter.
+
+        Args:
+            rows: the tokens.
+            counts: how many of them are noisy in each row.
+        """
         if self._in_two_forwards:
             return {OFFSETS: []}  # else PEFT looks for them in the text
         noisy = rows.noisy
-        counts: list[int] = noisy.sum(1).tolist()
         if not (self._in_one_piece and self._in_batch):
             return {OFFSETS: counts}
         self.mask = noisy[:, noisy.shape[1] - max(1, *counts) :, None]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from itertools import islice
 from typing import Any
+
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from ..decoding.errors import UsageError
 from ..trajectories.packing import COLUMNS
@@ -125,12 +128,21 @@ def check_shares(args) -> None:
         )
 
 
-def check_dispatch(args) -> None:
-    """Raises `ValueError` where one process would join batches of different lengths for the others."""
-    if args.world_size > 1 and getattr(args.accelerator_config, "dispatch_batches", None):
+def never_dispatch(args) -> None:
+    """
+    Has each process read a stream by itself and take its rows, where one process would by accelerate's default join
+    batches of different lengths for the others.
+
+    Raises:
+        `ValueError`: that is asked for.
+    """
+    if args.world_size == 1:
+        return
+    if getattr(args.accelerator_config, "dispatch_batches", None):
         raise UsageError(
             "`dispatch_batches=True` joins the batches of all processes, whose rows differ in length: leave it out."
         )
+    args.accelerator_config.dispatch_batches = False
 
 
 def check_best_model(model, args) -> None:
@@ -168,3 +180,42 @@ def refuse_split_rows(args, config=None) -> None:
             "that keeps noise out of the text: leave them out, and share the rows among processes instead (DDP, FSDP, "
             "DeepSpeed ZeRO)."
         )
+
+
+def refuse_without_sharding(trainer) -> None:
+    """Raises `ValueError` where FSDP was asked for, and accelerate, which has it for GPUs alone, would do without."""
+    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if asked and trainer.accelerator.num_processes > 1 and not trainer.is_fsdp_enabled:
+        raise UsageError(
+            f"FSDP was asked for, but accelerate has none for processes on a {trainer.args.device.type}, and would "
+            "copy the whole model to each of them: leave FSDP out, or run on GPUs."
+        )
+
+
+def refuse_unsharded(trainer) -> None:
+    """Raises `ValueError` for an evaluation before FSDP 2 has sharded the model."""
+    if getattr(trainer.accelerator, "is_fsdp2", False) and not isinstance(trainer.model, FSDPModule):
+        raise UsageError(
+            "FSDP 2 shards a model when its training begins: evaluate after train(), with eval_on_start=True, or "
+            "without FSDP."
+        )
+
+
+def refuse_prepared(trainer) -> None:
+    """Raises `ValueError` for a training with DeepSpeed after an evaluation or another training, of another engine."""
+    if trainer.is_deepspeed_enabled and trainer.deepspeed is not None:
+        raise UsageError(
+            "with DeepSpeed a trainer trains once, and not after an evaluation: make a trainer anew, and pass "
+            "eval_on_start=True to evaluate first."
+        )
+
+
+def keep_sums_whole(trainer) -> None:
+    """
+    Has FSDP 2 leave outputs in their precision. What a forward returns here are sums over thousands of tokens, which
+    accelerate asks for in half precision where the weights are.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    policy = getattr(plugin, "mixed_precision_policy", None)
+    if isinstance(policy, MixedPrecisionPolicy):
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)

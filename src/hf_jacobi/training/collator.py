@@ -3,14 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..trajectories.packing import COLUMNS
+from .losses import Targets, find_targets
+from .mask import RowTensors
+from .windows import segments
 
 
 FILL = {"block_ids": -1, "labels": -100, "seq_ids": -1, "twin_ids": -1}
+
+
+PLAN = "plan"  # the entry of a batch that is no tensor
+
+
+@dataclass
+class Plan:
+    """
+    What is read off the columns of a batch once, on the host.
+
+    Attributes:
+        targets: which tokens the losses read.
+        noisy_tokens: how many noisy tokens each row has.
+        segments: what the windowed attention takes in the place of a mask, if it is to run; stays on the host.
+    """
+
+    targets: Targets
+    noisy_tokens: list[int]
+    segments: torch.Tensor | None = None
+
+    def to(self, device, **others) -> Plan:
+        """With the tensors that the device reads on it; data loaders call it."""
+        return replace(self, targets=self.targets.to(device, **others))
+
+    def pin_memory(self) -> Plan:
+        """With these tensors in pinned memory; data loaders call it."""
+        return replace(self, targets=self.targets.pin_memory())
+
+
+@dataclass(frozen=True)
+class Planner:
+    """
+    Makes the [`Plan`] of a batch.
+
+    Args:
+        within_block: see `find_targets`.
+        windowed: whether the windowed attention is going to run.
+    """
+
+    within_block: bool = False
+    windowed: bool = False
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> Plan:
+        """Of collated rows, `[B, L]` each."""
+        return Plan(
+            find_targets(batch, self.within_block),
+            (batch["block_ids"] >= 0).sum(1).tolist(),
+            segments(RowTensors.of(batch)) if self.windowed else None,
+        )
 
 
 @dataclass
@@ -23,6 +75,7 @@ class PackedCollator:
         multiple: lengths are padded to a multiple of this.
         as_drafts: cut each noisy block down to what a draft-only adapter meets when decoding; see `cut_to_drafts`.
         check: looks at the rows of a batch, and raises an error for one that is wrong; for data that come as a stream.
+        planner: makes the entry `PLAN` of a batch, in which the training finds what would else be read off its device.
 
     Example:
 
@@ -36,6 +89,7 @@ class PackedCollator:
     multiple: int = 1
     as_drafts: bool = False
     check: Callable[[list[dict]], None] | None = None
+    planner: Planner | None = None
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """A batch: for each of the columns of `pack_trajectories` an integer tensor `[B, L]`."""
@@ -52,6 +106,8 @@ class PackedCollator:
             batch[column] = torch.tensor(padded, dtype=torch.long)
         padding = torch.tensor([[length - len(row["input_ids"])] for row in rows])
         batch["twin_ids"] = torch.where(batch["twin_ids"] >= 0, batch["twin_ids"] + padding, -1)
+        if self.planner is not None:
+            batch[PLAN] = self.planner(batch)
         return batch
 
 

@@ -47,9 +47,17 @@ class JacobiForcingConfig(TrainingArguments):
             logarithm grows with the square of the steps done. A large weight keeps a model from learning to draft: so
             it learns that first, and its text is mended later.
         consistency_loss (`str`, defaults to `"soft"`):
-            `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"` or `"hard"`; see `losses.consistency_loss`.
+            `"soft"`, `"kl"`, `"reverse_kl"`, `"jsd"`, `"hard"`, or what is accepted of a draft: `"tv"` (total
+            variation) or `"lk"`; see `losses.consistency_loss`.
         temperature (`float`, defaults to 1.0):
             T of the consistency loss.
+        accept_cut (`bool`, defaults to `False`):
+            Of each noisy block only the positions up to the first one whose prediction is wrong, and that one, count
+            in the consistency loss (Spec-AUF, arXiv 2607.01893). It is still divided by the number of all noisy
+            positions, which is known before the forward pass. What is logged as `consistency_loss` is of all of them.
+        block_position_weight (`float`, defaults to 1.0):
+            What each position of a noisy block, from the first wrong token on, counts in the consistency loss of what
+            the one before it does; above 0.
         within_block (`bool`, defaults to `False`):
             Leave out the last token of each noisy block, whose prediction belongs to the next block, as the authors'
             code does.
@@ -102,8 +110,14 @@ class JacobiForcingConfig(TrainingArguments):
     ar_loss_weight_start: float | None = field(
         default=None, metadata={"help": "lambda at the first step, if it is to grow to ar_loss_weight"}
     )
-    consistency_loss: str = field(default="soft", metadata={"help": "one of soft, kl, reverse_kl, jsd, hard"})
+    consistency_loss: str = field(default="soft", metadata={"help": "one of soft, kl, reverse_kl, jsd, tv, lk, hard"})
     temperature: float = field(default=1.0, metadata={"help": "temperature of the consistency loss"})
+    accept_cut: bool = field(
+        default=False, metadata={"help": "count the positions of a noisy block up to the first wrong prediction alone"}
+    )
+    block_position_weight: float = field(
+        default=1.0, metadata={"help": "what a position of a noisy block counts of what the one before it does"}
+    )
     within_block: bool = field(default=False, metadata={"help": "leave out the last token of each noisy block"})
     loss_chunk_size: int = field(default=512, metadata={"help": "tokens whose logits are held at a time"})
     model_init_kwargs: dict[str, Any] | str | None = field(
@@ -152,6 +166,8 @@ class JacobiForcingConfig(TrainingArguments):
             raise UsageError(f"`adapter_scope` must be one of {ADAPTER_SCOPES}, got {self.adapter_scope!r}.")
         if self.temperature <= 0:
             raise UsageError(f"`temperature` must be positive, got {self.temperature}.")
+        if self.block_position_weight <= 0:
+            raise UsageError(f"`block_position_weight` must be above 0, got {self.block_position_weight}.")
         if self.ar_loss_weight < 0:
             raise UsageError(f"`ar_loss_weight` must not be negative, got {self.ar_loss_weight}.")
         if self.ar_loss_weight_start is not None and not 0 < self.ar_loss_weight_start <= self.ar_loss_weight:
@@ -175,7 +191,7 @@ class JacobiForcingConfig(TrainingArguments):
                 continue
             if not (one.name == "max_grad_norm" and value == math.inf):
                 raise UsageError(f"`{one.name}` must be a finite number, got {value}.")
-        for name in ("ar_loss_weight", "temperature", *RANGES):
+        for name in ("ar_loss_weight", "temperature", "block_position_weight", *RANGES):
             check_real(name, getattr(self, name))
         for name, (least, most) in RANGES.items():
             if not least <= getattr(self, name) <= most:

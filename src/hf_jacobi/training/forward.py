@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,21 +39,28 @@ def forward_as(model: nn.Module, method: Callable[..., Any], **inputs) -> Any:
         what `method` returns.
     """
     inner = unwrap(model)
-    original = inner.__dict__.get("forward")
+    with redirected(inner, partial(method, inner)):
+        return model(**inputs)
+
+
+@contextmanager
+def redirected(module: nn.Module, method: Callable[..., Any]):
+    """While this is open, the next call of `module` runs `method` in the place of its forward."""
+    original = module.__dict__.get("forward")
 
     def restore() -> None:
         if original is None:
-            inner.__dict__.pop("forward", None)
+            module.__dict__.pop("forward", None)
         else:
-            inner.__dict__["forward"] = original
+            module.__dict__["forward"] = original
 
-    def redirected(*args, **kwargs):
-        restore()  # before `method`, which may call the model itself
-        return method(inner, *args, **kwargs)
+    def once(*args, **kwargs):
+        restore()  # before `method`, which may call the module itself
+        return method(*args, **kwargs)
 
-    inner.__dict__["forward"] = redirected
+    module.__dict__["forward"] = once
     try:
-        return model(**inputs)
+        yield
     finally:
         restore()
 
@@ -136,7 +144,28 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, H]` to `[N, V]`."""
-        logits = self.model.get_output_embeddings()(hidden)
+        return self._scaled(self.model.get_output_embeddings()(hidden))
+
+    def in_one_call(self, function: Callable[..., Any], hidden: torch.Tensor) -> Any:
+        """
+        Calls `function(head, hidden)` as the forward of the output embeddings, so that FSDP and DeepSpeed, which
+        gather the weights of a module when it is called, gather them once, however often `function` applies `head`,
+        in the backward pass, too.
+
+        Args:
+            function: what to call; `head` is from hidden states `[N, H]` to logits `[N, V]`.
+            hidden: `[B, L, H]`.
+        """
+        embeddings = self.model.get_output_embeddings()
+        forward = embeddings.forward
+
+        def head(hidden: torch.Tensor) -> torch.Tensor:
+            return self._scaled(forward(hidden))
+
+        with redirected(embeddings, partial(function, head)):
+            return embeddings(hidden)
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         if self.factor != 1.0:
             logits = logits * self.factor
         if self.cap is not None:

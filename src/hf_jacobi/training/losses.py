@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -13,7 +15,40 @@ from torch.utils.checkpoint import checkpoint
 from ..decoding.errors import UsageError
 
 
-CONSISTENCY_LOSSES = ("soft", "kl", "reverse_kl", "jsd", "hard")
+LK_DECAY = 3.0  # eta, of the LK loss
+
+
+def _soft(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return -(teacher.exp() * student).sum(-1)
+
+
+def _kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+def _reverse_kl(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return _kl(teacher, student)
+
+
+def _jsd(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    mean = torch.logaddexp(student, teacher) - math.log(2.0)
+    return (_kl(mean, student) + _kl(mean, teacher)) / 2
+
+
+def _tv(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    return (teacher.exp() - student.exp()).abs().sum(-1) / 2
+
+
+def _lk(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    tv = _tv(student, teacher)
+    weight = torch.exp(-LK_DECAY * (1 - tv.detach()))
+    return weight * _kl(student, teacher) + (1 - weight) * tv
+
+
+# From log-probabilities `[N, V]` of student and teacher to `[N]`.
+DIVERGENCES = {"soft": _soft, "kl": _kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "tv": _tv, "lk": _lk}
+OF_ACCEPTANCE = ("tv", "lk")  # not weighted by the temperature
+CONSISTENCY_LOSSES = (*DIVERGENCES, "hard")
 
 
 def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
@@ -21,35 +56,36 @@ def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, te
     How far predictions made in a noisy block are from those made in the text.
 
     Args:
-        student: `[N, V]` logits at noisy tokens.
-        teacher: `[N, V]` logits at their twins; no gradient flows into them.
-        kind: `"soft"` (cross-entropy against the teacher's distribution, the paper's), `"kl"` (the same less the
-            teacher's entropy, so that 0 is perfect; the same gradient), `"reverse_kl"`, `"jsd"` (Jensen-Shannon), or
-            `"hard"` (cross-entropy against the teacher's likeliest token; the temperature does not apply).
-        temperature: T; both distributions are softened by it, and the loss is weighted by its square, so that the
-            size of the gradient does not depend on it (Hinton et al., arXiv 1503.02531, section 2).
+        student: `[N, V]` logits at noisy tokens, q.
+        teacher: `[N, V]` logits at their twins, p; no gradient flows into them.
+        kind: one of
+
+            - `"soft"`: cross-entropy against the teacher's distribution, the paper's.
+            - `"kl"`: the same less the teacher's entropy, so that 0 is perfect; the same gradient.
+            - `"reverse_kl"`.
+            - `"jsd"`: Jensen-Shannon.
+            - `"tv"`: total variation, 1 - alpha, where alpha = sum of min(p, q) is the chance that a token drawn from
+              q is accepted. Its gradient vanishes where q and p have hardly anything in common.
+            - `"lk"`: the LK loss with adaptive lambda (Samarin et al., arXiv 2602.23881, sections 4.2 and 4.4),
+              lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha), which gets no gradient: KL as long as little is
+              accepted, TV later. Alpha is that of each token; the authors' code takes the mean over a batch, with
+              which micro-batches would no longer add up to one large batch.
+            - `"hard"`: cross-entropy against the teacher's likeliest token; the temperature does not apply.
+        temperature: T, by which both distributions are softened. The loss is weighted by its square, so that the size
+            of the gradient does not depend on it (Hinton et al., arXiv 1503.02531, section 2); but for `"tv"` and
+            `"lk"`, in which T is the temperature that tokens are drawn at, and alpha a probability.
 
     Returns:
-        `[N]`, float32.
+        `[N]`, float32; float64 for logits in float64.
     """
-    student, teacher = student.float(), teacher.detach().float()
+    if kind not in CONSISTENCY_LOSSES:
+        raise UsageError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {kind!r}.")
+    precision = torch.promote_types(student.dtype, torch.float32)
+    student, teacher = student.to(precision), teacher.detach().to(precision)
     if kind == "hard":
         return F.cross_entropy(student, teacher.argmax(-1), reduction="none")
-    log_student = F.log_softmax(student / temperature, -1)
-    log_teacher = F.log_softmax(teacher / temperature, -1)
-    if kind == "soft":
-        loss = -(log_teacher.exp() * log_student).sum(-1)
-    elif kind == "kl":
-        loss = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
-    elif kind == "reverse_kl":
-        loss = (log_student.exp() * (log_student - log_teacher)).sum(-1)
-    elif kind == "jsd":
-        log_mean = torch.logaddexp(log_student, log_teacher) - torch.log(torch.tensor(2.0, device=student.device))
-        parts = log_student.exp() * (log_student - log_mean) + log_teacher.exp() * (log_teacher - log_mean)
-        loss = parts.sum(-1) / 2
-    else:
-        raise UsageError(f"`consistency_loss` must be one of {CONSISTENCY_LOSSES}, got {kind!r}.")
-    return loss * temperature**2
+    loss = DIVERGENCES[kind](F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1))
+    return loss if kind in OF_ACCEPTANCE else loss * temperature**2
 
 
 @dataclass
@@ -60,22 +96,42 @@ class Targets:
     Attributes:
         clean: `[N]`, tokens of the text whose following token has a label.
         labels: `[N]`, that following token.
-        noisy: `[M]`, noisy tokens with a twin among `clean`.
+        noisy: `[M]`, noisy tokens with a twin among `clean`, in the order of their twins.
         twins: `[M]`, the place in `clean` of that twin.
+        blocks: `[M]`, a number for the noisy block, from 0 on.
+        places: `[M]`, how many of `noisy` stand before it in its block.
         present: `[B, L]`, tokens that are no padding.
+        host_twins: the same as `twins`.
+        counts: tokens of the AR loss, of the consistency loss, and of the router loss of a mixture of experts.
     """
 
     clean: torch.Tensor
     labels: torch.Tensor
     noisy: torch.Tensor
     twins: torch.Tensor
+    blocks: torch.Tensor
+    places: torch.Tensor
     present: torch.Tensor
+    host_twins: list[int]
+    counts: list[int]
 
-    @property
-    def counts(self) -> torch.Tensor:
-        """`[3]`: tokens of the AR loss, of the consistency loss, and of the router loss of a mixture of experts."""
-        counts = [len(self.clean), len(self.noisy), self.present.sum()]
-        return torch.tensor(counts, device=self.clean.device)
+    def to(self, device, **others) -> Targets:
+        """With the tensors on another device."""
+        return self._map(lambda values: values.to(device, **others))
+
+    def pin_memory(self) -> Targets:
+        """With the tensors in pinned memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
+        names = ("clean", "labels", "noisy", "twins", "blocks", "places", "present")
+        return replace(self, **{name: function(getattr(self, name)) for name in names})
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, slice]]:
+        """Parts of `clean`, `size` each, and those of `noisy` whose twins are in them."""
+        for start in range(0, len(self.clean), size):
+            first, end = (bisect_left(self.host_twins, bound) for bound in (start, start + size))
+            yield slice(start, start + size), slice(first, end)
 
 
 def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> Targets:
@@ -107,7 +163,42 @@ def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> 
         ends[:, -1] = True
         twin_places = twin_places.masked_fill(ends, -1)
     noisy = (twin_places.flatten() >= 0).nonzero().squeeze(1)
-    return Targets(clean, flat_labels[clean], noisy, twin_places.flatten()[noisy], batch["seq_ids"] >= 0)
+    twins = twin_places.flatten()[noisy]
+    order = torch.argsort(twins, stable=True)
+    blocks, places = _blocks_of(batch, noisy)
+    present = batch["seq_ids"] >= 0
+    counts = [len(clean), len(noisy), int(present.sum())]
+    noisy, twins, blocks, places = (values[order] for values in (noisy, twins, blocks, places))
+    return Targets(clean, flat_labels[clean], noisy, twins, blocks, places, present, twins.tolist(), counts)
+
+
+def _blocks_of(batch: dict[str, torch.Tensor], noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For noisy tokens `[M]`, in the order of the batch, the number of their block, and how many stand before them."""
+    begins = torch.ones_like(batch["seq_ids"], dtype=torch.bool)
+    for column, step in (("seq_ids", 0), ("block_ids", 0), ("position_ids", 1)):
+        begins[:, 1:] &= batch[column].diff(dim=1) == step
+    begins[:, 1:] ^= True
+    numbers = begins.flatten().cumsum(0)[noisy]
+    _, blocks, sizes = torch.unique_consecutive(numbers, return_inverse=True, return_counts=True)
+    return blocks, torch.arange(len(noisy), device=noisy.device) - (sizes.cumsum(0) - sizes)[blocks]
+
+
+def until_failure(right: torch.Tensor, targets: Targets) -> torch.Tensor:
+    """
+    Which noisy tokens count where drafting ends with the first failure: those of each block up to the first one whose
+    prediction is wrong, and that one (Spec-AUF, arXiv 2607.01893).
+
+    Args:
+        right: `[M]` bool, whether the prediction at a noisy token is the text's next token.
+        targets: the tokens.
+
+    Returns:
+        `[M]` bool.
+    """
+    never = len(right)
+    wrong_places = torch.where(right, never, targets.places)
+    first = torch.full_like(targets.places, never).scatter_reduce(0, targets.blocks, wrong_places, "amin")
+    return targets.places <= first[targets.blocks]
 
 
 class Terms(NamedTuple):
@@ -119,12 +210,14 @@ class Terms(NamedTuple):
         consistency, ar: sums of the two losses; scalars with a gradient.
         right: noisy tokens whose prediction is the text's next token.
         router: the router loss of a mixture of experts, times the tokens it is of; 0 without one.
+        uncut: the consistency loss summed over all noisy tokens, each with a weight of 1; no gradient.
     """
 
     consistency: torch.Tensor
     ar: torch.Tensor
     right: torch.Tensor
     router: torch.Tensor | float = 0.0
+    uncut: torch.Tensor | float = 0.0
 
 
 def sum_losses(
@@ -136,6 +229,8 @@ def sum_losses(
     temperature: float = 1.0,
     label_smoothing: float = 0.0,
     chunk_size: int = 512,
+    accept_cut: bool = False,
+    place_weight: float = 1.0,
 ) -> Terms:
     """
     The sums of both losses, with the logits of `chunk_size` tokens in memory at a time.
@@ -149,33 +244,39 @@ def sum_losses(
         kind, temperature: see `consistency_loss`.
         label_smoothing: of the AR loss.
         chunk_size: tokens of the text whose logits, and those of their noisy twins, are held at a time.
+        accept_cut: see `until_failure`.
+        place_weight: what each place of a block counts of what the one before it does.
     """
     flat = hidden.flatten(0, 1)
-    order = torch.argsort(targets.twins)
-    noisy, twins = targets.noisy[order], targets.twins[order]
     zero = (
         flat.new_zeros((), dtype=torch.float32) + 0.0 * flat[:1].float().sum()
     )  # keeps a batch of no targets in step
-    terms = [zero, zero.clone(), zero.detach().clone()]
 
-    def chunk_sums(clean_hidden, noisy_hidden, labels, places):
+    def chunk_losses(clean_hidden, noisy_hidden, labels, places):
         logits = head(clean_hidden)
         ar = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
         student = head(noisy_hidden)
-        consistency = consistency_loss(student, logits[places], kind, temperature).sum()
-        right = (student.detach().argmax(-1) == labels[places]).sum().float()
-        return consistency, ar, right
+        right = student.detach().argmax(-1) == labels[places]
+        return ar, consistency_loss(student, logits[places], kind, temperature), right
 
-    bounds = torch.searchsorted(
-        twins, torch.arange(0, len(targets.clean) + chunk_size, chunk_size, device=twins.device)
-    )
-    for number, start in enumerate(range(0, len(targets.clean), chunk_size)):
-        some = slice(int(bounds[number]), int(bounds[number + 1]))
-        chunk = targets.clean[start : start + chunk_size]
-        inputs = (flat[chunk], flat[noisy[some]], targets.labels[start : start + chunk_size], twins[some] - start)
+    ar, losses, rights = zero, [zero.new_zeros(0)], [torch.zeros(0, dtype=torch.bool, device=flat.device)]
+    for chunk, some in targets.chunks(chunk_size):
+        inputs = (
+            flat[targets.clean[chunk]],
+            flat[targets.noisy[some]],
+            targets.labels[chunk],
+            targets.twins[some] - chunk.start,
+        )
         if torch.is_grad_enabled():
-            sums = checkpoint(chunk_sums, *inputs, use_reentrant=False)
+            text, drafts, right = checkpoint(chunk_losses, *inputs, use_reentrant=False)
         else:
-            sums = chunk_sums(*inputs)
-        terms = [total + part for total, part in zip(terms, sums)]
-    return Terms(*terms)
+            text, drafts, right = chunk_losses(*inputs)
+        ar = ar + text
+        losses.append(drafts)
+        rights.append(right)
+    # What counts of a block is known when all of it is: a block may lie in several chunks.
+    loss, right = torch.cat(losses), torch.cat(rights)
+    weights = place_weight**targets.places if place_weight != 1.0 else torch.ones_like(loss)
+    if accept_cut:
+        weights = weights * until_failure(right, targets)
+    return Terms(zero + (loss * weights).sum(), ar, right.sum().float(), uncut=loss.detach().sum())

@@ -32,22 +32,26 @@ from .callbacks import DecodingCallback, SkippingBrokenSteps, prompts_of, texts_
 from .checks import (
     RowCheck,
     check_best_model,
-    check_dispatch,
     check_precision,
     check_score,
     check_shares,
     check_tokenizer,
+    keep_sums_whole,
+    never_dispatch,
+    refuse_prepared,
     refuse_split_rows,
+    refuse_unsharded,
+    refuse_without_sharding,
 )
-from .collator import FILL, PackedCollator
+from .collator import FILL, PLAN, PackedCollator, Plan, Planner
 from .config import JacobiForcingConfig
 from .figures import Score
 from .forward import Head, RouterLoss, check_compilable, compiled_layers, forward_as, run_decoder
-from .losses import Targets, Terms, find_targets, sum_losses
+from .losses import Targets, Terms, sum_losses
 from .mask import FLEX_MULTIPLE, RowTensors, refuse_untrainable, training_mask
 from .refresh import Refresh, RefreshedRows, Refreshing, check_refresh
 from .text_once import TextOnce, can_split
-from .windows import attending_by_windows, can_be_windowed, segments
+from .windows import attending_by_windows, can_be_windowed
 
 
 class JacobiForcingTrainer(Trainer):
@@ -117,7 +121,7 @@ class JacobiForcingTrainer(Trainer):
         refuse_split_rows(args)
         check_precision(args)
         check_shares(args)
-        check_dispatch(args)
+        never_dispatch(args)
         self.base_name = model if isinstance(model, str) else name_of(unwrap(model))
         if isinstance(model, str):
             model = load_model(model, args.model_init_kwargs)
@@ -129,6 +133,7 @@ class JacobiForcingTrainer(Trainer):
         refuse_untrainable(inner)
         check_weights(inner)
         self.windowed = can_be_windowed(inner)
+        self.planner = Planner(args.within_block, self.windowed)
         self.head = Head(inner)
         self.head.check()
         self.router_loss = RouterLoss(inner)
@@ -167,6 +172,7 @@ class JacobiForcingTrainer(Trainer):
                 FLEX_MULTIPLE if flex else 1,
                 args.adapter_scope == "draft",
                 self._row_check.some if stream else None,
+                self.planner,
             )
         self._sums = {"train": Counter(), "eval": Counter()}
         self._seconds = 0.0  # spent in training steps since the last log
@@ -181,6 +187,8 @@ class JacobiForcingTrainer(Trainer):
         )
         leave_loss_as_it_is(self)
         refuse_split_rows(self.args, getattr(self.accelerator, "parallelism_config", None))
+        refuse_without_sharding(self)
+        keep_sums_whole(self)
         if self.args.n_gpu > 1:
             raise UsageError(
                 f"{self.args.n_gpu} GPUs are visible to one process: start one process for each with "
@@ -246,13 +254,9 @@ class JacobiForcingTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """Also counts the tokens of the losses over all micro-batches of a step and all processes, `[3]`."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.zeros(3, dtype=torch.long, device=device)
-        for batch in batches:
-            counts += self._targets(batch).counts.to(device)
-        return batches, self.accelerator.reduce(counts, "sum")
-
-    def _targets(self, batch: dict[str, torch.Tensor]) -> Targets:
-        return find_targets(batch, self.args.within_block)
+        batches = [batch if PLAN in batch else {**batch, PLAN: self.planner(batch)} for batch in batches]
+        counts = [sum(some) for some in zip([0, 0, 0], *(batch[PLAN].targets.counts for batch in batches))]
+        return batches, self.accelerator.reduce(torch.tensor(counts, device=device), "sum")
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """
@@ -261,14 +265,15 @@ class JacobiForcingTrainer(Trainer):
 
         Args:
             model: the model, wrapped or not.
-            inputs: a collated batch.
+            inputs: a collated batch; what it lacks of a plan, as with a collator of your own, is found here.
             return_outputs: whether to return the `Terms` too.
             num_items_in_batch: `[3]`, the counts to divide by; of this batch alone if left out.
         """
-        targets = self._targets(inputs)
+        plan = inputs[PLAN] if PLAN in inputs else self.planner(inputs)
+        targets = plan.targets
         with self.accelerator.autocast():
-            terms = self.sum_losses(model, inputs, targets)
-        counts = targets.counts if num_items_in_batch is None else num_items_in_batch
+            terms = self.sum_losses(model, inputs, plan)
+        counts = torch.tensor(targets.counts) if num_items_in_batch is None else num_items_in_batch
         ar_count, consistency_count, token_count = counts.clamp(min=1)
         loss = terms.consistency / consistency_count + self.ar_loss_weight * terms.ar / ar_count
         if self.router_loss.weight:
@@ -278,7 +283,7 @@ class JacobiForcingTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, terms) if return_outputs else loss
 
-    def sum_losses(self, model, batch: dict[str, torch.Tensor], targets: Targets) -> Terms:
+    def sum_losses(self, model, batch: dict[str, torch.Tensor], plan: Plan) -> Terms:
         """Runs a batch through the model: the sums of its losses."""
         rows = RowTensors.of(batch)
         enabled = torch.is_autocast_enabled(self.accelerator.device.type)
@@ -286,9 +291,24 @@ class JacobiForcingTrainer(Trainer):
         if self.text_once:
             mask = None
         elif self.windowed:
-            mask = segments(rows)
+            mask = plan.segments
         else:
             mask = training_mask(rows, self.head.model.config.get_text_config(decoder=True), dtype)
+
+        clean, noisy, _ = plan.targets.counts
+
+        def losses(head, hidden) -> Terms:
+            return sum_losses(
+                head,
+                hidden,
+                plan.targets,
+                kind=self.args.consistency_loss,
+                temperature=self.args.temperature,
+                label_smoothing=self.args.label_smoothing_factor,
+                chunk_size=max(1, self.args.loss_chunk_size * clean // max(1, clean, noisy)),
+                accept_cut=self.args.accept_cut,
+                place_weight=self.args.block_position_weight,
+            )
 
         def method(inner, input_ids, attention_mask, position_ids, **ignored) -> Terms:
             asked = {"output_router_logits": True} if self.router_loss.weight else {}
@@ -299,28 +319,20 @@ class JacobiForcingTrainer(Trainer):
                     inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked
                 )
                 hidden = outputs.last_hidden_state
-            terms = sum_losses(
-                self.head,
-                hidden,
-                targets,
-                kind=self.args.consistency_loss,
-                temperature=self.args.temperature,
-                label_smoothing=self.args.label_smoothing_factor,
-                chunk_size=max(1, self.args.loss_chunk_size * len(targets.clean) // max(1, *targets.counts[:2])),
-            )
+            terms = self.head.in_one_call(losses, hidden)
             if self.text_once:  # of the text, which no draft-only adapter changes
-                terms = Terms(terms.consistency, terms.ar.detach(), terms.right)
+                terms = Terms(terms.consistency, terms.ar.detach(), terms.right, uncut=terms.uncut)
             if not asked:
                 return terms
-            router = self.router_loss(outputs.router_logits, targets.present, by_row=not self.model.training)
-            return Terms(terms.consistency, terms.ar, terms.right, router)
+            router = self.router_loss(outputs.router_logits, plan.targets.present, by_row=not self.model.training)
+            return Terms(terms.consistency, terms.ar, terms.right, router, terms.uncut)
 
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         with ExitStack() as stack:
             stack.enter_context(self._attention())
             if self.text_once:
                 stack.enter_context(self.noisy_tokens.in_two_forwards())
-            inputs |= self.noisy_tokens.inputs(rows) if self.noisy_tokens else {}
+            inputs |= self.noisy_tokens.inputs(rows, plan.noisy_tokens) if self.noisy_tokens else {}
             return forward_as(model, method, attention_mask=mask, **inputs)
 
     def _attention(self):
@@ -345,6 +357,7 @@ class JacobiForcingTrainer(Trainer):
                 "no weight of the model may be trained: load an adapter with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or pass a `peft_config`."
             )
+        refuse_prepared(self)
         if self.accelerator.num_processes > 1 and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             forget_preparation(self)
         with ExitStack() as stack:
@@ -406,8 +419,8 @@ class JacobiForcingTrainer(Trainer):
 
     def _each_once(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        A batch whose rows are padding where they repeat others: accelerate fills the last round of batches with rows
-        from the beginning of the data, so that all processes have as many.
+        A batch whose rows are padding where they repeat others, and its plan: accelerate fills the last round of
+        batches with rows from the beginning of the data, so that all processes have as many.
         """
         state = self.accelerator.gradient_state
         if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
@@ -416,10 +429,12 @@ class JacobiForcingTrainer(Trainer):
         new = min(max(0, state.remainder - self.accelerator.process_index * rows), rows)
         old = torch.arange(rows, device=batch["input_ids"].device) >= new
         filled = {name: batch[name].masked_fill(old[:, None], fill) for name, fill in FILL.items()}
-        return {**batch, **filled}
+        batch = {name: values for name, values in batch.items() if name != PLAN} | filled
+        return {**batch, PLAN: self.planner(batch)}
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
         """Adds both losses, summed over the whole set, and what decoding some of its prompts comes to."""
+        refuse_unsharded(self)
         self._sums["eval"].clear()
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         figures = self._means_of(self._take_sums("eval"))
@@ -434,13 +449,11 @@ class JacobiForcingTrainer(Trainer):
 
     def _count(self, mode: str, targets: Targets, terms: Terms) -> None:
         self._sums[mode].update(
-            consistency=terms.consistency.detach(),
+            consistency=terms.uncut,
             ar=terms.ar.detach(),
             right=terms.right.detach(),
             router=terms.router.detach() if self.router_loss.weight else 0.0,
-            noisy=len(targets.noisy),
-            clean=len(targets.clean),
-            tokens=targets.present.sum(),
+            **dict(zip(("clean", "noisy", "tokens"), targets.counts)),
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
