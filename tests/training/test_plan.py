@@ -77,14 +77,18 @@ def test_the_guard_sees_reads(monkeypatch):
         {"accept_cut": True, "consistency_loss": "lk", "block_position_weight": 0.9, "within_block": True},
         {"adapter": True},
         {"adapter": True, "adapter_scope": "draft"},
+        {"adapter": True, "adapter_scope": "draft", "in_one_forward": True},
         {"activation_checkpointing": True},
     ],
 )
 def test_a_step_reads_nothing_of_its_device(tmp_path, monkeypatch, settings, attention):
     """PEFT's own way to apply a draft-only adapter does; the one that compiled layers have does not."""
     settings = dict(settings)
+    one_forward = settings.pop("in_one_forward", False)
     adapter = {"peft_config": lora()} if settings.pop("adapter", False) else {}
     trainer = trainer_of(tiny_model(attention=attention), tmp_path, loss_chunk_size=16, **adapter, **settings)
+    if one_forward:
+        trainer.text_once, trainer.planner.text_once = None, False
     trainer.model.train()
     batches, counts = trainer.get_batch_samples(iter([trainer.data_collator(packed(3))]), 1, torch.device("cpu"))
     with trainer.noisy_tokens.in_one_piece() if trainer.noisy_tokens else nullcontext():

@@ -10,6 +10,7 @@ import torch
 from ..trajectories.packing import COLUMNS
 from .losses import Targets, find_targets
 from .mask import RowTensors
+from .text_once import Split, split_tokens
 from .windows import segments
 
 
@@ -28,22 +29,25 @@ class Plan:
         targets: which tokens the losses read.
         noisy_tokens: how many noisy tokens each row has.
         segments: what the windowed attention takes in the place of a mask, if it is to run; stays on the host.
+        split: which tokens go into which forward, where the text is run once for all noise.
     """
 
     targets: Targets
     noisy_tokens: list[int]
     segments: torch.Tensor | None = None
+    split: Split | None = None
 
     def to(self, device, **others) -> Plan:
         """With the tensors that the device reads on it; data loaders call it."""
-        return replace(self, targets=self.targets.to(device, **others))
+        split = self.split and self.split.to(device, **others)
+        return replace(self, targets=self.targets.to(device, **others), split=split)
 
     def pin_memory(self) -> Plan:
         """With these tensors in pinned memory; data loaders call it."""
-        return replace(self, targets=self.targets.pin_memory())
+        return replace(self, targets=self.targets.pin_memory(), split=self.split and self.split.pin_memory())
 
 
-@dataclass(frozen=True)
+@dataclass
 class Planner:
     """
     Makes the [`Plan`] of a batch.
@@ -51,17 +55,21 @@ class Planner:
     Args:
         within_block: see `find_targets`.
         windowed: whether the windowed attention is going to run.
+        text_once: whether the text is run once for all noise, in a forward of its own.
     """
 
     within_block: bool = False
     windowed: bool = False
+    text_once: bool = False
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> Plan:
         """Of collated rows, `[B, L]` each."""
+        rows = RowTensors.of(batch)
         return Plan(
             find_targets(batch, self.within_block),
             (batch["block_ids"] >= 0).sum(1).tolist(),
-            segments(RowTensors.of(batch)) if self.windowed else None,
+            segments(rows) if self.windowed else None,
+            split_tokens(rows, windowed=self.windowed).to(batch["block_ids"].device) if self.text_once else None,
         )
 
 

@@ -40,22 +40,38 @@ class Split(NamedTuple):
         text: `[B, C]`.
         noise: `[R, N]`.
         rows: `[R]`, the row of the batch that each row of `noise` belongs to.
+        from_text, to_text: where a token stands in `text` laid out flat, and where in the batch laid out flat.
+        from_noise, to_noise: the same for `noise`.
+        segments: what the windowed attention takes in the place of a mask of the text; stays on the host.
     """
 
     text: torch.Tensor
     noise: torch.Tensor
     rows: torch.Tensor
+    from_text: torch.Tensor
+    to_text: torch.Tensor
+    from_noise: torch.Tensor
+    to_noise: torch.Tensor
+    segments: torch.Tensor | None = None
+
+    def to(self, device, **others) -> Split:
+        """With the tensors that the device reads on it."""
+        return Split(*(tensor.to(device, **others) for tensor in self[:-1]), self.segments)
+
+    def pin_memory(self) -> Split:
+        """With these tensors in pinned memory."""
+        return Split(*map(torch.Tensor.pin_memory, self[:-1]), self.segments)
 
 
-def split_tokens(rows: RowTensors, group: int = GROUP) -> Split:
+def split_tokens(rows: RowTensors, group: int = GROUP, windowed: bool = False) -> Split:
     """
-    Parts the text of a batch from its noise, and cuts the noise into rows that keep windows whole.
+    Parts the text of a batch from its noise, and cuts the noise into rows that keep windows whole; on the host.
 
     Args:
         rows: the tokens.
         group: how many noisy tokens a row has, about; a longer window has a row of its own.
+        windowed: whether the text is run with the windowed attention.
     """
-    device = rows.seq_ids.device
     keys = torch.stack([rows.seq_ids, rows.noisy.long(), rows.window_start, rows.copy_ids]).cpu().numpy()
     texts, noises, owners = [], [], []
     for number in range(keys.shape[1]):
@@ -75,7 +91,15 @@ def split_tokens(rows: RowTensors, group: int = GROUP) -> Split:
             np.stack([np.pad(piece, (0, longest - len(piece)), constant_values=-1) for piece in pieces])
         )
 
-    return Split(*(tensor.to(device) for tensor in (padded(texts), padded(noises), torch.tensor(owners))))
+    text, noise, owner = padded(texts), padded(noises), torch.tensor(owners)
+    of_batch, length = torch.arange(len(text)).unsqueeze(1), keys.shape[2]
+    places = [
+        (found := (tokens >= 0).flatten().nonzero().squeeze(1), (number * length + tokens).flatten()[found])
+        for tokens, number in ((text, of_batch), (noise, owner.unsqueeze(1)))
+    ]
+    here = RowTensors(**{name: values.cpu() for name, values in vars(rows).items()})
+    windows = segments(here.take(of_batch, text)) if windowed else None
+    return Split(text, noise, owner, *places[0], *places[1], windows)
 
 
 class TextLayer(DynamicLayer):
@@ -127,6 +151,7 @@ class TextOnce:
         model: PreTrainedModel,
         input_ids: torch.Tensor,
         rows: RowTensors,
+        split: Split,
         dtype: torch.dtype,
         adapted: bool = True,
     ) -> torch.Tensor:
@@ -137,26 +162,25 @@ class TextOnce:
             model: the causal language model.
             input_ids: `[B, L]`.
             rows: the tokens.
+            split: which of them go into which forward.
             dtype: the dtype that the model computes in.
             adapted: whether the adapter applies to the noise.
         """
-        split = split_tokens(rows)
         of_batch = torch.arange(len(input_ids), device=input_ids.device).unsqueeze(1)
         with self.noisy_tokens.in_two_forwards():
             self.noisy_tokens.on = False
             cache, text = self._run_text(model, input_ids, rows.take(of_batch, split.text), of_batch, split, dtype)
             self.noisy_tokens.on = adapted
             noise = self._run_noise(model, input_ids, rows, split, cache, dtype)
-        length = input_ids.shape[1]
         hidden = noise.new_zeros(input_ids.numel(), noise.shape[-1])
-        hidden[(of_batch * length + split.text)[split.text >= 0]] = text[split.text >= 0]
-        places = (split.rows.unsqueeze(1) * length + split.noise)[split.noise >= 0]
-        return hidden.index_copy(0, places, noise[split.noise >= 0]).view(*input_ids.shape, -1)
+        hidden = hidden.index_copy(0, split.to_text, text.flatten(0, 1)[split.from_text])
+        hidden = hidden.index_copy(0, split.to_noise, noise.flatten(0, 1)[split.from_noise])
+        return hidden.view(*input_ids.shape, -1)
 
     @torch.no_grad()
     def _run_text(self, model, input_ids, rows: RowTensors, of_batch, split: Split, dtype):
         cache = DynamicCache()
-        mask = segments(rows) if self.windowed else training_mask(rows, self.config, dtype)
+        mask = split.segments if self.windowed else training_mask(rows, self.config, dtype)
         windows = attending_by_windows(model) if self.windowed else nullcontext()
         with without_checkpointing(model), windows:
             hidden = run_decoder(
@@ -189,7 +213,8 @@ class TextOnce:
         rows = RowTensors(places * 0, noisy.long() - 1, 4 * noisy, places, places * 0)
         with outside_training(model), self.noisy_tokens.in_two_forwards():
             try:
-                ours = self(model, tokens, rows, model.dtype, adapted=False)
+                split = split_tokens(rows, windowed=self.windowed).to(model.device)
+                ours = self(model, tokens, rows, split, model.dtype, adapted=False)
             except Exception:  # whatever a model makes of a cache that it does not know
                 return False
             whole = run_decoder(model, input_ids=tokens).last_hidden_state

@@ -195,6 +195,7 @@ class JacobiForcingTrainer(Trainer):
                 "`accelerate launch`, or show it one with CUDA_VISIBLE_DEVICES."
             )
         self.text_once = self._make_text_once(inner)
+        self.planner.text_once = self.text_once is not None
         make_own(inner.generation_config)
         inner.generation_config.decoding = "jacobi"
         inner.generation_config.jacobi = self.jacobi_config.to_dict()
@@ -313,7 +314,7 @@ class JacobiForcingTrainer(Trainer):
         def method(inner, input_ids, attention_mask, position_ids, **ignored) -> Terms:
             asked = {"output_router_logits": True} if self.router_loss.weight else {}
             if self.text_once:
-                hidden = self.text_once(inner, input_ids, rows, dtype)
+                hidden = self.text_once(inner, input_ids, rows, plan.split, dtype)
             else:
                 outputs = run_decoder(
                     inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **asked
