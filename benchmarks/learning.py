@@ -1,0 +1,172 @@
+"""
+What a model learns to draft from: losses and rows side by side, with the same base model, texts, steps and seed.
+
+    python -m benchmarks.learning --variants soft tv lk lk-cut            # a draft-only adapter
+    python -m benchmarks.learning --scope whole --variants soft lk        # the whole model
+
+The base model is the miniature's (`benchmarks/miniature`), trained on fewer problems so that it is there in a quarter
+of an hour; `--base-problems 120000` makes it whole. Everything is kept in `--folder`, and a run that was interrupted
+goes on there. Tokens per forward are those of a sliding window of 16 on validation problems, over all texts and over
+the solved ones alone. Seconds are those of the training steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from transformers.utils import logging
+
+import hf_jacobi
+from hf_jacobi.evaluation.measuring import AR
+
+from .miniature.base import train_base
+from .miniature.evaluate import MAX_NEW_TOKENS, answer, summary
+from .miniature.forcing import BATCH_SIZE, load, load_tokenizer, one_after_another
+from .miniature.recipes import sliding
+from .miniature.tasks import training_problems
+
+
+BLOCK = 16
+CUT = {"accept_cut": True}
+# name -> (settings of `JacobiForcingConfig`, where the noise comes from, noisy copies of each text)
+VARIANTS: dict[str, tuple[dict, str, int]] = {
+    "soft": ({}, "trajectories", 1),
+    "kl": ({"consistency_loss": "kl"}, "trajectories", 1),
+    "hard": ({"consistency_loss": "hard"}, "trajectories", 1),
+    "tv": ({"consistency_loss": "tv"}, "trajectories", 1),
+    "lk": ({"consistency_loss": "lk"}, "trajectories", 1),
+    "soft-cut": (CUT, "trajectories", 1),
+    "kl-cut": (CUT | {"consistency_loss": "kl"}, "trajectories", 1),
+    "hard-cut": (CUT | {"consistency_loss": "hard"}, "trajectories", 1),
+    "tv-cut": (CUT | {"consistency_loss": "tv"}, "trajectories", 1),
+    "lk-cut": (CUT | {"consistency_loss": "lk"}, "trajectories", 1),
+    "soft-0.8": ({"block_position_weight": 0.8}, "trajectories", 1),
+    "lk-0.8": ({"consistency_loss": "lk", "block_position_weight": 0.8}, "trajectories", 1),
+    "soft-uniform": ({}, "uniform", 1),
+    "lk-uniform": ({"consistency_loss": "lk"}, "uniform", 1),
+    "soft-corrupt": ({}, "corrupt", 1),
+    "soft-copies": ({}, "trajectories", 4),
+    "lk-copies": ({"consistency_loss": "lk"}, "trajectories", 4),
+    "soft-uniform-copies": ({}, "uniform", 4),
+}
+
+
+def texts(folder: Path, base: Path, prompts: int):
+    """The base model's own completions, with every state of their blocks."""
+    problems = training_problems(prompts, "forcing")
+    return hf_jacobi.collect_trajectories(
+        load(base).to(torch.bfloat16),
+        load_tokenizer(base),
+        [{"id": str(number), "prompt": problem.prompt} for number, problem in enumerate(problems)],
+        block_size=BLOCK,
+        max_new_tokens=MAX_NEW_TOKENS,
+        batch_size=64,
+        output_dir=folder / f"trajectories-{prompts}",
+        progress=True,
+    )
+
+
+def rows_of(trajectories, base: Path, noise: str, copies: int):
+    """Packed rows with clean context, as CLLM and the draft-only adapter of the miniature have it."""
+    if noise == "trajectories":
+        return hf_jacobi.pack_trajectories(trajectories, 1, "random", max_length=1024, noisy_copies=copies)
+    return hf_jacobi.pack_completions(
+        trajectories,
+        load_tokenizer(base),
+        BLOCK,
+        noise,
+        max_length=1024,
+        noisy_copies=copies,
+    )
+
+
+def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
+    """Trains one variant; where it is, and the seconds of its steps."""
+    settings, noise, copies = VARIANTS[name]
+    draft = arguments.scope == "draft"
+    steps = max(1, arguments.steps // copies) if arguments.equal_noise else arguments.steps
+    folder = arguments.folder / f"{arguments.scope}-{name}-{steps}"
+    if (folder / "seconds").exists():
+        return folder, float((folder / "seconds").read_text())
+    rows = one_after_another([(rows_of(trajectories, base, noise, copies), BATCH_SIZE * steps)])
+    trainer = hf_jacobi.JacobiForcingTrainer(
+        model=str(base),
+        args=hf_jacobi.JacobiForcingConfig(
+            output_dir=str(folder / "training"),
+            per_device_train_batch_size=BATCH_SIZE,
+            max_steps=steps,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=min(100, steps // 20),
+            adam_beta2=0.98,
+            ar_loss_weight=arguments.ar_loss_weight,
+            ar_loss_weight_start=1.0 if arguments.ar_loss_weight > 1 and not draft else None,
+            train_sampling_strategy="sequential",
+            adapter_scope="draft" if draft else "all",
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            logging_steps=50,
+            save_strategy="no",
+            report_to="none",
+            seed=0,
+            model_init_kwargs={"attn_implementation": "eager"},
+            **settings,
+        ),
+        train_dataset=rows,
+        peft_config=LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
+        if draft
+        else None,
+    )
+    begin = time.process_time()
+    trainer.train()
+    seconds = time.process_time() - begin
+    trainer.save_model(str(folder))
+    (folder / "seconds").write_text(str(seconds))
+    return folder, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
+    parser.add_argument("--scope", choices=("draft", "whole"), default="draft")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["soft", "tv", "lk", "soft-cut", "lk-cut"])
+    parser.add_argument("--base-problems", type=int, default=24_000)
+    parser.add_argument("--prompts", type=int, default=1_500)
+    parser.add_argument("--steps", type=int, default=600, help="of four texts")
+    parser.add_argument("--equal-noise", action="store_true", help="fewer steps where texts have several noisy copies")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--ar-loss-weight", type=float, default=30.0, help="of whole models; grows from 1")
+    parser.add_argument("--problems", type=int, default=60, help="to validate on")
+    parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    base = arguments.folder / "base"
+    if not (base / "config.json").exists():
+        train_base(base, arguments.base_problems)
+    trajectories = texts(arguments.folder, base, arguments.prompts)
+    tokenizer = load_tokenizer(base)
+    problems = training_problems(arguments.problems, "validation")
+    before = answer(load(base), tokenizer, problems, AR)
+    report = {"base": summary(before, before)["both"]}
+    print(json.dumps(report), flush=True)
+    print(f"{'':22}{'TPF':>7}{'of right':>9}{'solved':>9}{'seconds':>9}", flush=True)
+    for name in arguments.variants:
+        folder, seconds = train(arguments, base, trajectories, name)
+        answers = answer(load(folder, base), tokenizer, problems, sliding(16))
+        found = summary(answers, before)["both"] | {"seconds": seconds}
+        right = [row for row in answers if row["solved"]]
+        found["of_right"] = sum(len(row["tokens"]) for row in right) / max(1, sum(row["forwards"] for row in right))
+        report[name] = found
+        figures = f"{found['tokens_per_forward']:7.2f}{found['of_right']:9.2f}{found['solve_rate']:9.1%}{seconds:9.0f}"
+        print(f"{name:22}{figures}", flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
