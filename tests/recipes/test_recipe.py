@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_tokenizer, trained_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import hf_jacobi
 from hf_jacobi.cli import main
@@ -156,6 +156,7 @@ def test_settings_above_the_phases_are_for_all_and_a_phase_has_its_own():
 
 @pytest.mark.parametrize("name", ["paper", "cllm", "draft_only", "miniature"])
 def test_the_examples_are_recipes(name, tmp_path):
+    HfArgumentParser(hf_jacobi.JacobiForcingConfig)  # which changes what the fields of the class say of their types
     found = read_recipe(EXAMPLES / f"{name}.yaml")
     for phase in found.phases:
         phase.train.update(use_cpu=True)

@@ -75,7 +75,7 @@ class DraftAdapter:
 
     def __init__(self, layers: list[torch.nn.Module]):
         self.layers = layers
-        self._forwards: dict[torch.nn.Module, Callable[..., torch.Tensor] | None] = {}  # made when first used
+        self._forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
 
     @classmethod
     def of(cls, model) -> DraftAdapter | None:
@@ -98,7 +98,7 @@ class DraftAdapter:
         try:
             for layer in self.layers:
                 if _has_nothing_else(layer):
-                    self._forwards[layer] = None
+                    self._forwards[layer] = self._at_first(layer)
                     _listen(layer)
                 else:
                     handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
@@ -117,7 +117,19 @@ class DraftAdapter:
         _check_rows(arguments[0])
         return arguments, keywords | {OFFSETS: [tokens] * arguments[0].shape[0]}
 
-    def _quick_forward(self, layer: torch.nn.Module):
+    def _at_first(self, layer: torch.nn.Module):
+        """Prepares the layer when the adapter first takes part, as a call may do without it all along."""
+        name = layer.active_adapters[0]
+
+        def forward(tokens: int, x: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            if name not in layer.lora_A:  # it was deleted since the call began
+                return layer.base_layer(x, *arguments, **keywords)
+            quick = self._forwards[layer] = self._quick_forward(layer, name)
+            return quick(tokens, x, *arguments, **keywords)
+
+        return forward
+
+    def _quick_forward(self, layer: torch.nn.Module, name: str):
         """
         What the layer's own forward does, in as few operations as that takes.
 
@@ -126,7 +138,7 @@ class DraftAdapter:
         weights it changes there: as long as a draft is as long as what is verified (it is without recycling), both
         are one product then, and a forward of a small model took 18% less time.
         """
-        name, base = layer.active_adapters[0], layer.get_base_layer().weight
+        base = layer.get_base_layer().weight
         half = base.device.type != "cpu" and base.dtype in (torch.float16, torch.bfloat16)
         dtype = base.dtype if half else torch.float32
         down = layer.lora_A[name].weight.t().to(dtype).contiguous()
@@ -178,18 +190,13 @@ def _listening_class(cls: type) -> type:
             if torch.compiler.is_compiling() and (tokens := _tokens_of_graph()) >= 0:
                 return _with_adapter(self, tokens, *arguments)
             adapter, tokens = _FORWARD.get()
-            ours = adapter is not None and self in adapter._forwards
+            own = adapter._forwards.get(self) if adapter else None
             told = keywords.get(OFFSETS)
-            if told is not None and (ours or not any(told)):
+            if told is not None and (own or not any(told)):
                 del keywords[OFFSETS]  # what PEFT tells all layers on behalf of one call, maybe another than this
-            if not ours:
-                return cls.forward(self, *arguments, **keywords)
-            if not tokens:
-                return self.base_layer(*arguments, **keywords)
-            own = adapter._forwards[self]
             if own is None:
-                own = adapter._forwards[self] = adapter._quick_forward(self)
-            return own(tokens, *arguments, **keywords)
+                return cls.forward(self, *arguments, **keywords)
+            return own(tokens, *arguments, **keywords) if tokens else self.base_layer(*arguments, **keywords)
 
         def __reduce_ex__(self, protocol):
             return object.__new__, (cls,), self.__dict__

@@ -9,9 +9,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
+from ..decoding.compat import INVOCATION
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import MissingFile, UsageError
 from ..training.config import JacobiForcingConfig
@@ -162,7 +164,7 @@ def named(source: Any) -> Any:
         return str(source)
     from datasets.fingerprint import Hasher
 
-    return f"data {getattr(source, '_fingerprint', None) or Hasher.hash(source)}"
+    return f"data {Hasher.hash(source)}"
 
 
 def read_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -322,7 +324,13 @@ def refuse_ours(where: str, given: dict[str, Any], ours: Mapping[str, str]) -> N
 def check_train(given: dict[str, Any], seed: int) -> dict[str, Any]:
     """The arguments of the trainer, of the right kinds; their values are looked at on the machine that trains."""
     refuse_ours("train", given, OURS)
-    kinds = {one.name: str(one.type) for one in fields(JacobiForcingConfig) if one.init and one.name not in OURS}
+    # As they are written: transformers' parser of arguments puts others into the fields of a class it has seen.
+    written = {
+        name: kind for cls in reversed(JacobiForcingConfig.__mro__) for name, kind in get_annotations(cls).items()
+    }
+    kinds = {
+        one.name: str(written[one.name]) for one in fields(JacobiForcingConfig) if one.init and one.name not in OURS
+    }
     settings = {"seed": seed} | check_section("train", given, kinds)
     for name in ("save_steps", "logging_steps"):
         if name in settings:
@@ -342,7 +350,7 @@ def check_adapter(given: Any) -> dict[str, Any]:
     from peft import LoraConfig
 
     given = section("adapter", given)
-    ours = {"invocation_tokens": 0, "alora_invocation_tokens": 0, "task_type": 0, "peft_type": 0}
+    ours = {"invocation_tokens": 0, INVOCATION: 0, "task_type": 0, "peft_type": 0}
     names = {one.name: str(one.type) for one in fields(LoraConfig) if one.init and one.name not in ours}
     return check_section("adapter", given, names)
 
