@@ -140,6 +140,14 @@ def test_what_cannot_only_draft_is_refused(tmp_path, changes, said):
         hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed")
 
 
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"peft_type": "NEWEST"}, {"init_lora_weights": "pissa"}])
+def test_what_could_not_be_loaded_is_not_written(tmp_path, changes):
+    plain(adapted(), tmp_path / "pushed")
+    change(tmp_path / "pushed" / "adapter_config.json", **changes)
+    with pytest.raises(hf_jacobi.UsageError, match=r"changes the|is a LoRA"):
+        plain(tmp_path / "pushed", tmp_path / "again")
+
+
 def weights_of_another(folder):
     file = folder / "adapter_model.safetensors"
     save_file({name.replace(".layers.", ".blocks."): value for name, value in load_file(file).items()}, file)

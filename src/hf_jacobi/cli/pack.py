@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..decoding.errors import UsageError, of_usage
+from ..decoding.errors import UsageError
 from .options import check_folder, check_places, path, positive
 
 
@@ -64,12 +64,10 @@ def _packing(arguments):
         from ..trajectories.packing import pack_trajectories
 
         return pack_trajectories, settings
-    from transformers import AutoTokenizer
-
+    from ..hub.publish import load_tokenizer
     from ..trajectories.corruption import pack_completions
 
-    with of_usage(OSError, ValueError):
-        settings["tokenizer"] = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    settings["tokenizer"] = load_tokenizer(arguments.tokenizer)
     return pack_completions, settings | {"noise": arguments.noise}
 
 

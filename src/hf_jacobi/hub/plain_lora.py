@@ -45,13 +45,18 @@ def as_plain(config: dict[str, Any], noted: bool) -> dict[str, Any]:
         noted: whether a note says that a plain LoRA only drafts.
 
     Raises:
-        `ValueError`: it is not draft-only.
+        `ValueError`: it is not draft-only, or could not be.
     """
     if not (is_draft_only(SimpleNamespace(**config)) or (noted and not config.get(INVOCATION))):
         raise UsageError(
             "format='lora' is for a draft-only adapter, which JacobiForcingTrainer makes with adapter_scope='draft': "
             "leave `format` out for any other."
         )
+    if config.get("peft_type") != "LORA":
+        raise UsageError(
+            f"the adapter is of the kind {config.get('peft_type')!r}, but a draft-only adapter is a LoRA."
+        )
+    refuse_changing(SimpleNamespace(**config), "the adapter")
     plain = {name: value for name, value in config.items() if name != INVOCATION}
     if plain.get("use_rslora") and not (plain.get("rank_pattern") or plain.get("alpha_pattern")):
         # The same scale, alpha / sqrt(r), for engines that read none but alpha / r.
@@ -165,6 +170,12 @@ def as_draft(config, source: str, kind: type) -> None:
         raise UsageError(
             f"{source} is an activated LoRA for tokens of the text ({INVOCATION}), not one that only drafts."
         )
+    refuse_changing(config, source)
+    setattr(config, INVOCATION, list(DRAFT_ONLY))
+
+
+def refuse_changing(config, source: str) -> None:
+    """Raises `UsageError` for the configuration of a LoRA that changes the base model, and so cannot only draft."""
     if found := touching_base(config):
         raise UsageError(f"{source} changes the base model ({', '.join(found)}), which a draft-only adapter must not.")
     if way := begun_on_other_weights(config):
@@ -172,7 +183,6 @@ def as_draft(config, source: str, kind: type) -> None:
             f"{source} began with init_lora_weights={way!r}, which changes the weights of the base model: a "
             "draft-only adapter must leave them as they are."
         )
-    setattr(config, INVOCATION, list(DRAFT_ONLY))
 
 
 def _decode_as_beside(model, source: str, hub: dict[str, Any]) -> None:
