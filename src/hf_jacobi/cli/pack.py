@@ -37,9 +37,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--noisy-copies", type=positive, default=1, help="noisy versions of each text in a row (default: 1)"
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the random schedule, or of the noise that is drawn (default: 0)"
-    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--shard-size", type=positive, default=256, help="trajectories per file (default: 256)")
     parser.add_argument("--plot", type=path, help="draw the noise levels into this PNG file")
     parser.set_defaults(run=run)
