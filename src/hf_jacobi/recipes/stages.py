@@ -220,7 +220,6 @@ def train(place: Place, phase: Phase, tokenizer, tell) -> None:
         inner = PeftModel.from_pretrained(inner, start, is_trainable=True)
     elif recipe.adapter is not None:
         peft_config = lora(recipe)
-        torch.manual_seed(arguments.seed)  # of the adapter's first weights
     trainer = JacobiForcingTrainer(
         model=inner,
         args=arguments,
