@@ -103,8 +103,7 @@ def load_draft_adapter(
     ```
     """
     try:
-        from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
-        from peft.utils import load_peft_weights
+        from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
     except ModuleNotFoundError as error:
         raise MissingPackage(f"adapters need {error.name}: pip install peft") from error
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from ..decoding.compat import INVOCATION, fingerprint_of
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import MissingFile, UsageError
 from ..training.config import JacobiForcingConfig
@@ -166,7 +167,7 @@ def named(source: Any) -> Any:
         return str(source)
     from datasets.fingerprint import Hasher
 
-    return f"data {getattr(source, '_fingerprint', None) or Hasher.hash(source)}"
+    return f"data {fingerprint_of(source) or Hasher.hash(source)}"
 
 
 def read_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -349,7 +350,7 @@ def check_adapter(given: Any) -> dict[str, Any]:
     from peft import LoraConfig
 
     given = section("adapter", given)
-    ours = {"invocation_tokens": 0, "alora_invocation_tokens": 0, "task_type": 0, "peft_type": 0}
+    ours = ("invocation_tokens", INVOCATION, "task_type", "peft_type")
     names = {name: kind for name, kind in kinds_of(LoraConfig).items() if name not in ours}
     return check_section("adapter", given, names)
 

@@ -34,7 +34,7 @@ from .recipe import Phase, Recipe
 CHECKPOINTS = 4  # of a phase, where `save_steps` is left out
 LOG_STEPS = 10  # at most, between two lines of the log
 # What a log says of the clock, or of the process since it was started: no two runs would agree on it.
-OF_CLOCK = ("_runtime", "_per_second", "train_loss", "total_flos")
+OF_CLOCK = ("runtime", "per_second", "train_loss", "total_flos")
 LEFT_OUT = ("optimizer*", "*.pth", "scheduler.pt", "scaler.pt", "training_args.bin", "trainer_state.json")
 
 
