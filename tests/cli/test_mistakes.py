@@ -51,6 +51,8 @@ def said_of(typed, capsys) -> str:
 
 
 TRAIN = ["train", "--train_dataset", "p.jsonl", "--model_name_or_path", "model", "--use_cpu"]
+NOISE = ["pack", "--trajectories", "p.jsonl", "--output-dir", "k", "--noise", "uniform", "--tokenizer"]
+GIVEN = ["collect", "--model", "model", "--completions", "p.jsonl", "--output-dir", "t"]
 COLLECT = ["collect", "--model", "model", "--dataset", "p.jsonl", "--output-dir"]
 
 
@@ -81,6 +83,13 @@ COLLECT = ["collect", "--model", "model", "--dataset", "p.jsonl", "--output-dir"
         (["pack", "--trajectories", "p.jsonl", "--output-dir", ""], "--output-dir: the name is empty"),
         (["pack", "--trajectories", "p.jsonl", "--output-dir", "p.jsonl"], "p.jsonl is a file: name a folder"),
         (["pack", "--trajectories", "p.jsonl", "--output-dir", "k", "--plot", ""], "--plot: the name is empty"),
+        ([*NOISE, "/gone"], "there is no folder /gone, to read a tokenizer from"),
+        ([*NOISE, "p.jsonl"], "p.jsonl is a file: name the folder that holds the tokenizer"),
+        ([*NOISE, "adapter"], "adapter gives no tokenizer"),
+        ([*NOISE, "model", "--window-size", "2"], "--window-size can be had without --noise alone"),
+        ([*GIVEN, "--do-sample"], "--completions are written already: drop --do-sample"),
+        ([*GIVEN, "--check"], "need a column `completion`"),
+        ([*COLLECT, "t", "--check"], "--check is for --completions"),
         ([*TRAIN[:3], "--model_name_or_path", " ", "--use_cpu"], "name the model"),
         ([*TRAIN, "--eval_rows", "-1"], "a number of rows is at least 0"),
         ([*TRAIN, "--output_dir", "p.jsonl"], "p.jsonl is a file: name a folder"),

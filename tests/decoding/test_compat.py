@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from datasets import Dataset
 from deprecations import OwnUseOfDeprecated, find_own_use
 from models import padded_prompts, tiny_model
 from transformers import (
@@ -106,6 +107,7 @@ NAMES = [
     ("_attn_implementation", LlamaConfig, "masks, and refusing an attention that takes none"),
     ("_name_or_path", LlamaConfig, "the base model in model cards"),
     ("_instances", member("tqdm.tqdm"), "errors after a progress bar"),
+    ("_fingerprint", lambda: Dataset.from_dict({"prompt": ["w5"]}), "which data a recipe was begun with"),
     ("_VALID_DICT_FIELDS", lambda: TrainingArguments, "jacobi_config and model_init_kwargs on the command line"),
     ("_compile_all_devices", member("transformers.CompileConfig"), "compiled prompt lookup on a CPU"),
     ("_prepare_inputs", lambda: Trainer, "evaluation during training"),

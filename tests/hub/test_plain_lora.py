@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import change, files_of
 from models import padded_prompts, tiny_model, tiny_tokenizer, tokens_per_forward, trained_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import hf_jacobi
 from hf_jacobi.decoding.draft_adapter import is_draft_only
@@ -127,6 +127,10 @@ def test_what_other_engines_may_not_read_is_said(tmp_path):
         ({"use_dora": True}, "changes the base model .use_dora"),
         ({"bias": "all"}, "changes the base model .bias"),
         ({"peft_type": "IA3"}, "but a draft-only adapter is a LoRA"),
+        ({"init_lora_weights": "pissa"}, "changes the weights of the base model"),
+        ({"init_lora_weights": "olora"}, "changes the weights of the base model"),
+        ({"r": 8}, "pushed cannot be read for this model: .*size mismatch"),
+        ({"peft_type": "NEWEST"}, "pushed cannot be read for this model: .*NEWEST"),
     ],
 )
 def test_what_cannot_only_draft_is_refused(tmp_path, changes, said):
@@ -134,6 +138,53 @@ def test_what_cannot_only_draft_is_refused(tmp_path, changes, said):
     change(tmp_path / "pushed" / "adapter_config.json", **changes)
     with pytest.raises(hf_jacobi.UsageError, match=said):
         hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed")
+
+
+@pytest.mark.parametrize("changes", [{"use_dora": True}, {"peft_type": "NEWEST"}, {"init_lora_weights": "pissa"}])
+def test_what_could_not_be_loaded_is_not_written(tmp_path, changes):
+    plain(adapted(), tmp_path / "pushed")
+    change(tmp_path / "pushed" / "adapter_config.json", **changes)
+    with pytest.raises(hf_jacobi.UsageError, match=r"changes the|is a LoRA"):
+        plain(tmp_path / "pushed", tmp_path / "again")
+
+
+def weights_of_another(folder):
+    file = folder / "adapter_model.safetensors"
+    save_file({name.replace(".layers.", ".blocks."): value for name, value in load_file(file).items()}, file)
+    change(folder / "adapter_config.json", target_modules=["q_proj"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is not a JSON file"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
+        (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json is not a JSON"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds neither adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"abc"), "holds no weights that can be"),
+        (weights_of_another, "is not for this LlamaForCausalLM: it has no layer by the name of .*blocks"),
+    ],
+)
+def test_a_damaged_folder_is_named_in_one_line(tmp_path, damage, said):
+    plain(adapted(), tmp_path / "pushed")
+    damage(tmp_path / "pushed")
+    with pytest.raises(hf_jacobi.UsageError, match=said) as caught:
+        hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/adapter", "./nowhere", "~/nowhere/a/b", None, 3])
+def test_a_path_that_leads_nowhere_is_named(path):
+    with pytest.raises(hf_jacobi.UsageError, match=r"there is no folder|must be the folder or the Hub id"):
+        hf_jacobi.load_draft_adapter(tiny_model(), path)
+
+
+def test_a_model_that_is_none_or_carries_an_adapter_is_refused(tmp_path):
+    model = adapted()
+    plain(model, tmp_path / "pushed")
+    for other in (model, model.get_base_model(), "someone/base"):
+        with pytest.raises(hf_jacobi.UsageError, match="must be a base model of transformers"):
+            hf_jacobi.load_draft_adapter(other, tmp_path / "pushed")
 
 
 def test_an_adapter_of_another_model_and_a_folder_without_one_are_refused(tmp_path):

@@ -11,8 +11,9 @@ from models import tiny_tokenizer, trained_model
 from transformers import AutoModelForCausalLM, HfArgumentParser
 
 import hf_jacobi
+from hf_jacobi import JacobiForcingConfig
 from hf_jacobi.cli import main
-from hf_jacobi.decoding.errors import UsageError
+from hf_jacobi.decoding.errors import MissingFile, UsageError
 from hf_jacobi.recipes import read_recipe, run_recipe
 from hf_jacobi.recipes.choosing import choose
 from hf_jacobi.recipes.recipe import Choice
@@ -102,7 +103,9 @@ def recipe(model: str = "some/model", **changes) -> dict:
         ({"choose": {"counts": 3}}, "choose has no setting 'counts': did you mean 'count'"),
         ({"choose": {"min_agreement": 2}}, "choose.min_agreement must be from 0 to 1"),
         ({"choose": {"jacobi_config": {"block_size": None}}}, "follows the clock"),
+        ({"choose": {"jacobi_config": {"adaptive": True}}}, "follows the clock"),
         ({"choose": {"jacobi_config": {"blocksize": 4}}}, "unknown settings"),
+        ({"pack": {"noise": "uniform"}}, "pack has no setting 'window_size'"),
         ({"adapter": {"rank": 4}}, "adapter has no setting 'rank'"),
         ({"adapter": 5}, "`adapter` must hold settings"),
         ({"seed": "one"}, "seed must be a whole number"),
@@ -126,12 +129,24 @@ def test_a_wrong_recipe_is_refused_in_a_sentence(changes, message):
         ({"train": {"learning_rate": -1.0}}, "`learning_rate` must be from 0"),
         ({"train": {"consistency_loss": "soggy"}}, "`consistency_loss` must be one of"),
         ({"held_out": []}, "not one row"),
+        ({"adapter": {"target_modules": ["nothing"]}}, "'nothing'.* not found"),
+        ({"adapter": {"r": 0, "target_modules": ["q_proj"]}}, "should be a positive integer"),
+        (
+            {"adapter": {"init_lora_weights": "pissa"}, "train": {"adapter_scope": "draft"}},
+            "the recipe's adapter began with init_lora_weights='pissa'",
+        ),
     ],
 )
 def test_what_is_missing_is_said_before_any_work(changes, message, model, tmp_path):
     with pytest.raises(UsageError, match=message):
         run_recipe(recipe(**{"model": model} | changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named(model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(MissingFile, match=r"cannot be written \(Not a directory\): name another folder"):
+        run_recipe(recipe(model), tmp_path / "file" / "out")
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
@@ -144,6 +159,13 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
         read_recipe(file)
     with pytest.raises(OSError, match="cannot be read"):
         read_recipe(tmp_path / "none.yaml")
+
+
+def test_a_recipe_is_read_alike_after_a_command_line_was():
+    HfArgumentParser(JacobiForcingConfig)  # changes the fields of the class
+    given = {"model_init_kwargs": {"attn_implementation": "eager"}, "jacobi_config": {"block_size": 4}}
+    train = read_recipe(recipe(train=given)).phases[0].train
+    assert train.items() >= given.items()
 
 
 def test_settings_above_the_phases_are_for_all_and_a_phase_has_its_own():
@@ -183,6 +205,30 @@ def test_the_fastest_that_keep_their_quality_are_chosen_and_of_these_the_best():
     scored = [point(1, 2.0, 0.1, score=0.9), point(2, 3.0, 0.9, score=0.85), point(3, 2.5, 0.1, score=0.89)]
     assert choose(scored, before, Choice(max_score_loss=0.01))["step"] == 3
     assert choose(scored, before, Choice(max_score_loss=0.1))["step"] == 2
+
+
+def test_drafts_are_chosen_with_the_settings_that_the_model_keeps(model, tmp_path):
+    decoding = {"draft_init": "vocabulary", "pool_size": 0}
+    settings = {
+        "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
+        "collect": {"draft_init": "vocabulary"},
+        "train": {"adapter_scope": "draft", "accept_cut": True},
+        "choose": {"jacobi_config": decoding},
+        "phases": [{"block_size": 4}],
+    }
+    given = recipe(model, **settings) | {"pack": {"noise": "uniform", "noisy_copies": 2}}
+    report = run_recipe(given, tmp_path, progress=False)
+    assert [point["agreement"] for point in report["phases"][0]["curve"]] == [1.0] * 3
+    kept = json.loads((tmp_path / "model" / "generation_config.json").read_text())["jacobi"]
+    assert kept.items() >= (decoding | {"block_size": 4}).items()
+    packed = report["phases"][0]["packed"]
+    assert packed["noisy_blocks"] >= 2 * report["phases"][0]["trajectories"]["blocks"], "two copies of each"
+
+
+@pytest.mark.parametrize("settings", [{"position_cost": 0.1, "adaptive": True}, {"draft_init": "vocabulary"}])
+def test_settings_that_do_not_follow_the_clock_may_be_chosen_with(settings):
+    (phase,) = read_recipe(recipe(choose={"jacobi_config": settings})).phases
+    assert phase.choose.decoding(8, 3) == {"block_size": 8, "seed": 3} | settings
 
 
 def test_a_run_leaves_a_model_that_decodes_and_a_report(model, tmp_path):

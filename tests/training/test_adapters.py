@@ -32,6 +32,17 @@ def test_an_initialisation_that_changes_the_base_is_refused(tmp_path, way):
         trainer_of(made, tmp_path, adapter_scope="draft")
 
 
+@pytest.mark.parametrize("scope", ["all", "draft"])
+def test_an_adapter_begins_alike_whatever_was_drawn_before(tmp_path, scope):
+    found = []
+    for seed in (7, 7, 8):
+        model = tiny_model()
+        torch.manual_seed(len(found))
+        trainer = trainer_of(model, tmp_path, adapter_scope=scope, peft_config=config(), seed=seed)
+        found.append(next(weight for name, weight in trainer.model.named_parameters() if "lora_A" in name))
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize(
     "touch",
     [

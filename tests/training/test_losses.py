@@ -14,6 +14,7 @@ from hf_jacobi.training.losses import (
     sum_losses,
     until_failure,
 )
+from hf_jacobi.trajectories.packing import join_samples, lay_out_sample
 
 
 def softmax(values, temperature=1.0):
@@ -269,3 +270,13 @@ def test_a_batch_without_targets_has_a_gradient_of_zero():
     terms = sum_losses(torch.nn.Linear(4, 96), hidden, find_targets(batch))
     (terms.consistency + terms.ar).backward()
     assert float(terms.ar) == 0 and float(hidden.grad.abs().max()) == 0
+
+
+def test_within_a_block_ends_where_another_copy_begins_with_the_same_block():
+    """Blocks without a wrong token vanish out of drafts: copies of one block may follow each other then."""
+    text = list(range(10, 22))
+    copy = [text[:4], [text[4], 50, 50, 50], text[8:]]
+    row = join_samples([lay_out_sample([3, 4], text, [copy, copy, copy], 1)])
+    batch = PackedCollator(0, as_drafts=True)([row])
+    assert find_targets(batch).counts[1] == 9
+    assert find_targets(batch, within_block=True).counts[1] == 6

@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import numpy as np
 import pytest
 import torch
 from models import VOCABULARY, tiny_model, tiny_tokenizer
@@ -88,6 +89,8 @@ def test_a_check_leaves_out_and_names_what_the_model_would_not_have_written(tmp_
         ({"completion": "w7 w8", "finish_reason": "length"}, [7, 8]),
         ({"completion": "w7 w8", "finish_reason": "MAX_TOKENS"}, [7, 8]),
         ({"completion": "w7 w8", "ended": False}, [7, 8]),
+        ({"completion": "w7 w8", "ended": "False"}, [7, 8]),
+        ({"completion": "w7 w8", "ended": np.bool_(False)}, [7, 8]),
         ({"completion": [{"role": "assistant", "content": "w7"}]}, [7, 2]),
         ({"completion": [7, 8]}, [7, 8]),
         ({"completion_ids": [7, 2, 9], "completion": "w5"}, [7, 2]),

@@ -149,3 +149,8 @@ def test_the_trainer_learns_from_them(tmp_path, monkeypatch):
 def test_what_cannot_be_packed_is_refused(settings, said):
     with pytest.raises(hf_jacobi.UsageError, match=said):
         pack_completions(**{"completions": completions(), "tokenizer": tiny_tokenizer()} | settings)
+
+
+def test_what_is_no_data_is_refused():
+    with pytest.raises(hf_jacobi.UsageError, match="`completions` must be rows, got NoneType"):
+        pack_completions(None, tiny_tokenizer())

@@ -114,6 +114,8 @@ def run(arguments) -> int:
     given = arguments.completions is not None
     if arguments.check and not given:
         raise UsageError("--check is for --completions: what the model writes itself is its own text.")
+    if given and arguments.do_sample:
+        raise UsageError("--completions are written already: drop --do-sample.")
     source = arguments.completions if given else arguments.dataset
     rows = open_prompts(source, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from ..decoding.errors import UsageError, of_usage
+from ..decoding.errors import UsageError
 from .options import check_folder, check_places, path, positive
 
 
@@ -37,7 +37,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--noisy-copies", type=positive, default=1, help="noisy versions of each text in a row (default: 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random schedule (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--shard-size", type=positive, default=256, help="trajectories per file (default: 256)")
     parser.add_argument("--plot", type=path, help="draw the noise levels into this PNG file")
     parser.set_defaults(run=run)
@@ -64,12 +64,10 @@ def _packing(arguments):
         from ..trajectories.packing import pack_trajectories
 
         return pack_trajectories, settings
-    from transformers import AutoTokenizer
-
+    from ..hub.publish import load_tokenizer
     from ..trajectories.corruption import pack_completions
 
-    with of_usage(OSError, ValueError):
-        settings["tokenizer"] = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    settings["tokenizer"] = load_tokenizer(arguments.tokenizer)
     return pack_completions, settings | {"noise": arguments.noise}
 
 

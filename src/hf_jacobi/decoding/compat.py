@@ -445,6 +445,11 @@ def parsed_as_dict(*names: str):
     return decorate
 
 
+def fingerprint_of(data) -> str | None:
+    """What tells one data set of `datasets` from another; `None` for other data."""
+    return getattr(data, "_fingerprint", None)
+
+
 def name_checkpointing(args) -> None:
     """
     Hands `activation_checkpointing` of training arguments on as `gradient_checkpointing`, the only name that

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # What marks such an adapter in its configuration (the invocation tokens of PEFT's activated LoRA): a token that no
 # text holds, so that PEFT by itself never switches it on, and the model without this library is the base model.
 DRAFT_ONLY = (-1,)
+HARMLESS = ("gaussian", "orthogonal", "eva")  # ways to begin a LoRA that leave the base as it is
 _BOTH_WEIGHTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, ...]] = weakref.WeakKeyDictionary()
 # Whose forward it is that runs here, and for how many tokens at the end of each row that one's adapter is on. Every
 # thread, and every task of an event loop, has its own.
@@ -63,6 +64,12 @@ def touching_base(adapter_config) -> list[str]:
         "layer_replication": getattr(adapter_config, "layer_replication", None),
     }
     return [name for name, value in touching.items() if value]
+
+
+def begun_on_other_weights(adapter_config) -> str | None:
+    """The way in which an adapter begins, if that changes the base model: PEFT does it again when it loads one."""
+    way = getattr(adapter_config, "init_lora_weights", True)
+    return way if isinstance(way, str) and way.lower() not in HARMLESS else None
 
 
 class DraftAdapter:

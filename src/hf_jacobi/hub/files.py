@@ -192,7 +192,7 @@ def _weights(source: Path, here: set[str]) -> dict[str, Path]:
     file = _plain_file(source, found)
     _refuse_hollow(file)
     if not found.endswith(".index.json"):
-        _check_weights(file, found.endswith(".safetensors"))
+        check_weights(file, found.endswith(".safetensors"))
         return {found: file}
     return {found: file} | _shards(source, here, file, ".safetensors" if "safetensors" in found else ".bin")
 
@@ -209,13 +209,13 @@ def _shards(source: Path, here: set[str], index: Path, kind: str) -> dict[str, P
             raise UsageError(f"{index} names {shard}, which is not there: add it, or save the model again.")
         shards[shard] = _plain_file(source, shard)
         _refuse_hollow(shards[shard])
-        held = _check_weights(shards[shard], kind == ".safetensors")
+        held = check_weights(shards[shard], kind == ".safetensors")
         if lacking := sorted({name for name, place in named.items() if place == shard} - held):
             raise UsageError(f"{shards[shard]} lacks {lacking[0]}, which {index.name} says it holds: save it again.")
     return shards
 
 
-def _check_weights(file: Path, safe: bool) -> set[str]:
+def check_weights(file: Path, safe: bool) -> set[str]:
     """The names of the weights in a file; an error if it is cut off or holds something else."""
     try:
         if safe:

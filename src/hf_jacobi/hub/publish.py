@@ -111,7 +111,7 @@ def publish(
         base = _base_of(chosen, name_of(unwrap(model_or_dir)) if in_memory else None)
         _check_decodable(chosen)
         if isinstance(tokenizer, (str, Path)):
-            tokenizer = _load_tokenizer(tokenizer)
+            tokenizer = load_tokenizer(tokenizer)
         doubts = _doubts_of_base(chosen, base, source) if dry_run else _check_base(api, chosen, base, source)
         folder = Path(place) / "pushed"
         doubts += _write_folder(chosen, folder, repo_id, base, source, tokenizer, evaluation, format == "lora")
@@ -361,14 +361,14 @@ def _write_tokenizer(folder: Path, tokenizer, base: str | None) -> None:
     said = ""
     for place in filter(None, [folder, base]):
         try:
-            _load_tokenizer(place).save_pretrained(folder)
+            load_tokenizer(place).save_pretrained(folder)
             return
         except UsageError as error:  # there is none
             said = f" ({error})" if place is base else ""
     raise UsageError(f"there is no tokenizer beside the model: pass `tokenizer`{said}.")
 
 
-def _load_tokenizer(place: str | Path):
+def load_tokenizer(place: str | Path):
     """The tokenizer of a folder or a Hub id."""
     path = Path(place).expanduser()
     if path.is_file():
@@ -386,7 +386,7 @@ def _check_tokenizer(folder: Path) -> None:
     if "auto_map" in read_json(folder / "tokenizer_config.json") or list(folder.glob("*.py")):
         return
     try:
-        _load_tokenizer(folder)
+        load_tokenizer(folder)
     except UsageError as error:
         if not isinstance(error.__cause__, ImportError):
             said = str(error).partition(": ")[2]

@@ -9,17 +9,17 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
-from inspect import get_annotations
 from pathlib import Path
 from typing import Any
 
-from ..decoding.compat import INVOCATION
+from ..decoding.compat import INVOCATION, fingerprint_of
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import MissingFile, UsageError
 from ..training.config import JacobiForcingConfig
 from ..trajectories.checks import check_real, check_whole
 from ..trajectories.collect import collect_trajectories
 from ..trajectories.collector import CollectSettings
+from ..trajectories.corruption import pack_completions
 from ..trajectories.packing import pack_trajectories
 
 
@@ -69,7 +69,8 @@ class Choice:
             `file.py:function`), which says whether the answer is right.
         max_score_loss: how far the share of right answers may fall below that before all training.
         near: the share of the tokens per forward that may be lost for better quality.
-        jacobi_config: settings that are decoded with; blocks like those of the phase if left out.
+        jacobi_config: settings that are decoded with, which the model keeps unless `train.jacobi_config` says
+            otherwise; blocks like those of the phase if left out.
     """
 
     count: int = 64
@@ -90,10 +91,11 @@ class Choice:
             if not 0 <= getattr(self, name) <= 1:
                 raise UsageError(f"choose.{name} must be from 0 to 1, got {getattr(self, name)}.")
         check_dtype("choose.dtype", self.dtype)
-        if self.jacobi_config is not None and JacobiConfig.coerce(self.jacobi_config).adapts:
+        decoding = JacobiConfig.coerce(self.decoding(2, 0))
+        if decoding.adapts and decoding.position_cost is None:
             raise UsageError(
                 "choose.jacobi_config: a window that adapts itself follows the clock of this machine, so that no two "
-                "runs would choose alike: give it a block_size."
+                "runs would choose alike: give it a fixed block_size, or a position_cost."
             )
 
     def decoding(self, block_size: int, seed: int) -> dict[str, Any]:
@@ -111,7 +113,8 @@ class Phase:
         block_size: n.
         collect: arguments of `collect_trajectories`, and `max_prompts`, `skip_prompts`, `dtype`; `None` for the
             trajectories of the phase before.
-        pack: arguments of `pack_trajectories`, and `only_right`.
+        pack: arguments of `pack_trajectories`, or, where `noise` is among them, of `pack_completions`; and
+            `only_right`.
         train: arguments of `JacobiForcingConfig`.
         choose: how a checkpoint is chosen.
     """
@@ -164,7 +167,7 @@ def named(source: Any) -> Any:
         return str(source)
     from datasets.fingerprint import Hasher
 
-    return f"data {Hasher.hash(source)}"
+    return f"data {fingerprint_of(source) or Hasher.hash(source)}"
 
 
 def read_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
@@ -249,9 +252,9 @@ def _phase(number: int, given: Mapping[str, Any], shared: dict[str, dict[str, An
     if reuses and number == 1:
         raise UsageError(f"collect of phase 1 is {PREVIOUS!r}, but there is no phase before it.")
     collect = None if reuses else check_collect(settings["collect"], size, seed)
-    pack = check_pack(settings["pack"], seed)
+    pack = check_pack(settings["pack"], size, seed)
     train = check_train(settings["train"], seed)
-    names = {one.name: str(one.type) for one in fields(Choice)}
+    names = kinds_of(Choice)
     choose = Choice(**check_section("choose", settings["choose"], names))
     if pack.get("only_right") and choose.score is None:
         raise UsageError("pack.only_right keeps the answers that choose.score says are right: name a function there.")
@@ -299,17 +302,20 @@ def check_collect(given: dict[str, Any], block_size: int, seed: int) -> dict[str
     return settings
 
 
-def check_pack(given: dict[str, Any], seed: int) -> dict[str, Any]:
-    """The arguments of packing, of the right kinds."""
+def check_pack(given: dict[str, Any], block_size: int, seed: int) -> dict[str, Any]:
+    """The arguments of packing, of the right kinds; with `noise` those of `pack_completions`."""
     refuse_ours("pack", given, OURS_OF_DATA)
-    kinds = arguments_of(pack_trajectories, ("trajectories", "output_dir", "progress"))
+    function, ours = pack_trajectories, {}
+    if given.get("noise") is not None:
+        function, ours = pack_completions, {"tokenizer": 1, "block_size": block_size}
+    kinds = arguments_of(function, ("trajectories", "completions", "output_dir", "progress", *ours))
     settings = {"seed": seed} | check_section("pack", given, kinds | {"only_right": "bool"})
     arguments = {name: value for name, value in settings.items() if name != "only_right"}
     with in_section("pack"):
         try:
-            pack_trajectories([], **arguments)
+            function([], **ours, **arguments)
         except UsageError as error:
-            if "there are no trajectories" not in str(error):
+            if "there are no" not in str(error):
                 raise
     return settings
 
@@ -324,13 +330,7 @@ def refuse_ours(where: str, given: dict[str, Any], ours: Mapping[str, str]) -> N
 def check_train(given: dict[str, Any], seed: int) -> dict[str, Any]:
     """The arguments of the trainer, of the right kinds; their values are looked at on the machine that trains."""
     refuse_ours("train", given, OURS)
-    # As they are written: transformers' parser of arguments puts others into the fields of a class it has seen.
-    written = {
-        name: kind for cls in reversed(JacobiForcingConfig.__mro__) for name, kind in get_annotations(cls).items()
-    }
-    kinds = {
-        one.name: str(written[one.name]) for one in fields(JacobiForcingConfig) if one.init and one.name not in OURS
-    }
+    kinds = {name: kind for name, kind in kinds_of(JacobiForcingConfig).items() if name not in OURS}
     settings = {"seed": seed} | check_section("train", given, kinds)
     for name in ("save_steps", "logging_steps"):
         if name in settings:
@@ -350,8 +350,8 @@ def check_adapter(given: Any) -> dict[str, Any]:
     from peft import LoraConfig
 
     given = section("adapter", given)
-    ours = {"invocation_tokens": 0, INVOCATION: 0, "task_type": 0, "peft_type": 0}
-    names = {one.name: str(one.type) for one in fields(LoraConfig) if one.init and one.name not in ours}
+    ours = ("invocation_tokens", INVOCATION, "task_type", "peft_type")
+    names = {name: kind for name, kind in kinds_of(LoraConfig).items() if name not in ours}
     return check_section("adapter", given, names)
 
 
@@ -384,6 +384,14 @@ def arguments_of(function: Callable, without: Iterable[str]) -> dict[str, str]:
     """The arguments of a function, name to annotation, but some."""
     found = inspect.signature(function).parameters
     return {name: str(one.annotation) for name, one in found.items() if name not in without}
+
+
+def kinds_of(dataclass: type) -> dict[str, str]:
+    """The settings of a dataclass, name to annotation: as written, since a parser of commands changes the fields."""
+    written = {
+        name: str(kind) for cls in reversed(dataclass.__mro__) for name, kind in inspect.get_annotations(cls).items()
+    }
+    return {one.name: written[one.name] for one in fields(dataclass) if one.init}
 
 
 def check_names(where: str, given: Mapping[str, Any], known: Iterable[str]) -> None:

@@ -59,7 +59,11 @@ def run_recipe(
     recipe = with_score(read_recipe(recipe), score)
     folder = Path(output_dir).expanduser()
     work = Work(recipe, folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).touch()
+    except OSError as error:
+        raise MissingFile(f"{folder} cannot be written ({error.strerror}): name another folder.") from error
     with alone_in(folder):
         work.note_recipe()
         with showing(progress) as display:
@@ -106,9 +110,9 @@ class Work:
             for phase in recipe.phases
         }
         self.device = next(iter(self.arguments.values())).device
-        if recipe.adapter is not None:
-            stages.lora(recipe)
         self.tokenizer = tokenizer_of(recipe.model)
+        if recipe.adapter is not None:
+            stages.check_adapter_fits(recipe)
         self.prompts, held_out = self._open()
         self.held_out = self._encode(held_out)
 

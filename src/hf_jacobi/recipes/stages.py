@@ -12,15 +12,17 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from ..decoding.errors import UsageError, of_usage
 from ..decoding.files import read_json, write_whole
 from ..decoding.mixin import enable
+from ..hub.plain_lora import refuse_changing
 from ..training.config import JacobiForcingConfig
 from ..training.figures import Score
 from ..training.trainer import JacobiForcingTrainer, load_model
 from ..trajectories.collect import collect_trajectories, read_report
+from ..trajectories.corruption import pack_completions
 from ..trajectories.packing import pack_trajectories
 from ..trajectories.prompts import name_of_prompt, open_prompts
 from ..trajectories.shards import counts_in
@@ -130,7 +132,10 @@ def pack(place: Place, phase: Phase, rows, tokenizer, score: Score | None) -> No
     arguments = dict(phase.pack)
     if arguments.pop("only_right", False):
         trajectories = right_ones(trajectories, rows, tokenizer, score)
-    pack_trajectories(trajectories, output_dir=folder, **arguments)
+    if "noise" in arguments:
+        pack_completions(trajectories, tokenizer, phase.block_size, output_dir=folder, **arguments)
+    else:
+        pack_trajectories(trajectories, output_dir=folder, **arguments)
     (folder / ".done").touch()
 
 
@@ -166,6 +171,8 @@ def training_arguments(recipe: Recipe, phase: Phase, folder: Path, rows: int | N
         "eval_prompts": 0,
         **phase.train,
     }
+    if phase.choose.jacobi_config is not None and given.get("jacobi_config") is None:
+        given["jacobi_config"] = {"block_size": phase.block_size} | phase.choose.jacobi_config
     with of_usage(ValueError, ImportError, TypeError):
         probe = JacobiForcingConfig(output_dir=str(folder), **given)
     steps = probe.max_steps
@@ -213,7 +220,6 @@ def train(place: Place, phase: Phase, tokenizer, tell) -> None:
         inner = PeftModel.from_pretrained(inner, start, is_trainable=True)
     elif recipe.adapter is not None:
         peft_config = lora(recipe)
-        torch.manual_seed(arguments.seed)  # of the adapter's first weights
     trainer = JacobiForcingTrainer(
         model=inner,
         args=arguments,
@@ -239,6 +245,20 @@ def lora(recipe: Recipe):
 
     with of_usage(ValueError, TypeError):
         return LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.adapter})
+
+
+def check_adapter_fits(recipe: Recipe) -> None:
+    """Raises `UsageError` for an adapter that the model cannot have, or that could not only draft."""
+    from peft import get_peft_model
+
+    config = lora(recipe)
+    if recipe.phases[0].train.get("adapter_scope") == "draft":
+        refuse_changing(config, "the recipe's adapter")
+    config.init_lora_weights = True  # other ways compute with the weights
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model))
+    with of_usage(ValueError, TypeError, RuntimeError):
+        get_peft_model(model, config, low_cpu_mem_usage=True)
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:

@@ -13,7 +13,7 @@ import torch
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, decoder_layers, forget_offsets
-from ..decoding.draft_adapter import DRAFT_ONLY, is_draft_only, touching_base
+from ..decoding.draft_adapter import DRAFT_ONLY, begun_on_other_weights, is_draft_only, touching_base
 from ..decoding.errors import UsageError
 from ..decoding.mixin import unwrap
 from .config import JacobiForcingConfig
@@ -22,7 +22,6 @@ from .mask import RowTensors
 
 
 PREFIX = "lora_"  # of the modules that PEFT puts a LoRA's weights into
-HARMLESS = ("gaussian", "orthogonal", "eva")  # ways to begin a LoRA that leave the base as it is
 CHUNK = 1 << 20  # numbers of eight bytes that are summed at a time
 
 
@@ -116,8 +115,7 @@ def _check_made(model) -> None:
     """
     for config in model.peft_config.values():
         _refuse_touching(config)
-        way = getattr(config, "init_lora_weights", True)
-        if isinstance(way, str) and way.lower() not in HARMLESS:
+        if way := begun_on_other_weights(config):
             raise UsageError(
                 f"a draft-only adapter must leave the base model as it is, but init_lora_weights={way!r} changes it: "
                 "make the adapter anew without it, on a base model that is loaded anew."

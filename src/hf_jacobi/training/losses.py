@@ -159,8 +159,7 @@ def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> 
     rows = torch.arange(twins.shape[0], device=twins.device).unsqueeze(1) * length
     twin_places = torch.where(twins >= 0, place[(rows + twins.clamp(min=0)).flatten()].view_as(twins), -1)
     if within_block:
-        ends = (torch.roll(batch["block_ids"], -1, 1) != batch["block_ids"]) | ~following
-        ends[:, -1] = True
+        ends = torch.roll(_begins(batch), -1, 1)
         twin_places = twin_places.masked_fill(ends, -1)
     noisy = (twin_places.flatten() >= 0).nonzero().squeeze(1)
     twins = twin_places.flatten()[noisy]
@@ -172,13 +171,18 @@ def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> 
     return Targets(clean, flat_labels[clean], noisy, twins, blocks, places, present, twins.tolist(), counts)
 
 
-def _blocks_of(batch: dict[str, torch.Tensor], noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For noisy tokens `[M]`, in the order of the batch, the number of their block, and how many stand before them."""
+def _begins(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """`[B, L]`, where a run of tokens of one block begins: the same block of another copy is another run."""
     begins = torch.ones_like(batch["seq_ids"], dtype=torch.bool)
     for column, step in (("seq_ids", 0), ("block_ids", 0), ("position_ids", 1)):
         begins[:, 1:] &= batch[column].diff(dim=1) == step
     begins[:, 1:] ^= True
-    numbers = begins.flatten().cumsum(0)[noisy]
+    return begins
+
+
+def _blocks_of(batch: dict[str, torch.Tensor], noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """For noisy tokens `[M]`, in the order of the batch, the number of their block, and how many stand before them."""
+    numbers = _begins(batch).flatten().cumsum(0)[noisy]
     _, blocks, sizes = torch.unique_consecutive(numbers, return_inverse=True, return_counts=True)
     return blocks, torch.arange(len(noisy), device=noisy.device) - (sizes.cumsum(0) - sizes)[blocks]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 
 from ..decoding.compat import (
     attention_of,
@@ -160,6 +160,8 @@ class JacobiForcingTrainer(Trainer):
             train_dataset = RefreshedRows(train_dataset, args)
             args.train_sampling_strategy = "sequential"  # its rows are in order already
         before = None if peft_config is None else texts_of_base(inner, prompts, args)  # adapters need not begin as it
+        if peft_config is not None:
+            set_seed(args.seed)  # of the adapter's first weights; `Trainer` seeds when they are there
         model = add_adapter(model, peft_config, args)
         check_best_model(model, args)
         self.noisy_tokens = NoisyTokens(model) if args.adapter_scope == "draft" else None

@@ -99,8 +99,8 @@ def collect_trajectories(
             so far, the next one among them, and the model's own predictions from there on; so the last state is the
             completion, whoever wrote it, and where the model wrote it, greedily, the trajectory is the one that it
             would get here. Text gets the end-of-sequence token that engines leave out, unless the row's
-            `finish_reason` is `"length"`, or its `ended` is false. Tokens of an engine are exact; text is encoded
-            anew, which may split words otherwise.
+            `finish_reason` is `"length"` or `"max_tokens"`, or its `ended` is false. Tokens of an engine are exact;
+            text is encoded anew, which may split words otherwise.
         check: of `completions`, leave out those that are not the model's greedy text: counted and named like prompts
             that cannot be used, and an error with `strict`. In half precision a model may settle ties otherwise than
             the engine did.

@@ -60,7 +60,8 @@ def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: lis
 
 
 def _has_end(row: dict[str, Any]) -> bool:
-    return str(row.get("finish_reason")).lower() not in CUT and row.get("ended") is not False
+    is_cut = str(row.get("finish_reason")).lower() in CUT
+    return not is_cut and str(row.get("ended")).lower() not in ("false", "0")  # of CSV, say, or NumPy
 
 
 def _text_of(name: str, value: Any) -> str:

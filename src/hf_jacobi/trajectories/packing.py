@@ -345,6 +345,8 @@ def _check_columns(rows: Any, settings: Packing) -> None:
             f"`{what}` must be rows, got the path {str(rows)!r}: open it with "
             "datasets.load_dataset(path, split='train') first."
         )
+    if not hasattr(rows, "__iter__") and not hasattr(rows, "__getitem__"):
+        raise UsageError(f"`{what}` must be rows, got {type(rows).__name__}.")
     if iter(rows) is rows:
         raise UsageError(f"`{what}` can be run through only once: pass a list or a data set, not an iterator.")
     first = next(iter(rows), None)
