@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from ..decoding.compat import name_checkpointing, parsed_as_dict
@@ -182,6 +183,8 @@ class JacobiForcingConfig(TrainingArguments):
                 "`torch_compile` cannot follow the losses into the model: pass compile_layers=True instead."
             )
         self.remove_unused_columns = False
+        if not torch.accelerator.is_available():  # torch warns of it once a training
+            self.dataloader_pin_memory = False
 
     def _check_numbers(self) -> None:
         """Refuses numbers that are NaN or infinite, which pass comparisons; infinite clipping only measures norms."""
