@@ -89,7 +89,7 @@ def visible(rows: RowTensors, batch, query, key) -> torch.Tensor:
     position, key_position = rows.position_ids[batch, query], rows.position_ids[batch, key]
     text = clean_key & torch.where(clean_query, key_position <= position, key_position < window)
     noise = ~clean_query & ~clean_key & (key_window == window) & (key_position <= position)
-    noise &= rows.copy_ids[batch, query] == rows.copy_ids[batch, key]
+    noise = noise & (rows.copy_ids[batch, query] == rows.copy_ids[batch, key])  # in place, FlexAttention cannot
     sequence = rows.seq_ids[batch, query]
     together = (sequence == rows.seq_ids[batch, key]) & (sequence >= 0)
     return (together & (text | noise)) | (query == key)
