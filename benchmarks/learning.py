@@ -25,8 +25,8 @@ import hf_jacobi
 from hf_jacobi.evaluation.measuring import AR
 
 from .miniature.base import train_base
-from .miniature.evaluate import MAX_NEW_TOKENS, answer, summary
-from .miniature.forcing import BATCH_SIZE, load, load_tokenizer, one_after_another
+from .miniature.evaluate import answer, summary
+from .miniature.forcing import BATCH_SIZE, completions, load, load_tokenizer, one_after_another
 from .miniature.recipes import sliding
 from .miniature.tasks import training_problems
 
@@ -54,21 +54,6 @@ VARIANTS: dict[str, tuple[dict, str, int]] = {
     "lk-copies": ({"consistency_loss": "lk"}, "trajectories", 4),
     "soft-uniform-copies": ({}, "uniform", 4),
 }
-
-
-def texts(folder: Path, base: Path, prompts: int):
-    """The base model's own completions, with every state of their blocks."""
-    problems = training_problems(prompts, "forcing")
-    return hf_jacobi.collect_trajectories(
-        load(base).to(torch.bfloat16),
-        load_tokenizer(base),
-        [{"id": str(number), "prompt": problem.prompt} for number, problem in enumerate(problems)],
-        block_size=BLOCK,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=64,
-        output_dir=folder / f"trajectories-{prompts}",
-        progress=True,
-    )
 
 
 def rows_of(trajectories, base: Path, noise: str, copies: int):
@@ -148,7 +133,8 @@ def main() -> None:
     base = arguments.folder / "base"
     if not (base / "config.json").exists():
         train_base(base, arguments.base_problems)
-    trajectories = texts(arguments.folder, base, arguments.prompts)
+    folder = arguments.folder / f"trajectories-{arguments.prompts}"
+    trajectories = completions(base, arguments.prompts, BLOCK, folder)
     tokenizer = load_tokenizer(base)
     problems = training_problems(arguments.problems, "validation")
     before = answer(load(base), tokenizer, problems, AR)

@@ -69,14 +69,19 @@ def load_tokenizer(base: Path):
 
 
 def trajectories(place: Workplace, block_size: int) -> datasets.Dataset:
+    """The base model's own completions of problems it was not trained on, with every state of their blocks."""
+    prompts = max(recipe.prompts for recipe in RECIPES.values() if recipe.block_size == block_size)
+    folder = place.folder / f"trajectories-n{block_size}"
+    return completions(base_model(place), place.some_of(prompts), block_size, folder)
+
+
+def completions(base: Path, prompts: int, block_size: int, folder: Path) -> datasets.Dataset:
     """
-    The base model's own completions of problems it was not trained on, with every state of their blocks.
+    Trajectories of so many problems, kept in a folder.
 
     In bfloat16, which takes a little over half of float32's time on a CPU that has instructions for it.
     """
-    prompts = max(recipe.prompts for recipe in RECIPES.values() if recipe.block_size == block_size)
-    base = base_model(place)
-    problems = training_problems(place.some_of(prompts), "forcing")
+    problems = training_problems(prompts, "forcing")
     return hf_jacobi.collect_trajectories(
         load(base).to(torch.bfloat16),
         load_tokenizer(base),
@@ -84,7 +89,7 @@ def trajectories(place: Workplace, block_size: int) -> datasets.Dataset:
         block_size=block_size,
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=64,
-        output_dir=place.folder / f"trajectories-n{block_size}",
+        output_dir=folder,
         progress=True,
     )
 

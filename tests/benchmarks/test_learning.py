@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from benchmarks import learning
+from benchmarks.miniature import evaluate, forcing
 
 
 @pytest.mark.slow
@@ -16,7 +17,8 @@ def test_variants_are_trained_and_decoded_side_by_side(tmp_path, monkeypatch, sc
     output = tmp_path / "figures.json"
     sizes = ["--base-problems", "32", "--prompts", "4", "--steps", "2", "--problems", "4"]
     folder = ["--folder", str(tmp_path / "run"), "--output", str(output)]
-    monkeypatch.setattr(learning, "MAX_NEW_TOKENS", 40)
+    for module in (forcing, evaluate):
+        monkeypatch.setattr(module, "MAX_NEW_TOKENS", 40)
     monkeypatch.setattr("shutil.which", lambda name: None)  # to compile takes longer than to train
     monkeypatch.setattr(sys, "argv", ["x", "--scope", scope, "--variants", *variants, *sizes, *folder])
     learning.main()

@@ -232,7 +232,7 @@ class JacobiProposer:
         self.device = getattr(getattr(vllm_config, "device_config", None), "device_type", "cpu")
         self._curves: dict[int, CostCurve] = {}
         self.times = StepTimes()
-        self._ended: float | None = None  # when the last step did, if it only went on with requests
+        self._ended: float | None = None  # when the last step did
         self.stats = DraftStats()
         self.step = 0
         self.rows: list[Request | None] = []  # of the last step
