@@ -23,13 +23,16 @@ def run(arguments) -> int:
     """Runs the command."""
     from transformers.utils import logging
 
-    from ..recipes.recipe import read_recipe, read_yaml
+    from ..decoding.files import read_yaml
+    from ..recipes.recipe import read_recipe
     from ..recipes.report import markdown
     from ..recipes.run import plan, run_recipe
 
     logging.set_verbosity_error()
     given = {"model": arguments.model, "prompts": arguments.prompts}
-    recipe = read_recipe(read_yaml(arguments.recipe) | {name: value for name, value in given.items() if value})
+    recipe = read_recipe(
+        read_yaml(arguments.recipe, "a recipe") | {name: value for name, value in given.items() if value}
+    )
     if arguments.dry_run:
         print(plan(recipe, arguments.output_dir))
         return 0

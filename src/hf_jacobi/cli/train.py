@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..decoding.errors import MissingFile, MissingPackage, UsageError, of_usage
+from ..decoding.errors import MissingPackage, UsageError, of_usage
+from ..decoding.files import read_yaml
 from .options import check_folder
 from .train_options import check
 
@@ -51,17 +52,8 @@ def with_config_checked(typed: list[str]) -> list[str]:
         raise UsageError("--config is there twice: give one file.")
     if place == len(typed) or typed[place].startswith("--") or not typed[place].strip():
         raise UsageError("--config names no file: name the YAML file with the options.")
-    from yaml import YAMLError, safe_load
-
     file = Path(typed[place]).expanduser()
-    try:
-        content = safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingFile(f"{file} cannot be read ({error.strerror}): name a YAML file with options.") from error
-    except (YAMLError, ValueError) as error:
-        raise UsageError(f"{file} is no YAML that can be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise UsageError(f"{file} must hold options, one `name: value` a line.")
+    read_yaml(file, "options")
     return [*typed[:place], str(file), *typed[place + 1 :]]
 
 

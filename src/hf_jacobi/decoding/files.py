@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .errors import UsageError
+from .errors import MissingFile, UsageError
 
 
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -34,6 +34,30 @@ def parse_json(file: Path) -> Any:
         return json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
         raise UsageError(f"{file} is not a JSON file ({error}): save it again.") from error
+
+
+def read_yaml(file: Path, what: str) -> dict[str, Any]:
+    """
+    The names and values in a YAML file.
+
+    Args:
+        file: the file.
+        what: it should hold, for errors.
+
+    Raises:
+        `UsageError`: it cannot be read, or holds something else.
+    """
+    from yaml import YAMLError, safe_load
+
+    try:
+        content = safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MissingFile(f"{file} cannot be read ({error.strerror}): name a YAML file with {what}.") from error
+    except (YAMLError, ValueError) as error:
+        raise UsageError(f"{file} is no YAML that can be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise UsageError(f"{file} must hold {what}, one `name: value` a line.")
+    return content
 
 
 def refuse_pointer(file: Path) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 from ..decoding.compat import INVOCATION, fingerprint_of
 from ..decoding.config import JacobiConfig
-from ..decoding.errors import MissingFile, UsageError
+from ..decoding.errors import UsageError
+from ..decoding.files import read_yaml
 from ..training.config import JacobiForcingConfig
 from ..trajectories.checks import check_real, check_whole
 from ..trajectories.collect import collect_trajectories
@@ -185,7 +186,7 @@ def read_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     if isinstance(source, Recipe):
         return source
     if isinstance(source, (str, Path)):
-        source = read_yaml(Path(source).expanduser())
+        source = read_yaml(Path(source).expanduser(), "a recipe")
     if not isinstance(source, Mapping):
         raise UsageError(f"a recipe is a file or a dictionary of settings, got {type(source).__name__}.")
     own = [one.name for one in fields(Recipe)]
@@ -208,26 +209,6 @@ def read_recipe(source: Recipe | Mapping[str, Any] | str | Path) -> Recipe:
     recipe = Recipe(**content)
     check_phases(recipe)
     return recipe
-
-
-def read_yaml(file: Path) -> Any:
-    """
-    What a YAML file holds.
-
-    Raises:
-        `OSError`, `ValueError`: it cannot be read, or is no YAML.
-    """
-    from yaml import YAMLError, safe_load
-
-    try:
-        content = safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MissingFile(f"{file} cannot be read ({error.strerror}): name a YAML file with a recipe.") from error
-    except (YAMLError, ValueError) as error:
-        raise UsageError(f"{file} is no YAML that can be read: {' '.join(str(error).split())}.") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{file} must hold a recipe, one `name: value` a line.")
-    return content
 
 
 def section(name: str, value: Any) -> dict[str, Any]:
