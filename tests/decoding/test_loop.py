@@ -271,3 +271,17 @@ def test_first_guesses_out_of_the_vocabulary_leave_the_text_alone_and_follow_the
         assert torch.equal(out.sequences, expected) and tokens_per_forward(out) > 1
         forwards.append(out.jacobi_stats.forwards)
     assert forwards[0] == forwards[1] and len(set(forwards)) > 1
+
+
+def test_a_configuration_that_does_not_say_how_many_tokens_there_are(monkeypatch):
+    """Only first guesses out of the vocabulary ask for that."""
+    model, prompts = hf_jacobi.enable(trained_model()), padded_prompts(2)
+    call = {"max_new_tokens": 30, "do_sample": False}
+    expected = model.generate(**prompts, **call)
+    del model.config.vocab_size
+    monkeypatch.delattr(type(model.config), "vocab_size")
+    call |= {"decoding": "jacobi", "return_dict_in_generate": True}
+    out = model.generate(**prompts, **call, jacobi_config={"block_size": 8})
+    assert torch.equal(out.sequences, expected) and tokens_per_forward(out) > 1.3
+    with pytest.raises(hf_jacobi.UsageError, match="whose number is not known here"):
+        model.generate(**prompts, **call, jacobi_config={"draft_init": "vocabulary"})

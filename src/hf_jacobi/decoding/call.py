@@ -175,9 +175,9 @@ def _rows(step: Step, config, max_length: int | None, records: bool) -> list[Row
     if (valid := step.model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
         padding = (valid[:, valid.shape[1] - step.input_ids.shape[1] :] == 0).sum(1).tolist()
     text = step.model.config.get_text_config(decoder=True)
-    table = getattr(text, "max_position_embeddings", None)
+    table, vocabulary = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
     rows = []
     for number, (tokens, end) in enumerate(zip(prompts, step.prompt_ends)):
         last = None if table is None else len(tokens) - 1 + table - 1 - end
-        rows.append(Row(number, tokens, padding[number], config, max_length, last, records, text.vocab_size))
+        rows.append(Row(number, tokens, padding[number], config, max_length, last, records, vocabulary))
     return rows
