@@ -58,7 +58,13 @@ setup(
     package_dir={"": "src"},
     packages=find_packages("src"),
     package_data={
-        "hf_jacobi": ["checkpoints/*/*", "evaluation/metrics/*/*.py", "evaluation/tasks/*", "serving/page/*"]
+        "hf_jacobi": [
+            "py.typed",
+            "checkpoints/*/*",
+            "evaluation/metrics/*/*.py",
+            "evaluation/tasks/*",
+            "serving/page/*",
+        ]
     },
     python_requires=">=3.10",
     install_requires=["torch>=2.6", "transformers>=5.16,<5.25", "numpy", "safetensors", "huggingface_hub", "tqdm"],
