@@ -2,12 +2,14 @@
 What a model learns to draft from: losses and rows side by side, with the same base model, texts, steps and seed.
 
     python -m benchmarks.learning --variants soft tv lk lk-cut            # a draft-only adapter
-    python -m benchmarks.learning --scope whole --variants soft lk        # the whole model
+    python -m benchmarks.learning --scope whole --variants soft lk --window 4 --problems 200    # the whole model
+    python -m benchmarks.learning --scope whole --variants soft soft-refresh    # fresh trajectories while it trains
 
 The base model is the miniature's (`benchmarks/miniature`), trained on fewer problems so that it is there in a quarter
 of an hour; `--base-problems 120000` makes it whole. Everything is kept in `--folder`, and a run that was interrupted
-goes on there. Tokens per forward are those of a sliding window of 16 on validation problems, over all texts and over
-the solved ones alone. Seconds are those of the training steps.
+goes on there. Tokens per forward (TPF) are those of a sliding window of 16, over all validation problems and over the
+solved ones alone, and of plain blocks of 16. Seconds are the processor's, for the training steps and for the
+trajectories that are collected between them.
 """
 
 from __future__ import annotations
@@ -25,14 +27,15 @@ import hf_jacobi
 from hf_jacobi.evaluation.measuring import AR
 
 from .miniature.base import train_base
-from .miniature.evaluate import answer, summary
+from .miniature.evaluate import MAX_NEW_TOKENS, answer, summary
 from .miniature.forcing import BATCH_SIZE, completions, load, load_tokenizer, one_after_another
-from .miniature.recipes import sliding
+from .miniature.recipes import in_blocks, sliding
 from .miniature.tasks import training_problems
 
 
 BLOCK = 16
 CUT = {"accept_cut": True}
+REFRESHES, REFRESHED = 4, 500  # portions of a training with `-refresh`, and the prompts of each after the first
 # name -> (settings of `JacobiForcingConfig`, where the noise comes from, noisy copies of each text)
 VARIANTS: dict[str, tuple[dict, str, int]] = {
     "soft": ({}, "trajectories", 1),
@@ -53,13 +56,14 @@ VARIANTS: dict[str, tuple[dict, str, int]] = {
     "soft-copies": ({}, "trajectories", 4),
     "lk-copies": ({"consistency_loss": "lk"}, "trajectories", 4),
     "soft-uniform-copies": ({}, "uniform", 4),
+    "soft-refresh": ({}, "refresh", 1),
 }
 
 
-def rows_of(trajectories, base: Path, noise: str, copies: int):
-    """Packed rows with clean context, as CLLM and the draft-only adapter of the miniature have it."""
-    if noise == "trajectories":
-        return hf_jacobi.pack_trajectories(trajectories, 1, "random", max_length=1024, noisy_copies=copies)
+def rows_of(trajectories, base: Path, noise: str, copies: int, window: int):
+    """Packed rows; a window of 1 has clean context, as CLLM and the draft-only adapter of the miniature have it."""
+    if noise in ("trajectories", "refresh"):
+        return hf_jacobi.pack_trajectories(trajectories, window, "random", max_length=1024, noisy_copies=copies)
     return hf_jacobi.pack_completions(
         trajectories,
         load_tokenizer(base),
@@ -75,10 +79,23 @@ def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
     settings, noise, copies = VARIANTS[name]
     draft = arguments.scope == "draft"
     steps = max(1, arguments.steps // copies) if arguments.equal_noise else arguments.steps
-    folder = arguments.folder / f"{arguments.scope}-{name}-{steps}"
+    context = f"-w{arguments.window}" if arguments.window > 1 else ""
+    folder = arguments.folder / f"{arguments.scope}-{name}{context}-{steps}"
     if (folder / "seconds").exists():
         return folder, float((folder / "seconds").read_text())
-    rows = one_after_another([(rows_of(trajectories, base, noise, copies), BATCH_SIZE * steps)])
+    rows = one_after_another([(rows_of(trajectories, base, noise, copies, arguments.window), BATCH_SIZE * steps)])
+    refresh = None
+    if noise == "refresh":
+        settings = settings | {"refresh_steps": max(1, steps // REFRESHES)}
+        fresh = [{"prompt": problem.prompt} for problem in training_problems(REFRESHED * REFRESHES, "refresh")]
+        refresh = hf_jacobi.Refresh(
+            fresh,
+            count=min(REFRESHED, arguments.prompts),
+            max_new_tokens=MAX_NEW_TOKENS,
+            window_size=arguments.window,
+            collect={"batch_size": 64},
+            pack={"noise_schedule": "random", "max_length": 1024},
+        )
     trainer = hf_jacobi.JacobiForcingTrainer(
         model=str(base),
         args=hf_jacobi.JacobiForcingConfig(
@@ -93,6 +110,7 @@ def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
             ar_loss_weight_start=1.0 if arguments.ar_loss_weight > 1 and not draft else None,
             train_sampling_strategy="sequential",
             adapter_scope="draft" if draft else "all",
+            compile_layers=arguments.compile,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,
@@ -103,6 +121,8 @@ def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
             **settings,
         ),
         train_dataset=rows,
+        processing_class=load_tokenizer(base) if refresh else None,
+        refresh=refresh,
         peft_config=LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
         if draft
         else None,
@@ -126,6 +146,8 @@ def main() -> None:
     parser.add_argument("--equal-noise", action="store_true", help="fewer steps where texts have several noisy copies")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ar-loss-weight", type=float, default=30.0, help="of whole models; grows from 1")
+    parser.add_argument("--window", type=int, default=1, help="w of the rows; 1 is clean context")
+    parser.add_argument("--compile", action="store_true", help="compile the layers")
     parser.add_argument("--problems", type=int, default=60, help="to validate on")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
@@ -140,16 +162,25 @@ def main() -> None:
     before = answer(load(base), tokenizer, problems, AR)
     report = {"base": summary(before, before)["both"]}
     print(json.dumps(report), flush=True)
-    print(f"{'':22}{'TPF':>7}{'of right':>9}{'solved':>9}{'seconds':>9}", flush=True)
+    print(f"{'':22}{'TPF':>7}{'solved':>8}{'blocks':>8}{'math':>7}{'sql':>7}{'seconds':>9}", flush=True)
     for name in arguments.variants:
         folder, seconds = train(arguments, base, trajectories, name)
-        answers = answer(load(folder, base), tokenizer, problems, sliding(16))
-        found = summary(answers, before)["both"] | {"seconds": seconds}
-        right = [row for row in answers if row["solved"]]
-        found["of_right"] = sum(len(row["tokens"]) for row in right) / max(1, sum(row["forwards"] for row in right))
+        model = load(folder, base)
+        answers = answer(model, tokenizer, problems, sliding(BLOCK))
+        by_task = summary(answers, before)
+        solved = [row for row in answers if row["solved"]]
+        found = by_task["both"] | {
+            "seconds": seconds,
+            "of_solved": sum(len(row["tokens"]) for row in solved) / max(1, sum(row["forwards"] for row in solved)),
+            "blocks": summary(answer(model, tokenizer, problems, in_blocks(BLOCK)), before)["both"][
+                "tokens_per_forward"
+            ],
+            "solved": {task: figures["solve_rate"] for task, figures in by_task.items()},
+        }
         report[name] = found
-        figures = f"{found['tokens_per_forward']:7.2f}{found['of_right']:9.2f}{found['solve_rate']:9.1%}{seconds:9.0f}"
-        print(f"{name:22}{figures}", flush=True)
+        figures = f"{found['tokens_per_forward']:7.2f}{found['of_solved']:8.2f}{found['blocks']:8.2f}"
+        tasks = "".join(f"{found['solved'].get(task, 0):7.1%}" for task in ("math", "sql"))
+        print(f"{name:22}{figures}{tasks}{seconds:9.0f}", flush=True)
         if arguments.output:
             arguments.output.write_text(json.dumps(report, indent=1) + "\n")
 

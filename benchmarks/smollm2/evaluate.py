@@ -34,6 +34,7 @@ from .ship import CARD, card
 
 
 TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instructions": "instructions, held out"}
+OTHER = "other kinds, held out"
 TRAINED, OWN = "Jacobi, trained", "AR, trained"
 OUT_OF_DOMAIN = "chat, other prompts"
 
@@ -67,7 +68,7 @@ def measure(arguments) -> dict:
     prompts: dict[str, list[str]] = {}
     for line in arguments.held_out.read_text().splitlines():
         row = json.loads(line)
-        prompts.setdefault(TITLES[row["kind"]], []).append(row["messages"][0]["content"])
+        prompts.setdefault(TITLES.get(row["kind"], OTHER), []).append(row["messages"][0]["content"])
     prompts[OUT_OF_DOMAIN] = list(CHAT)
     contestants = {
         "AR": (base, AR),
@@ -84,7 +85,7 @@ def measure(arguments) -> dict:
         runs[kind] = list(tqdm(raced, desc=kind, total=len(inputs)))
         texts += [(x["input_ids"][0].tolist(), run["AR"].tokens[0]) for x, run in zip(inputs, runs[kind])]
         figures += rows(kind, runs[kind])
-        if kind == list(TITLES.values())[-1]:
+        if kind == list(prompts)[-2]:
             figures += rows("in domain, held out", [run for found in runs.values() for run in found])
     ppl = {"perplexity_before": perplexity(base, texts), "perplexity_after": perplexity(model, texts)}
     figures.append({"dataset": "all texts above", "decoding": "AR", "metrics": ppl})

@@ -1,10 +1,10 @@
 """
-Prompts for SmolLM2: short tasks in Python, arithmetic in words, instructions; with a fixed split.
+Prompts for SmolLM2, with a fixed split: Python, arithmetic, instructions, and the kinds of `more_prompts.py`.
 
     python -m benchmarks.smollm2.prompts FOLDER
 
-writes `train.jsonl` and `held_out.jsonl`. What is held out is subjects, not wordings: a task in Python or a topic that
-is asked for there is asked for nowhere in the training prompts, and neither are the numbers of an arithmetic problem.
+writes `train.jsonl` and `held_out.jsonl`. The split is by subject, not by wording: no task, topic or sentence of the
+held-out prompts occurs in a training prompt, and neither do the numbers of an arithmetic problem.
 """
 
 from __future__ import annotations
@@ -17,8 +17,13 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from hf_jacobi.evaluation.prompts import CHAT
 
-TRAIN, HELD_OUT = 640, 60  # prompts of each kind
+from .more_prompts import KINDS as MORE_KINDS
+
+
+TRAIN, HELD_OUT = 1_200, 60  # prompts of each kind, or as many as the kind has
+TRIES = 200_000  # draws after which a kind counts as exhausted
 
 CODE = (
     "Write a Python function that {task}.",
@@ -127,25 +132,25 @@ def instructions(draw: random.Random) -> Iterator[tuple[str, str]]:
         yield topic, draw.choice(INSTRUCTIONS).format(topic=topic)
 
 
-KINDS = {"code": code, "arithmetic": arithmetic, "instructions": instructions}
+KINDS = {"code": code, "arithmetic": arithmetic, "instructions": instructions} | MORE_KINDS
 
 
 def prompts(held_out: bool) -> list[dict]:
-    """Rows of `id`, `kind` and `messages`, the kinds in turn; no prompt occurs twice."""
+    """Rows of `id`, `kind` and `messages`, the kinds in turn; no prompt occurs twice, and none is a benchmark's."""
     wanted = HELD_OUT if held_out else TRAIN
     rows = []
     for kind, source in KINDS.items():
         found: dict[str, None] = {}
-        for subject, prompt in source(random.Random(f"{kind} {held_out}")):
-            if is_held_out(subject) == held_out:
+        for subject, prompt in itertools.islice(source(random.Random(f"{kind} {held_out}")), TRIES):
+            if is_held_out(subject) == held_out and prompt not in CHAT:
                 found.setdefault(prompt)
             if len(found) == wanted:
                 break
         rows.append([(kind, prompt) for prompt in found])
     return [
         {"id": f"{kind}-{number}", "kind": kind, "messages": [{"role": "user", "content": prompt}]}
-        for number, kinds in enumerate(zip(*rows))
-        for kind, prompt in kinds
+        for number, kinds in enumerate(itertools.zip_longest(*rows))
+        for kind, prompt in filter(None, kinds)
     ]
 
 

@@ -11,7 +11,8 @@ from benchmarks.miniature import evaluate, forcing
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("scope", "variants"), [("draft", ["lk-cut", "soft-uniform", "lk-copies"]), ("whole", ["soft", "tv-cut"])]
+    ("scope", "variants"),
+    [("draft", ["lk-cut", "soft-uniform", "lk-copies"]), ("whole", ["soft", "tv-cut", "soft-refresh"])],
 )
 def test_variants_are_trained_and_decoded_side_by_side(tmp_path, monkeypatch, scope, variants):
     output = tmp_path / "figures.json"

@@ -1,6 +1,7 @@
 """The prompts for SmolLM2, and the card of its adapter."""
 
 import json
+from collections import Counter
 
 import pytest
 from card_table import metadata_of, table_of
@@ -8,14 +9,18 @@ from card_table import metadata_of, table_of
 from benchmarks.smollm2.prompts import HELD_OUT, KINDS, TOPICS, TRAIN, is_held_out, prompts
 from benchmarks.smollm2.ship import CARD, card
 from hf_jacobi.cli.models import DEMO_ADAPTER
+from hf_jacobi.evaluation.prompts import CHAT
 from hf_jacobi.hub.card import EVALUATION
 
 
 def test_what_is_held_out_is_asked_for_nowhere_in_training():
     train, held_out = prompts(held_out=False), prompts(held_out=True)
-    assert (len(train), len(held_out)) == (TRAIN * len(KINDS), HELD_OUT * len(KINDS))
+    for rows, most in ((train, TRAIN), (held_out, HELD_OUT)):
+        counts = Counter(row["kind"] for row in rows)
+        assert counts.keys() == KINDS.keys() and max(counts.values()) == most and min(counts.values()) >= 10
     texts = [{row["messages"][0]["content"] for row in rows} for rows in (train, held_out)]
     assert len(texts[0]) == len(train) and len(texts[1]) == len(held_out) and not texts[0] & texts[1]
+    assert not set(CHAT) & (texts[0] | texts[1])
     held_out_topics = [topic for topic in TOPICS if is_held_out(topic)]
     assert held_out_topics
     asked = [row["messages"][0]["content"] for row in train if row["kind"] == "instructions"]
