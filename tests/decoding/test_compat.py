@@ -122,6 +122,8 @@ NAMES = [
     ("_hf_hook", hooked, "draft-only adapters of models whose weights are offloaded"),
     ("lora_variant", adapted, "draft-only adapters"),
     ("alora_invocation_tokens", member("peft.LoraConfig"), "draft-only adapters"),
+    ("sliding_window_overlay", lambda: import_module("transformers.masking_utils"), "models with a sliding window"),
+    ("chunked_overlay", lambda: import_module("transformers.masking_utils"), "models with chunked attention"),
     ("GradientCheckpointingLayer", lambda: import_module("transformers.modeling_layers"), "compile_layers"),
     ("_can_checkpoint_with_cache", checkpointing_layer, "draft-only training that saves memory"),
     ("CONFIG_MAPPING", lambda: import_module("transformers.models.auto.configuration_auto"), "publishing"),
