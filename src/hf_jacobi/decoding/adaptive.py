@@ -44,16 +44,16 @@ class Odds:
     """The running share of correct guesses of one kind; `share`, worth `weight` guesses, is the prior."""
 
     def __init__(self, share: float, weight: float):
-        self.right, self.tried = share * weight, weight
+        self.correct, self.tried = share * weight, weight
 
-    def see(self, right: bool) -> None:
+    def see(self, correct: bool) -> None:
         """Counts one guess."""
-        self.right = MEMORY * self.right + right
+        self.correct = MEMORY * self.correct + correct
         self.tried = MEMORY * self.tried + 1
 
     @property
     def share(self) -> float:
-        return self.right / self.tried
+        return self.correct / self.tried
 
 
 class Copied:
@@ -118,7 +118,7 @@ class Own:
         """The chances that the first 1, 2, ..., `count` predictions are correct."""
         chance, share, found = 1.0, self.share, []
         for odds in self.odds[:count]:
-            share = (odds.right + OWN_PRIOR * share) / (odds.tried + OWN_PRIOR)
+            share = (odds.correct + OWN_PRIOR * share) / (odds.tried + OWN_PRIOR)
             chance *= share
             found.append(chance)
         return found

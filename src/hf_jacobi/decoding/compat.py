@@ -43,7 +43,7 @@ def release(version: str) -> tuple[int, int]:
 
 def requirement() -> str:
     """
-    The range of tested versions in pip's syntax. In a published folder, transformers itself checks the lower bound only
+    The range of tested versions for pip. In a published folder, transformers itself checks the lower bound alone
     (`check_python_requirements`), so a newer version is not refused there; it causes a warning.
     """
     major, minor = release(NEWEST_TESTED)

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class UsageError(ValueError):
-    """The user gave something wrong: one sentence that says what it was and what would be correct."""
+    """The user's input is wrong: one sentence that says what was wrong and what would be correct."""
 
 
 class MissingPackage(UsageError, ImportError):

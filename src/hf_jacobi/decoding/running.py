@@ -23,9 +23,8 @@ _COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, Callable[..., 
     weakref.WeakKeyDictionary()
 )
 _LOCK = threading.Lock()
-_TRACING: ContextVar[bool] = ContextVar(
-    "hf_jacobi_tracing", default=False
-)  # whether a graph of ours is being compiled
+# Whether a graph of ours is being compiled.
+_TRACING: ContextVar[bool] = ContextVar("hf_jacobi_tracing", default=False)
 
 
 def _forward(model, arguments: dict) -> torch.Tensor:
