@@ -55,7 +55,7 @@ def prepared():
 
 
 def checkpointing_layer():
-    """The layer that `caches_in_checkpoints`; before 5.24 it has no such name, so training uses one forward."""
+    """The layer that `caches_in_checkpoints` needs; before 5.24 it lacks the name, so training uses one forward."""
     layer = import_module("transformers.modeling_layers").GradientCheckpointingLayer
     known = hasattr(layer, "_can_checkpoint_with_cache")
     assert known or not compat.caches_in_checkpoints(tiny_model())

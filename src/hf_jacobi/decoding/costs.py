@@ -24,7 +24,7 @@ class CostCurve:
     Example:
 
     ```python
-    >>> CostCurve.of([[1, 77], [2, 130], [16, 216]]).cost(2)  # milliseconds will do
+    >>> CostCurve.of([[1, 77], [2, 130], [16, 216]]).cost(2)  # any unit, here milliseconds
     1.6883116883116882
     ```
     """

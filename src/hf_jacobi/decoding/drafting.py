@@ -31,7 +31,7 @@ def matching_prefix(guess: list[int], text: list[int]) -> int:
     return count
 
 
-agreement = matching_prefix  # its former name
+agreement = matching_prefix  # the former name, which the rooms above still use
 
 
 class Draft:

@@ -72,7 +72,7 @@ class AcceptanceRule:
         The token of each position, `[B, Q]`.
 
         Args:
-            scores: `[B, Q, V]`, which are overwritten where the rule needs memory.
+            scores: `[B, Q, V]`; can be overwritten.
             keys: `[2, B, Q, 1]`, for rules that are random.
         """
         raise NotImplementedError
