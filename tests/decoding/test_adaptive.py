@@ -51,8 +51,8 @@ def test_own_predictions_are_followed_however_few_tokens_a_forward_brings():
     own.see([0], [1, 2, 3])
     for token in (1, 2, 9):
         own.see([token], [])
-    assert [(odds.right, odds.tried) for odds in own.odds[:2]] == [(1, 1), (1, 1)]
-    assert (own.odds[2].right, own.odds[2].tried) == (0, 1) and not own.pending
+    assert [(odds.correct, odds.tried) for odds in own.odds[:2]] == [(1, 1), (1, 1)]
+    assert (own.odds[2].correct, own.odds[2].tried) == (0, 1) and not own.pending
     at_once = Own(4)
     at_once.see([0], [1, 2, 3])
     at_once.see([1, 2, 9, 9], [])
