@@ -48,7 +48,7 @@ __all__ = [
     "run_recipe",
 ]
 
-# Everything is imported when it is first asked for: torch and transformers take seconds, other names need an extra.
+# Names are imported on first use: torch and transformers take seconds, and some names need an extra.
 _MODULES = {
     "JacobiForcingConfig": "training",
     "JacobiForcingTrainer": "training",

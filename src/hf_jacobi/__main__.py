@@ -1,4 +1,4 @@
-"""`python -m hf_jacobi`, which launchers such as `accelerate launch -m hf_jacobi` start."""
+"""The entry of `python -m hf_jacobi`, for launchers such as `accelerate launch -m hf_jacobi`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""How many guesses a forward tries, on given costs and given luck."""
+"""How many guesses a forward tries, for given costs and given chances."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def test_own_predictions_are_followed_however_few_tokens_a_forward_brings():
     own.see([0], [1, 2, 3])
     for token in (1, 2, 9):
         own.see([token], [])
-    assert [(odds.right, odds.tried) for odds in own.odds[:2]] == [(1, 1), (1, 1)]
-    assert (own.odds[2].right, own.odds[2].tried) == (0, 1) and not own.pending
+    assert [(odds.correct, odds.tried) for odds in own.odds[:2]] == [(1, 1), (1, 1)]
+    assert (own.odds[2].correct, own.odds[2].tried) == (0, 1) and not own.pending
     at_once = Own(4)
     at_once.see([0], [1, 2, 3])
     at_once.see([1, 2, 9, 9], [])
@@ -86,7 +86,7 @@ def test_as_many_guesses_are_tried_as_bring_most_tokens_per_cost(name):
 @pytest.mark.parametrize("name", CURVES)
 @pytest.mark.parametrize("promised", [[], [0.3, 0.1], [0.9] * 15], ids=["nothing", "little", "much"])
 def test_whatever_is_promised_and_never_kept_what_is_lost_is_bounded(name, promised):
-    """Here no guess comes true, and no chance learns from that."""
+    """Here no guess is correct, and no chance is updated."""
     economy = Economy(CURVES[name])
     probes = 0
     for tokens in range(2, 400):
@@ -98,7 +98,7 @@ def test_whatever_is_promised_and_never_kept_what_is_lost_is_bounded(name, promi
             f"{lost:.2f} forwards after {tokens} tokens"
         )
     assert lost < 0.03 * tokens
-    assert probes > 0 or name == "dear" or promised, "own predictions are tried now and then"
+    assert probes > 0 or name == "dear" or promised, "own predictions are probed from time to time"
 
 
 def test_a_probe_tries_own_predictions_and_rests_by_its_cost():
@@ -119,7 +119,7 @@ def test_what_was_won_may_be_tried_again():
     economy = Economy(CURVES["step"])
     economy.took(0, 2)
     economy.spent = 50.0
-    assert economy.decide([Outlook([0.9] * 15)]) == Choice(0), "too much is lost already"
+    assert economy.decide([Outlook([0.9] * 15)]) == Choice(0), "the account is overdrawn"
     economy.progress = 60
     assert economy.decide([Outlook([0.9] * 15)]).guesses > 5
 
@@ -130,7 +130,7 @@ def test_a_draft_only_adapter_doubles_the_positions_of_what_is_tried():
 
 
 def test_the_progress_of_a_batch_is_that_of_the_row_behind():
-    """One row that guesses well does not make the others wait for it long."""
+    """One row with good guesses does not slow the other rows down for long."""
     economy = Economy(CostCurve.of(0.5))
     for tokens in range(2, 200):
         guesses, *_ = economy.decide([Outlook([0.99] * 15), Outlook([0.0] * 15)])
@@ -139,7 +139,7 @@ def test_the_progress_of_a_batch_is_that_of_the_row_behind():
 
 
 def outlook(own: float, drafted: float, hand: list[float]) -> Outlook:
-    """Of predictions that come true with these chances, each on its own."""
+    """The outlook for predictions that are correct with these chances, independently."""
     return Outlook(hand, [own**place for place in range(1, 16)], [drafted**place for place in range(1, 16)])
 
 
@@ -147,7 +147,7 @@ def outlook(own: float, drafted: float, hand: list[float]) -> Outlook:
     ("own", "drafted", "adapter"), [(0.2, 0.9, True), (0.9, 0.9, False), (0.9, 0.3, False), (0.2, 0.3, False)]
 )
 def test_an_adapter_takes_part_while_it_brings_more_tokens_per_cost(own, drafted, adapter):
-    """Here it is always right about itself: drafts with it have its chances, drafts without it the model's own."""
+    """Here all chances are known: drafts with it have its chances, drafts without it the model's own."""
     curve = CostCurve.of([[1, 100], [2, 106], [16, 180], [32, 280]])
     economy = Economy(curve, curve)
     took_part, was_drafted, text = [], False, 2.0
@@ -159,7 +159,7 @@ def test_an_adapter_takes_part_while_it_brings_more_tokens_per_cost(own, drafted
         text += sum(share**place for place in range(guesses + 1))
         economy.took(guesses, int(text), was_drafted)
     assert (sum(took_part) > 250) == adapter
-    assert sum(took_part) < 60 or adapter, "it is tried now and then, as it is known no other way"
+    assert sum(took_part) < 60 or adapter, "it is probed from time to time, since nothing else shows how good it is"
 
 
 @pytest.mark.parametrize("name", CURVES)

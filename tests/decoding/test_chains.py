@@ -1,4 +1,4 @@
-"""Steps without branches by flash attention, whose kernel takes no mask, against a slow one of its contract."""
+"""Steps without branches by flash attention, with a slow kernel that implements the documented contract."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def slow_kernel(
     q, k_cache, v_cache, *, cache_seqlens, cache_leftpad, softmax_scale, causal, window_size, softcap
 ) -> torch.Tensor:
     """
-    What flash-attn documents of `flash_attn_with_kvcache`: row b of queries `[B, Q, H, D]` attends to the slots from
+    `flash_attn_with_kvcache` as flash-attn documents it: row b of queries `[B, Q, H, D]` attends to the slots from
     `cache_leftpad[b]` to `cache_seqlens[b]` of `[B, S, heads, D]`; a causal mask ends at the bottom right corner, and
-    `window_size` is how far each query sees to its left and right.
+    `window_size` limits how far each query sees to its left and right.
     """
     assert causal and cache_seqlens.dtype == cache_leftpad.dtype == torch.int32
     result = torch.zeros(*q.shape[:3], v_cache.shape[-1])
@@ -45,7 +45,7 @@ def slow_kernel(
 
 
 def slow_flash(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **_):
-    """transformers' flash attention outside of steps: with the mask of a prompt, `[B, S]`, or none."""
+    """transformers' flash attention outside of steps: with the mask of a prompt, `[B, S]`, or without one."""
     rows, width, slots = query.shape[0], query.shape[2], key.shape[2]
     padding = torch.zeros(rows) if attention_mask is None else (attention_mask == 0).sum(1)
     window = (-1, -1) if sliding_window is None else (sliding_window - 1, 0)
@@ -58,7 +58,7 @@ def slow_flash(module, query, key, value, attention_mask, scaling=None, sliding_
 
 @pytest.fixture
 def flash(monkeypatch):
-    """A model runs flash attention, of which a CPU has a slow one; a list of how many queries the kernel got."""
+    """Makes a model run flash attention by the slow kernel; gives the list of query counts that the kernel got."""
     before, widths = compat.registered_attention("flash_attention_2"), []
 
     def kernel(q, *arguments, **keywords):

@@ -1,4 +1,4 @@
-"""What is private to others stands in one file, exists in what is installed, and is not yet deprecated there."""
+"""Private names of other libraries occur in one file only, exist in the installed versions, and are not deprecated."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def prepared():
 
 
 def checkpointing_layer():
-    """What `caches_in_checkpoints` looks at; before 5.24 it had no such name, and such models train in one forward."""
+    """The layer that `caches_in_checkpoints` needs; before 5.24 it lacks the name, so training uses one forward."""
     layer = import_module("transformers.modeling_layers").GradientCheckpointingLayer
     known = hasattr(layer, "_can_checkpoint_with_cache")
     assert known or not compat.caches_in_checkpoints(tiny_model())
@@ -73,7 +73,7 @@ def member(owner: str):
     return lambda: getattr(import_module(module), name)
 
 
-# Each name of compat.py: where it is looked for, and what is affected if it is gone.
+# Each name of compat.py: where it must exist, and what is affected if it is gone.
 NAMES = [
     ("_prefill", member("transformers.GenerationMixin"), "the prefill of all decoding"),
     ("_sample", member("transformers.GenerationMixin"), "refusing models with a decoding loop of their own"),
@@ -122,12 +122,14 @@ NAMES = [
     ("_hf_hook", hooked, "draft-only adapters of models whose weights are offloaded"),
     ("lora_variant", adapted, "draft-only adapters"),
     ("alora_invocation_tokens", member("peft.LoraConfig"), "draft-only adapters"),
+    ("sliding_window_overlay", lambda: import_module("transformers.masking_utils"), "models with a sliding window"),
+    ("chunked_overlay", lambda: import_module("transformers.masking_utils"), "models with chunked attention"),
     ("GradientCheckpointingLayer", lambda: import_module("transformers.modeling_layers"), "compile_layers"),
     ("_can_checkpoint_with_cache", checkpointing_layer, "draft-only training that saves memory"),
     ("CONFIG_MAPPING", lambda: import_module("transformers.models.auto.configuration_auto"), "publishing"),
     ("MODEL_FOR_CAUSAL_LM_MAPPING", lambda: import_module("transformers.models.auto.modeling_auto"), "publishing"),
 ]
-# Those that stand in the source of a function alone.
+# Names that occur only in the source of a function.
 IN_SOURCE = [
     (
         "_peft_gradient_checkpointing_forward_hooks",
@@ -137,8 +139,8 @@ IN_SOURCE = [
     ("alora_offsets", "peft.tuners.lora.model", "draft-only adapters"),
     ("_enable_peft_forward_hooks", "peft.tuners.lora.model", "draft-only adapters in several threads"),
     ("alora_offsets", "peft.tuners.lora.layer", "draft-only adapters"),
-    ("_is_accelerate_prepared", "accelerate.accelerator", "training behind an evaluation, on several processes"),
-    ("_models", "accelerate.accelerator", "training behind an evaluation, on several processes"),
+    ("_is_accelerate_prepared", "accelerate.accelerator", "training after an evaluation, on several processes"),
+    ("_models", "accelerate.accelerator", "training after an evaluation, on several processes"),
     ("load_balancing_loss_func", "transformers.models.mixtral.modeling_mixtral", "the router loss of mixtures"),
 ]
 if not hasattr(Trainer, "loss_is_scaled_for_ga"):
@@ -146,7 +148,7 @@ if not hasattr(Trainer, "loss_is_scaled_for_ga"):
         (name, "transformers.trainer", "losses under gradient accumulation")
         for name in ("model_accepts_loss_kwargs", "compute_loss_func")
     ]
-# Names that do not look private, but that differ between versions or are hardly documented.
+# Names that do not look private, but differ between versions or are poorly documented.
 OTHERS_TERMS = {"past_key_values", "cache_params", "lora_variant", "alora_offsets", "alora_invocation_tokens"}
 OTHERS_TERMS |= {"load_balancing_loss_func"}
 PUBLIC_MODULES = {
@@ -160,7 +162,7 @@ PUBLIC_MODULES = {
     "accelerate",
     "accelerate.utils",
 }
-HOOKS_OF_OTHERS = {"_model_generate"}  # lm-evaluation-harness asks for it to be overridden
+HOOKS_OF_OTHERS = {"_model_generate"}  # lm-evaluation-harness expects subclasses to override it
 
 
 @pytest.mark.parametrize(("name", "owner", "affected"), NAMES, ids=[entry[0] for entry in NAMES])
@@ -174,8 +176,8 @@ def test_a_private_name_stands_in_the_source(name, module, affected):
     assert name in source, f"{name} is gone from {module}; affected: {affected}"
 
 
-# Each name of serving/compat.py, by its module of `transformers.cli.serving` and its class there; without the extra
-# `serve` their source alone can be read. All that they affect are `hf-jacobi serve` and `hf-jacobi chat`.
+# Each name of serving/compat.py, by its module of `transformers.cli.serving` and its class there. Without the extra
+# `serve` these modules cannot be imported, so their source is read. They affect only `hf-jacobi serve` and `chat`.
 OF_THE_SERVER = [
     ("server", "build_server", ()),
     ("model_manager", "ModelManager", ("process_model_name", "load_model_and_processor", "load_model_streaming")),
@@ -222,7 +224,7 @@ def test_the_arguments_of_generate_that_need_no_name():
 
 
 def own_names() -> set[str]:
-    """What the package itself defines: functions, classes, attributes of `self` and of classes."""
+    """The names that the package itself defines: functions, classes, attributes of `self` and of classes."""
     names = set()
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -240,11 +242,11 @@ def own_names() -> set[str]:
         "_disabled_class",
         "_carried_generate",
         "_own_generates",
-    }  # attributes of an enabled class and model, of our making
+    }  # attributes that we add to enabled classes and models
 
 
 def private_names(file: Path) -> set[str]:
-    """Names in a file that look private to others, or stand in `OTHERS_TERMS`: used, passed, imported or as text."""
+    """Names in a file that look private or are in `OTHERS_TERMS`: used, passed, imported or in strings."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Attribute):
@@ -260,7 +262,7 @@ def private_names(file: Path) -> set[str]:
 
 
 def imported_inside(file: Path) -> set[str]:
-    """What a file imports from modules that are not public."""
+    """The names that a file imports from modules that are not public."""
     return {
         alias.name
         for node in ast.walk(ast.parse(file.read_text()))
@@ -282,7 +284,7 @@ def test_no_other_file_names_what_is_private():
 
 
 def test_no_other_file_asks_for_a_version():
-    """A version is noted down beside figures; what depends on it is decided in compat.py."""
+    """Other files may record a version beside figures, but only compat.py makes decisions by it."""
     compared = []
     for file in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -347,7 +349,7 @@ def test_a_tested_transformers_is_not_warned_of():
 
 
 class OldCode(LlamaForCausalLM):
-    """Code that comes with a checkpoint and calls the cache `past_key_values`."""
+    """Code of a checkpoint that calls the cache `past_key_values`."""
 
     def forward(
         self,
@@ -404,7 +406,7 @@ def test_the_output_carries_the_cache_under_the_names_of_ar():
 
 
 def call_from_ours(statement: str, names: dict):
-    """Runs a statement as if it stood in a file of the package."""
+    """Runs a statement as if it were in a file of the package."""
     exec(compile(statement, str(SOURCE / "made_up.py"), "exec"), names)
 
 

@@ -1,4 +1,4 @@
-"""`JacobiConfig` refuses what makes no sense, and survives a round trip through JSON."""
+"""`JacobiConfig` refuses invalid settings, and survives a round trip through JSON."""
 
 from __future__ import annotations
 

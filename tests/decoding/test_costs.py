@@ -1,4 +1,4 @@
-"""What a forward costs, as a curve in its positions."""
+"""The cost of a forward as a curve over its positions."""
 
 import json
 

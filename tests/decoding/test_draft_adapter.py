@@ -1,4 +1,4 @@
-"""A draft-only adapter changes what is tried, never what is written."""
+"""A draft-only adapter changes the drafts, never the text."""
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +16,9 @@ peft = pytest.importorskip("peft")
 
 
 def with_adapter(name="llama", seed=3, scale=0.5, rank=4, base=tiny_model):
-    """A tiny model with a draft-only adapter of random weights, so that its drafts are not the base model's."""
-    targets = ["q_proj", "v_proj", "o_proj"] if name == "llama4" else "all-linear"  # experts get tokens without rows
+    """A tiny model with a draft-only adapter of random weights, so that its drafts differ from the base model's."""
+    # The input of experts does not separate rows.
+    targets = ["q_proj", "v_proj", "o_proj"] if name == "llama4" else "all-linear"
     config = peft.LoraConfig(
         r=rank, target_modules=targets, alora_invocation_tokens=list(DRAFT_ONLY), task_type="CAUSAL_LM"
     )
@@ -41,7 +42,7 @@ def with_adapter(name="llama", seed=3, scale=0.5, rank=4, base=tiny_model):
     ],
 )
 def test_text_is_the_base_models(name, rows, settings):
-    """Both where the adapter is wrong about nearly everything, and where it is right often enough to be accepted."""
+    """With an adapter that is nearly always wrong, and with one that is correct often enough to be accepted."""
     prompts = padded_prompts(rows)
     call = {"max_new_tokens": 40, "do_sample": False}
     jacobi = {"decoding": "jacobi", "jacobi_config": settings, "return_dict_in_generate": True}
@@ -65,7 +66,7 @@ def test_sampled_text_is_the_base_models():
 
 
 def test_drafts_are_the_adapters_predictions():
-    """Against PEFT's own forward: the adapter on for the draft, off for the text before it."""
+    """Compared with PEFT's own forward: the adapter is on for the draft and off for the text before it."""
     model = with_adapter()
     prompt = padded_prompts(1)["input_ids"]
     config = hf_jacobi.JacobiConfig(block_size=6, pool_size=0, draft_init="repeat")
@@ -107,7 +108,7 @@ def test_an_adapter_switched_off_drafts_nothing():
 
 
 def test_copies_stay_within_the_position_table():
-    """Rows of a batch have drafts of different lengths near the end of the table."""
+    """Rows of a batch have drafts of different lengths near the end of the table of positions."""
     sizes = {"n_positions": 64, "max_position_embeddings": 64}
     config = peft.LoraConfig(
         r=4, target_modules="all-linear", alora_invocation_tokens=list(DRAFT_ONLY), task_type="CAUSAL_LM"
@@ -136,7 +137,7 @@ def test_it_survives_saving(tmp_path):
 @pytest.mark.parametrize("rank", [4, 16])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_the_quick_way_through_a_layer_drafts_as_peft_does(monkeypatch, name, rank, rows):
-    """A large adapter computes in one product with the base model where nothing is recycled."""
+    """Without recycling, a large adapter and the base model compute one product together."""
     model = with_adapter(name, rank=rank, scale=0.5 * 2 / rank**0.5)
     inputs = padded_prompts(rows)
     products = []
@@ -150,8 +151,8 @@ def test_the_quick_way_through_a_layer_drafts_as_peft_does(monkeypatch, name, ra
 
     quick = drafts()
     kinds = {type(module) for module in model.modules()} | {type(module) for module in with_adapter(name).modules()}
-    assert len(kinds) == len({type(module) for module in with_adapter(name).modules()}), "every layer is as it was"
-    assert bool(products) == (rank == 16 and name != "gpt2"), "whose layers are no `Linear`"
+    assert len(kinds) == len({type(module) for module in with_adapter(name).modules()}), "layers keep their class"
+    assert bool(products) == (rank == 16 and name != "gpt2"), "gpt2's layers are not `Linear`"
     monkeypatch.setattr(draft_adapter, "_has_nothing_else", lambda layer: False)
     assert drafts() == quick
 
@@ -175,7 +176,7 @@ def test_weights_that_change_are_taken_up_by_the_next_drafts():
 
 
 def test_base_weights_that_change_are_taken_up_by_the_next_text():
-    """Through `.data`, as PEFT merges adapters, which no version of a parameter tells of."""
+    """Through `.data`, as PEFT merges adapters, which does not change the version of a parameter."""
     prompts = padded_prompts(1)
     settings = {"jacobi_config": {"block_size": 6, "pool_size": 0}, "max_new_tokens": 24, "do_sample": False}
     model = with_adapter(rank=16)
@@ -214,12 +215,12 @@ def test_a_forward_that_was_put_on_a_layer_is_still_there_afterwards():
     assert layer.forward is mine
 
 
-DEAR = [[1, 1.0], [2, 1.9], [4, 3.7], [16, 14.0]]  # what a position costs where nothing is gained by many
+DEAR = [[1, 1.0], [2, 1.9], [4, 3.7], [16, 14.0]]  # a cost of positions at which long drafts do not pay
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_an_adapter_that_does_not_pay_takes_no_part(monkeypatch, rows):
-    """One of random weights, beside a base model that predicts itself well: forwards are the base model's own."""
+    """With random weights, and a base model that predicts itself well, most forwards use the base model alone."""
     model = with_adapter(base=trained_model, scale=0.5)
     prompts, served = padded_prompts(rows), []
     on = DraftAdapter.on
@@ -235,7 +236,7 @@ def test_an_adapter_that_does_not_pay_takes_no_part(monkeypatch, rows):
 
 
 def test_an_adapter_that_pays_takes_part(monkeypatch):
-    """The adapter's weights are none, so that it is right whenever the model is; its part is made to cost nothing."""
+    """The adapter's weights are zero, so that it is correct whenever the model is; its positions are made free."""
     model = with_adapter(base=trained_model, scale=0.0)
     served = []
     on = DraftAdapter.on

@@ -93,7 +93,7 @@ def test_tokens_that_came_without_the_draft_are_followed():
     accept(rule, [11], [21, 22, 23])
     before = list(rule.lead.ahead)
     rule.follow([21])
-    assert chain_of(rule) == (5, 9, [21, 22, 23, 23]), "what was predicted beyond them stays"
+    assert chain_of(rule) == (5, 9, [21, 22, 23, 23]), "predictions beyond them stay"
     rule.follow([23, 30])
     assert chain_of(rule) == (7, 11, [30, 30, 30, 30]), "unless they prove it wrong"
     assert rule.text == [9, 9, 9, 10, 11, 21, 23, 30]
@@ -208,7 +208,7 @@ class Says(DraftSource):
 def test_the_source_that_was_right_further_comes_first():
     own, other = Says(1, 2, 3), Says(7)
     lead = Lead([own, other])
-    assert lead.propose([], 3) == [1, 2, 3], "the model's own where nothing is known"
+    assert lead.propose([], 3) == [1, 2, 3], "without evidence, the model's own"
     lead.observe([7])
     assert lead.propose([], 3) == [7, 2, 3]
     for _ in range(3):
@@ -293,7 +293,7 @@ def test_a_probe_tries_own_predictions():
     rule = adapting([1, 2, 3] * 4, draft_init="repeat", pool_size=4)
     rule.outlook(99)
     assert rule.propose(99, 3, probes=True).tokens == [1, 1, 1, 1]
-    assert rule.propose(2, 3, probes=True).tokens == [1, 1], "never beyond the room there is"
+    assert rule.propose(2, 3, probes=True).tokens == [1, 1], "never beyond the room"
 
 
 def test_what_is_tried_stays_within_its_room():

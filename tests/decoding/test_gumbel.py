@@ -1,4 +1,4 @@
-"""The noise of sampled text: Gumbel distributed, independent of other noise, few operations whatever the batch."""
+"""The noise of sampled text: Gumbel distributed, independent of other noise, few operations for any batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_it_is_gumbel_distributed():
     expected = torch.exp(-torch.exp(-found))
     steps = torch.arange(1, len(found) + 1) / len(found)
     assert (steps - expected).abs().max() * math.sqrt(len(found)) < 1.95  # Kolmogorov-Smirnov, by chance 1 in 1,000
-    assert found.isfinite().all() and found[-1] > 12, "the tail is there"
+    assert found.isfinite().all() and found[-1] > 12, "the tail exists"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_it_takes_at_most_20_operations(rows):
     noise = GumbelNoise(0, [str(row) for row in range(rows)])
     keys = torch.from_numpy(noise.keys(list(range(rows)), np.arange(16)[None].repeat(rows, 0)))
     scores = torch.zeros(rows, 16, 1000)
-    noise.add_to(scores, keys)  # the first one lays out the tokens
+    noise.add_to(scores, keys)  # the first call prepares the tokens
     with Operations() as operations:
         noise.add_to(scores, keys)
     assert 0 < operations.count <= 20
@@ -105,4 +105,4 @@ def test_it_comes_in_parts_where_scores_are_many(monkeypatch):
         found = noise_of(7, 100, names=("a", "b", "c"))
     assert torch.equal(found, expected) and max(sizes) == 400
     monkeypatch.setattr(gumbel, "AT_ONCE", 50)
-    assert torch.equal(noise_of(7, 100, names=("a", "b", "c")), expected), "one position is the least"
+    assert torch.equal(noise_of(7, 100, names=("a", "b", "c")), expected), "at least one position at a time"

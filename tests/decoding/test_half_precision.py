@@ -1,4 +1,4 @@
-"""In half precision texts part at ties: as often as AR's own do when its forwards have another shape."""
+"""In half precision, texts diverge at ties as often as AR's own texts do when its forwards have another shape."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROMPTS = 200
 
 
 def unsure_model(dtype: torch.dtype):
-    """A model that drafts well and is unsure: trained, then blurred, so that some of its choices are near ties."""
+    """A model that drafts well but is unsure: trained, then blurred, so that some of its choices are near ties."""
     model = trained_model("llama")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -43,7 +43,7 @@ def test_as_many_texts_are_identical_as_between_two_shapes_of_ar(dtype):
         return sum(a == b for a, b in zip(one, other))
 
     ar = texts()
-    without_cache = texts(use_cache=False)  # forwards over the whole text, where AR's are over one token
+    without_cache = texts(use_cache=False)  # forwards over the whole text, unlike AR's over one token
     jacobi = texts(decoding="jacobi", jacobi_config={"block_size": 8})
     theirs, ours = agreeing(ar, without_cache), agreeing(ar, jacobi)
     assert sum(accepted) / len(accepted) > 1.3, f"{accepted} tokens per forward"

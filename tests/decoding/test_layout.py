@@ -1,4 +1,4 @@
-"""Drafts in the rows they are laid out in."""
+"""Drafts laid out in the rows of a forward."""
 
 from __future__ import annotations
 

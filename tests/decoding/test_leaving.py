@@ -1,4 +1,4 @@
-"""Rows that have finished leave the forwards of the others, whose text stays what it was."""
+"""Finished rows leave the forwards of the others, whose text does not change."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_text_is_that_of_a_batch_that_stays_whole(name, settings, served):
     model = with_adapter() if name == "adapter" else hf_jacobi.enable(trained_model(name))
     inputs = padded_prompts(ROWS)
     settings = {"do_sample": False, "max_new_tokens": 60, "eos_token_id": None} | settings
-    if "stop_strings" in settings:  # the criterion of someone who may look at all rows
+    if "stop_strings" in settings:  # a user's criterion, which may read all rows
         settings["stopping_criteria"] = [lambda ids, scores, **_: torch.zeros(len(ids), dtype=torch.bool)]
         del settings["stop_strings"]
     settings["eos_token_id"] = last_new_tokens(model, inputs)

@@ -1,4 +1,4 @@
-"""Greedy Jacobi decoding writes what autoregressive decoding writes, on every architecture and configuration."""
+"""Greedy Jacobi decoding gives the text of autoregressive decoding, on every architecture and configuration."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def jacobi(model, inputs, config=None, **kwargs):
 
 def check_architecture(name: str, attention: str | None = None) -> None:
     """
-    Text and logits are AR's in every configuration, and each configuration gets there by what it is for: drafts are
-    accepted, n-grams are recycled, blocks are spawned.
+    Text and logits are AR's in every configuration, and each configuration does what it is for: drafts are accepted,
+    n-grams are recycled, blocks are spawned.
 
-    Logits are compared beside the text, since a model that is sure of its text writes the same with a wrong mask.
+    Logits are compared too, since a model that is sure of its text gives the same text even with a wrong mask.
     """
     model = hf_jacobi.enable(trained_model(name, attention=attention))
     recycled, spawned = Counter(), Counter()
@@ -68,7 +68,7 @@ def check_architecture(name: str, attention: str | None = None) -> None:
             spawned[label] += out.jacobi_stats.blocks_spawned
     for label, config in CONFIGS.items():
         settings = JacobiConfig(**config)
-        if not settings.adapts:  # where it does, n-grams that promise less than the model's own guesses are not tried
+        if not settings.adapts:  # otherwise n-grams with lower chances than the model's own guesses are not tried
             assert (recycled[label] > 0) == (settings.pool_size > 0), f"{label}: {recycled[label]} tokens recycled"
         assert (spawned[label] > 0) == (settings.max_blocks > 1), f"{label}: {spawned[label]} blocks spawned"
 
@@ -84,7 +84,7 @@ def test_identical_with_eager_attention(name):
 
 
 def test_window_of_sliding_layers_counts_positions_not_slots():
-    # Many branches spread a step over more slots than positions: a window counted in slots would cut text off.
+    # Many branches spread a step over more slots than positions: a window counted in slots would hide text.
     model = hf_jacobi.enable(tiny_model("mistral-window", seed=3))
     inputs = padded_prompts(1, length=40)
     inputs["input_ids"][0, 20:] = inputs["input_ids"][0, :20]
@@ -216,7 +216,7 @@ def test_trajectory_of_a_block_runs_from_its_first_guess_to_the_text():
 
 
 class Nothing(LogitsProcessor):
-    """Any processor that is not transformers' own makes the rows of a batch move in step."""
+    """A processor that is not transformers' own makes the rows of a batch move in step."""
 
     def __call__(self, input_ids, scores):
         return scores
@@ -274,7 +274,7 @@ def test_first_guesses_out_of_the_vocabulary_leave_the_text_alone_and_follow_the
 
 
 def test_a_configuration_that_does_not_say_how_many_tokens_there_are(monkeypatch):
-    """Only first guesses out of the vocabulary ask for that."""
+    """Only first guesses from the vocabulary need its size."""
     model, prompts = hf_jacobi.enable(trained_model()), padded_prompts(2)
     call = {"max_new_tokens": 30, "do_sample": False}
     expected = model.generate(**prompts, **call)

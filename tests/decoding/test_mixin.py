@@ -1,4 +1,4 @@
-"""`enable` and `disable`, and the settings that travel with a checkpoint."""
+"""`enable` and `disable`, and the settings that are saved with a checkpoint."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_enable_without_a_model_is_for_the_process():
     model.generation_config.decoding = "jacobi"
     assert is_jacobi(model) and not is_jacobi(model, decoding="ar")
     hf_jacobi.disable()
-    assert is_jacobi(model), "a model enabled by itself stays so"
+    assert is_jacobi(model), "a model that was enabled individually stays enabled"
     hf_jacobi.disable(model)
     assert not is_jacobi(model)
 
@@ -86,7 +86,7 @@ def test_an_enabled_model_is_freed_at_once():
 
 
 class Overriding(LlamaForCausalLM):
-    """A model with a `generate` of its own, as Whisper has."""
+    """A model with its own `generate`, like Whisper."""
 
     def generate(self, input_ids=None, **kwargs):
         assert "assistant_model" not in kwargs, "only what was given is passed on"
@@ -107,7 +107,7 @@ def test_models_that_override_generate(enabled):
     assert isinstance(out, JacobiOutput) and torch.equal(out.sequences, expected)
 
 
-# Wrappers that others put around `generate`, of the class or of a model
+# Wrappers of other libraries around `generate`, of the class or of a model
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def plain_generate():
 
 
 def trace_all_models(seen: list, named: bool):
-    """What a library of instrumentation does when it is imported."""
+    """What an instrumentation library does when it is imported."""
     inner = GenerationMixin.generate
 
     def traced(self, *args, **kwargs):
@@ -130,7 +130,7 @@ def trace_all_models(seen: list, named: bool):
 
 
 def ways(model) -> tuple:
-    """How it decodes by its generation config, and asked to by each name."""
+    """How a model decodes by its generation config, and by each value of `decoding`."""
     model.generation_config.decoding = "jacobi"  # a model that is not enabled takes the argument for this setting
     return is_jacobi(model), is_jacobi(model, decoding="ar"), is_jacobi(model, decoding="jacobi")
 
@@ -161,7 +161,7 @@ def test_a_wrapper_that_is_taken_off_again(plain_generate):
 
 
 def wrap_model(model, style: str, seen: list) -> None:
-    """What a library that makes inference faster, or accelerate, puts on a model."""
+    """What libraries for faster inference, or accelerate, put on a model."""
     plain = model.generate
 
     def method(self, *args, **kwargs):
@@ -238,7 +238,7 @@ def test_disable_leaves_the_class_that_fsdp_puts_over_a_model(order):
 
 
 class ByHand(hf_jacobi.JacobiGenerationMixin, LlamaForCausalLM):
-    """The mixin mixed in by the user."""
+    """A class in which the user has used the mixin."""
 
 
 def test_disable_says_what_it_cannot_undo():
@@ -246,7 +246,7 @@ def test_disable_says_what_it_cannot_undo():
     assert is_jacobi(hf_jacobi.enable(model), decoding="jacobi")
     with pytest.raises(hf_jacobi.UsageError, match="inherits from JacobiGenerationMixin"):
         hf_jacobi.disable(model)
-    assert hf_jacobi.disable(other := tiny_model()) is other, "nothing was done to it"
+    assert hf_jacobi.disable(other := tiny_model()) is other, "it was never enabled"
 
 
 def test_the_wrapper_of_peft_is_as_before_after_disable():
@@ -289,7 +289,7 @@ def test_settings_are_read_from_the_generation_config_of_the_call():
     out = model.generate(**padded_prompts(1), generation_config=config)
     assert isinstance(out, JacobiOutput) and out.jacobi_stats.tokens_per_forward == 1
     own = model.generate(**padded_prompts(1), generation_config=config, jacobi_config={"block_size": 8})
-    assert own.jacobi_stats.positions > out.jacobi_stats.positions, "an argument of the call comes first"
+    assert own.jacobi_stats.positions > out.jacobi_stats.positions, "an argument of the call takes precedence"
 
 
 def test_a_model_that_a_trainer_left_without_cache(tmp_path):
@@ -300,7 +300,7 @@ def test_a_model_that_a_trainer_left_without_cache(tmp_path):
     for left in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
         output = hf_jacobi.enable(left).generate(**padded_prompts(2), max_new_tokens=8, decoding="jacobi")
         assert output.tolist() == expected.tolist()
-        assert left.config.use_cache is False, "the model stays as it is"
+        assert left.config.use_cache is False, "the model does not change"
         for config in (left.generation_config, GenerationConfig(max_new_tokens=8)):
             left.generate(**padded_prompts(2), generation_config=config, max_new_tokens=8, decoding="jacobi")
 

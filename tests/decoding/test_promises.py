@@ -1,4 +1,4 @@
-"""Everything else `generate` promises: processors, stopping criteria, streamers, scores, caches, embeddings."""
+"""The other promises of `generate`: processors, stopping criteria, streamers, scores, caches, embeddings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CONFIGS = [
 
 
 MODEL = hf_jacobi.enable(trained_model("olmo"))
-A, B, C = last_new_tokens(MODEL, padded_prompts(3))  # of text that comes late
+A, B, C = last_new_tokens(MODEL, padded_prompts(3))  # of text that occurs late
 
 
 @pytest.fixture
@@ -50,10 +50,10 @@ def tokenizer():
 
 def both(model, inputs, config, make_kwargs=dict, drafts=True, **kwargs):
     """
-    The outputs of AR and of Jacobi decoding; `make_kwargs` makes the stateful arguments anew for each.
+    The outputs of AR and of Jacobi decoding; `make_kwargs` makes new stateful arguments for each.
 
-    Unless `drafts` is false, blocks of a size that is given must have accepted drafts: without them Jacobi decoding is
-    AR by another name. The default settings may rest for the length of these texts.
+    Unless `drafts` is false, drafts must be accepted if a block size is given, since without them Jacobi decoding is
+    just AR. The default settings may try nothing in texts this short.
     """
     kwargs = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True} | kwargs
     expected = model.generate(**inputs, **kwargs, **make_kwargs())
@@ -108,7 +108,7 @@ def test_prefix_allowed_tokens_fn_knows_its_row(model, rows):
 
 
 class Counting(LogitsProcessor):
-    """Depends on how often it was called and on the row: a call too many, too few or out of order changes the text."""
+    """Depends on the number of calls and on the row: an extra, missing or misplaced call changes the text."""
 
     def __init__(self):
         self.calls = []
@@ -123,7 +123,7 @@ class Counting(LogitsProcessor):
 
 
 class CountingStop(StoppingCriteria):
-    """Says stop to a row once its tokens, counted over all calls, add up."""
+    """Stops a row once the sum of its tokens over all calls is large enough."""
 
     def __init__(self):
         self.calls = []
@@ -207,7 +207,7 @@ def test_max_time_stops(model):
 
 
 class Recorder:
-    """A streamer that keeps everything it is given."""
+    """A streamer that keeps everything it receives."""
 
     def __init__(self):
         self.values, self.ended = [], 0
@@ -415,7 +415,7 @@ def test_max_time_ends_all_rows_of_a_batch_at_once(model):
     kwargs = {"do_sample": False, "eos_token_id": 95}
     out = model.generate(**inputs, **kwargs, max_new_tokens=100_000, max_time=0.3, decoding="jacobi")
     expected = model.generate(**inputs, **kwargs, max_new_tokens=out.shape[1] - 12)
-    assert torch.equal(out, expected), "no padding behind a row that had not ended"
+    assert torch.equal(out, expected), "no padding after a row that had not ended"
 
 
 def test_criteria_of_the_user_see_the_scores_that_ar_shows_them(model):

@@ -26,7 +26,7 @@ CONFIGS = [
 
 @pytest.fixture(scope="module")
 def model():
-    """A model less sure of its text than it was trained to be: samples differ, and drafts come true all the same."""
+    """A model less sure of its text than after training: samples differ, and drafts are still accepted."""
     model = hf_jacobi.enable(trained_model("llama"))
     with torch.no_grad():
         model.lm_head.weight.mul_(0.4)
@@ -53,7 +53,7 @@ def test_the_text_depends_on_the_seed_alone(model, rows, warp):
 
 
 class Nothing(LogitsProcessor):
-    """A processor that does nothing, which nobody can know beforehand."""
+    """A processor that does nothing, which cannot be known in advance."""
 
     def __call__(self, input_ids, scores):
         return scores
@@ -181,11 +181,11 @@ def test_samples_follow_the_exact_distribution(warp, processor):
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-# Scores that no token can be drawn from
+# Scores from which no token can be drawn
 
 
 class Poisoned(LogitsProcessor):
-    """Makes scores unusable from a length on, for some rows."""
+    """Makes scores unusable from a certain length on, for some rows."""
 
     def __init__(self, value: float, length: int, rows: tuple[int, ...] = (0,)):
         self.value, self.length, self.rows = value, length, rows
@@ -199,7 +199,7 @@ class Poisoned(LogitsProcessor):
 
 
 def error_of(model, inputs, **kwargs):
-    """What Jacobi decoding raises, and AR alike."""
+    """The error of Jacobi decoding, which must also be AR's."""
     found = []
     for decoding in ("ar", "jacobi"):
         try:
@@ -233,7 +233,7 @@ def test_a_model_whose_logits_are_nan_raises_what_ar_raises(warp, rows):
     model = hf_jacobi.enable(tiny_model())
     model.lm_head.weight.data[5] = torch.nan
     kind, message = error_of(model, padded_prompts(rows), **warp)
-    assert (kind, message) == UNDRAWABLE or kind is ValueError, "some processors look at the distribution themselves"
+    assert (kind, message) == UNDRAWABLE or kind is ValueError, "some processors check the distribution themselves"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -271,12 +271,12 @@ def test_a_processor_that_ruins_some_rows_after_some_tokens(model, value, rows):
     clean = sample(model, inputs, {"block_size": 6}, 1, logits_processor=LogitsProcessorList([Nothing()]), **settings)
     settings |= {"max_new_tokens": 3, "logits_processor": processors()}
     before = sample(model, inputs, {"block_size": 6}, 1, **settings)
-    assert torch.equal(before.sequences, clean.sequences[:, : before.sequences.shape[1]]), "until then all is as ever"
+    assert torch.equal(before.sequences, clean.sequences[:, : before.sequences.shape[1]]), "the text before"
 
 
 @pytest.mark.parametrize("warp", [{"temperature": 0.3}, {"eta_cutoff": 0.1}, {"top_k": 5}])
 def test_scores_at_a_rejected_draft_do_not_matter(model, warp, monkeypatch):
-    """They are NaN wherever a draft was wrong, and no text changes."""
+    """They are NaN wherever a draft was wrong, but the text does not change."""
     inputs, settings = padded_prompts(2), {"block_size": 8}
     expected = sample(model, inputs, settings, 3, **warp)
     text = expected.sequences
@@ -313,10 +313,10 @@ def test_scores_at_a_rejected_draft_do_not_matter(model, warp, monkeypatch):
 )
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_a_draft_at_which_the_model_overflows_spoils_no_text(settings, attention, monkeypatch):
-    """A masked key that is NaN makes every sum NaN that it takes part in, with a weight of 0."""
+    """A masked key that is NaN makes every sum NaN in which it takes part, even with a weight of 0."""
     model = hf_jacobi.enable(trained_model(attention=attention))
     model.model.embed_tokens.weight.data[77] = torch.nan
-    model.lm_head.weight.data[77] = 0  # so that no text has it
+    model.lm_head.weight.data[77] = 0  # so that it is in no text
     inputs, tried = padded_prompts(3), []
     settings = {"max_new_tokens": 30, "return_dict_in_generate": True, "do_sample": True} | settings
 

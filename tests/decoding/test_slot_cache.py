@@ -1,4 +1,4 @@
-"""The slot cache takes a prefill over, writes where it is told, and gives everything back."""
+"""The slot cache copies a prefill, writes to the given slots, and returns everything."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_prefill_nobody_needs_any_more_is_freed(name, keep):
     _, cache = prefilled(name)
     tensors = [weakref.ref(tensor) for layer in cache.layers for tensor in (layer.keys, layer.values)]
     taken = SlotCache.from_prefill(cache, 12, keep=keep)
-    assert [tensor() is not None for tensor in tensors] == [keep] * 4, "zeroed memory is taken memory"
+    assert [tensor() is not None for tensor in tensors] == [keep] * 4, "zeroed memory is still allocated"
     assert all(layer.keys.any() and layer.values.any() for layer in taken.layers)
 
 
@@ -69,7 +69,7 @@ def test_an_accepted_branch_is_moved_into_place():
     taken.move()
     for layer in taken.layers:
         assert torch.equal(layer.keys[1, :, 12:15], states[1][:, [0, 3, 5]])
-        assert torch.equal(layer.keys[0, :, 12:18], states[0]), "the other row stays as it was"
+        assert torch.equal(layer.keys[0, :, 12:18], states[0]), "the other row does not change"
 
 
 def test_memory_grows_by_a_few_slots_at_a_time():

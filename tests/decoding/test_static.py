@@ -1,4 +1,4 @@
-"""Fixed shapes: `cache_implementation="static"` writes AR's text, compiled, in few graphs, within its memory."""
+"""Fixed shapes: `cache_implementation="static"` gives AR's text, compiled, in few graphs and limited memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from hf_jacobi.decoding.step import Step
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
 STATIC = {"decoding": "jacobi", "cache_implementation": "static", "return_dict_in_generate": True}
 EAGER = STATIC | {"disable_compile": True}
-# Traced whole, and then run as it is: what is made of the graph is a compiler's business.
+# Traced as a whole, then run without a compiler: how a graph is compiled is not tested here.
 TRACED = STATIC | {"compile_config": CompileConfig(backend="eager", fullgraph=True)}
 
 
@@ -103,7 +103,7 @@ def test_a_graph_with_the_adapter_on_is_no_other_calls():
 @pytest.mark.compile
 @pytest.mark.parametrize("rows", [1, 4])
 def test_few_graphs_serve_a_long_text_and_the_next(rows):
-    """As text grows, rows end, windows move, and from one call to the next."""
+    """While text grows, rows end and windows move, and from one call to the next."""
     model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(rows)
     model.config.max_position_embeddings = 1024
     ends = None if rows == 1 else last_new_tokens(model, inputs)
@@ -161,7 +161,7 @@ def test_nothing_waits_for_the_device_between_upload_and_read(rows, do_sample, a
             logits = type(step).forward(step, layout, end)
             seen.append(step.chooser.predict(logits, layout.keys))
             with pytest.raises(Exception, match="_local_scalar_dense"):
-                seen[0].tolist()  # what does wait is told
+                seen[0].tolist()  # a wait does raise
         raise Stop
 
     step.forward = look
@@ -188,7 +188,7 @@ def test_memory_is_that_of_the_text_and_one_step():
 @pytest.mark.parametrize("name", ["llama", "mistral-window", "gemma3"])
 @pytest.mark.parametrize("length", [7, 30])
 def test_a_cache_of_the_callers_is_taken_over_and_handed_back(name, length):
-    """Two turns in one `StaticCache`, and then AR in it; windows are shorter than some of it."""
+    """Two turns in one `StaticCache`, then AR; windows are shorter than some of the text."""
     model = hf_jacobi.enable(trained_model(name))
     turns = [padded_prompts(1, seed=seed)["input_ids"] for seed in (1, 2, 3)]
 
@@ -230,7 +230,7 @@ def test_a_cache_that_is_too_small_is_refused():
 
 
 def test_a_cache_that_is_too_small_for_what_it_holds_or_for_embeddings_is_refused():
-    """The greatest length of such calls counts neither."""
+    """The maximum length of such calls does not count them either."""
     model, prompt = hf_jacobi.enable(tiny_model()), padded_prompts(1)["input_ids"]
     settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "disable_compile": True}
     caches = {size: StaticCache(config=model.config, max_cache_len=size) for size in (30, 31, 51, 200)}
@@ -268,7 +268,7 @@ def test_a_cache_for_another_batch_or_model_is_refused_before_work_is_lost():
 
 @pytest.mark.parametrize("place", ["process", "call", "around"])
 def test_attention_that_someone_else_registered_as_sdpa_stays_in_force(place):
-    """Also where it came after ours, or is a wrapper of ours."""
+    """Also if it was registered after ours, or wraps ours."""
     model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(3)
     settings = {"jacobi_config": {"block_size": 8}}
     usual = same_as_ar(model, inputs, EAGER | settings).sequences
@@ -292,7 +292,7 @@ def test_attention_that_someone_else_registered_as_sdpa_stays_in_force(place):
         AttentionInterface.register("sdpa", plain)
 
 
-@torch._dynamo.config.patch(recompile_limit=2)  # of 8: beyond it torch compiles a function no more
+@torch._dynamo.config.patch(recompile_limit=2)  # of 8, beyond which torch stops compiling a function
 def test_texts_of_many_lengths_are_compiled():
     model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(2)
     model.config.max_position_embeddings = 2048
@@ -330,7 +330,7 @@ def test_rows_that_end_far_apart():
 
 
 def test_no_keys_or_values_are_copied_for_grouped_queries():
-    """What a step makes is smaller than the keys of one layer would be with a copy for each query head."""
+    """The tensors of a step are smaller than the keys of one layer with a copy for each query head."""
     model = hf_jacobi.enable(
         tiny_model(num_attention_heads=8, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024)
     )
@@ -386,7 +386,7 @@ def test_a_step_of_rows_grows():
 
 
 class Tape(torch.utils._python_dispatch.TorchDispatchMode):
-    """What a CUDA graph does: every operation again, in order, on the same tensors, and nothing of the host."""
+    """A stand-in for a CUDA graph: repeats every operation in order on the same tensors, without the host."""
 
     def __init__(self):
         super().__init__()
@@ -409,7 +409,7 @@ class Tape(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.fixture
 def taped(monkeypatch):
-    """Steps are recorded and replayed on a CPU, too; a list with the tape of each recorded one."""
+    """Makes a CPU record and replay steps; gives a list with the tape of each recorded step."""
     tapes = []
 
     def record(function, pool):
@@ -435,7 +435,7 @@ def test_what_was_recorded_is_replayed_in_this_call_and_the_next(name, taped):
         before = len(taped)
         out = same_as_ar(model, inputs, STATIC | {"jacobi_config": config}, max_new_tokens=60 - seed)
         assert out.jacobi_stats.tokens_per_forward > 1 or seed
-    assert len(taped) > 1 and len(taped) - before <= 1, "a shape is recorded when it comes up for the third time"
+    assert len(taped) > 1 and len(taped) - before <= 1, "a shape is recorded at its third run"
     assert all(tape.operations for tape in taped)
 
 

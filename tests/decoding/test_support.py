@@ -1,4 +1,4 @@
-"""What cannot be decoded is refused before the first forward, in one sentence with the way out."""
+"""What cannot be decoded is refused before the first forward, in one sentence that names the alternative."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def refused(model, match, inputs=None, **kwargs):
     with pytest.raises(ValueError, match=match) as error:
         model.generate(**(inputs or padded_prompts(2)), max_new_tokens=8, decoding="jacobi", **kwargs)
     assert not forwards, "refused before the first forward"
-    assert str(error.value).count(". ") == 0 and "'ar'" in str(error.value), "one sentence with the way out"
+    assert str(error.value).count(". ") == 0 and "'ar'" in str(error.value), "one sentence that names the alternative"
 
 
 def test_other_generation_modes():
@@ -176,7 +176,7 @@ def test_rotary_embeddings_that_change_on_the_way():
     assert torch.equal(short, model.generate(**padded_prompts(1), max_new_tokens=4, do_sample=False))
 
 
-# What is carried from step to step
+# State that models pass from step to step
 
 
 def widened(model):
@@ -199,7 +199,7 @@ def same_as_ar(model, inputs, **kwargs):
 
 
 class Carrying(LlamaForCausalLM):
-    """As code that comes with a checkpoint may do."""
+    """Passes a state from step to step, as code of a checkpoint may do."""
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
@@ -218,7 +218,7 @@ class Counting(LlamaForCausalLM):
 
 
 class Masked(LlamaForCausalLM):
-    """Takes something for each token of the prompt."""
+    """Takes an argument with an entry for each token of the prompt."""
 
     def forward(
         self,
@@ -294,7 +294,7 @@ def mllama():
 
 
 def test_cross_attention_to_an_image():
-    """Text alone is served; an image is not, nor text that goes on from one."""
+    """Text is served; an image is not, nor text that continues from one."""
     model = mllama()
     ids = torch.randint(3, 89, (1, 14), generator=torch.Generator().manual_seed(0))
     same_as_ar(model, {"input_ids": ids})
@@ -351,7 +351,7 @@ def test_models_that_take_a_cache_and_give_none_back():
 
 
 class OldCode(Masked):
-    """Gives back a tuple in place of a cache."""
+    """Returns a tuple in place of a cache."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         outputs = super().forward(input_ids, attention_mask, position_ids, past_key_values, return_dict=True)
@@ -360,7 +360,7 @@ class OldCode(Masked):
 
 
 def test_a_cache_of_an_older_kind_is_named():
-    """Which nobody can know before the first forward."""
+    """This cannot be known before the first forward."""
     model = hf_jacobi.enable(OldCode(tiny_model().config).eval())
     with pytest.raises(hf_jacobi.UsageError, match=r"tuple in place of.*'ar'"):
         model.generate(**padded_prompts(1), decoding="jacobi", max_new_tokens=4)
@@ -387,7 +387,7 @@ def warned(model) -> list[str]:
 
 
 class Linear8bitLt(torch.nn.Linear):
-    """Named as bitsandbytes' layer is, and computing in full."""
+    """Has the name of bitsandbytes' layer, but computes in full precision."""
 
     def __init__(self, inner, threshold):
         super().__init__(inner.in_features, inner.out_features, bias=False)
@@ -402,7 +402,7 @@ def with_layer(change):
 
 
 def rounding(layer, **attributes):
-    """A layer whose weight says of itself what torchao's says."""
+    """A layer whose weight has the attributes of torchao's."""
     for name, value in attributes.items():
         setattr(layer.weight, name, value)
     return layer

@@ -1,4 +1,4 @@
-"""`synced_gpus=True`: every process of a group runs as many forwards as the one that needs most."""
+"""`synced_gpus=True`: every process of a group runs as many forwards as the one that needs the most."""
 
 from __future__ import annotations
 

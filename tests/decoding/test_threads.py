@@ -1,4 +1,4 @@
-"""What a forward sees belongs to its call, whatever else runs on a model with a draft-only adapter."""
+"""A forward depends on its call alone, whatever else runs on a model with a draft-only adapter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_jacobi.decoding import draft_adapter
 
 peft = pytest.importorskip("peft")
 LENGTH = {"max_new_tokens": 16}
-DRAFTING = {"block_size": 6, "pool_size": 0}  # what is accepted was drafted by the adapter
+DRAFTING = {"block_size": 6, "pool_size": 0}  # the adapter drafted the accepted tokens
 
 
 def jacobi(settings, **kwargs):
@@ -46,7 +46,7 @@ TURNS = [(name, rows) for name in CALLS for rows in (1, 3)]
 
 
 def result_of(model, name: str, rows: int):
-    """What a call gives that no other call may change: its tokens and how they were drafted, or logits."""
+    """The results that no other call may change: tokens and how they were drafted, or logits."""
     inputs = padded_prompts(rows)
     if CALLS[name] is None:
         with torch.no_grad():
@@ -64,12 +64,12 @@ def same(one, other) -> bool:
 
 
 def accepting_adapter(rank: int = 4):
-    """A model whose adapter changes what is drafted, and is right often enough to be accepted."""
+    """A model whose adapter changes the drafts, and is correct often enough to be accepted."""
     return with_adapter(base=trained_model, scale=0.12 * (rank / 4) ** 0.25, rank=rank)
 
 
 def check_four_threads(model, count: int) -> None:
-    """`count` calls of all kinds, at random, in four threads: each gives what it gives alone."""
+    """`count` random calls of all kinds in four threads: each gives the same results as alone."""
     expected = {turn: result_of(model, *turn) for turn in TURNS}
     base = hf_jacobi.enable(trained_model("llama"))
     for name in ("ar", "beams", "forward"):
@@ -101,7 +101,7 @@ def check_four_threads(model, count: int) -> None:
 
 
 def assert_as_before(model) -> None:
-    """No call left anything behind on any layer."""
+    """No call has left anything on a layer."""
     for module in model.modules():
         assert "below" not in vars(type(module)) and "forward" not in vars(module)
         assert not (hasattr(module, "lora_A") and module._forward_pre_hooks)
@@ -109,7 +109,7 @@ def assert_as_before(model) -> None:
 
 @pytest.mark.parametrize(("way", "through"), [("product", "model"), ("addition", "peft"), ("hooks", "peft")])
 def test_four_threads_mixing_ways_of_decoding(monkeypatch, through, way):
-    """By each way in which a layer applies the adapter."""
+    """For each way in which a layer applies the adapter."""
     model = accepting_adapter(rank=16 if way == "product" else 4)
     if way == "hooks":
         monkeypatch.setattr(draft_adapter, "_has_nothing_else", lambda layer: False)
@@ -124,7 +124,7 @@ def test_a_thousand_calls_in_four_threads(through):
 
 
 class Looking(LogitsProcessor):
-    """Does something between the forwards of a call, and leaves the scores as they are."""
+    """Calls a function between the forwards of a call, and does not change the scores."""
 
     def __init__(self, look):
         self.look = look
@@ -135,13 +135,13 @@ class Looking(LogitsProcessor):
 
 
 def during(model, look, rows: int = 1):
-    """A Jacobi call that looks once a token."""
+    """A Jacobi call that calls `look` once per token."""
     processors = LogitsProcessorList([Looking(look)])
     return model.generate(**padded_prompts(rows), **CALLS["jacobi"], logits_processor=processors)
 
 
 def test_other_forwards_of_the_same_thread_see_the_base_model():
-    """As those of a processor that compares with the model's scores without the prompt (classifier-free guidance)."""
+    """Forwards as by a processor that also scores the text without the prompt (classifier-free guidance)."""
     model = accepting_adapter()
     expected, found = result_of(model, "forward", 1), []
     out = during(model, lambda: found.append(result_of(model, "forward", 1)))
@@ -225,7 +225,7 @@ def test_an_adapter_that_is_changed_during_a_call(change):
 
 
 def test_another_copy_of_the_module_may_be_over_or_under_ours(monkeypatch):
-    """That of a published checkpoint has a context variable and classes of its own, and ends before ours or after."""
+    """The copy in a published checkpoint has its own context variable and classes, and ends before ours or after."""
     name = "hf_jacobi.decoding.published_copy"
     spec = importlib.util.spec_from_file_location(name, draft_adapter.__file__)
     other = importlib.util.module_from_spec(spec)
@@ -291,7 +291,7 @@ def test_a_process_forked_during_a_call_goes_on():
                 os._exit(0 if result_of(model, "jacobi", 1) == expected else 1)
             children.append(child)
 
-    draft_adapter._LOCK.acquire()  # as another thread may hold it
+    draft_adapter._LOCK.acquire()  # as another thread may have it
     child = os.fork()
     if not child:
         os._exit(0 if result_of(model, "jacobi", 1) == expected else 1)

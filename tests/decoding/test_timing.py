@@ -1,4 +1,4 @@
-"""Forwards are timed once, on slots that nothing reads, and text is the same with it."""
+"""Forwards are timed once, on slots that nothing reads, and the text does not change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def jacobi(model, inputs, **kwargs):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What was measured, and for how many rows; drafts then follow a cost at which this machine does not matter."""
+    """What was measured, and for how many rows; drafts then follow a cost that does not depend on this machine."""
     found = []
 
     def measure(step, texts, room):
@@ -68,7 +68,7 @@ def test_text_logits_and_cache_are_those_of_a_call_that_timed_nothing(measured, 
 
 
 def test_nothing_reads_the_slots_that_the_timing_wrote(monkeypatch):
-    """Whatever stands in them: here numbers beside which all attention would drown."""
+    """Whatever those slots hold: here, numbers so large that they would dominate attention."""
     model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(3)
     spoilt = []
 
@@ -187,7 +187,7 @@ def test_a_timing_that_fails_is_not_the_last(monkeypatch):
 
 @pytest.mark.parametrize("room", [1, 3, 9, 15, 16, 17])
 def test_nothing_is_timed_beyond_the_positions_that_the_model_has(room):
-    """GPT-2 has a table of positions, beyond which there is an error."""
+    """GPT-2 has a table of positions; beyond it, a forward fails."""
     model = hf_jacobi.enable(tiny_model("gpt2", n_positions=64))
     inputs = padded_prompts(1, length=64 - room)
     out = jacobi(model, inputs, max_new_tokens=room)
@@ -273,7 +273,7 @@ def test_the_costs_of_fewer_rows_are_followed_when_rows_leave(measured):
 
 
 def test_positions_that_seem_dear_are_timed_again_and_the_cheapest_curve_counts(monkeypatch):
-    """A moment in which the machine was busy does not keep a model from drafting."""
+    """A busy machine during one measurement does not keep a model from drafting."""
     busy, quiet = CostCurve.of([[1, 1.0], [16, 9.0]]), CostCurve.of([[1, 1.0], [16, 1.4]])
     found = iter([busy, quiet])
     monkeypatch.setattr(timing, "measure", lambda *call: next(found))

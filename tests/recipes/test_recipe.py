@@ -155,7 +155,7 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
     train = read_recipe(file).phases[0].train
     assert train["learning_rate"] == 1e-6 and train["max_steps"] == 3
     file.write_text("model: [")
-    with pytest.raises(UsageError, match="is no YAML"):
+    with pytest.raises(UsageError, match="is not valid YAML"):
         read_recipe(file)
     with pytest.raises(OSError, match="cannot be read"):
         read_recipe(tmp_path / "none.yaml")

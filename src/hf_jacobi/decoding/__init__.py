@@ -1,4 +1,4 @@
-"""How text is made: Jacobi decoding behind `model.generate`. Needs torch and transformers alone."""
+"""Jacobi decoding through `model.generate`. Needs only torch, numpy and transformers."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .stats import JacobiOutput, JacobiStats, Trajectory, TrajectoryStep
 
 
-# Imported when it is first asked for, so that `errors` and `config` do not wait for torch and transformers.
+# Names are imported on first use, so that `errors` and `config` do not wait for torch and transformers.
 _STATS = ("JacobiOutput", "JacobiStats", "Trajectory", "TrajectoryStep")
 _MODULES = {"JacobiConfig": "config", "UsageError": "errors"} | dict.fromkeys(_STATS, "stats")
 

@@ -1,10 +1,10 @@
 """
-How many tokens are worth trying: what guesses have been worth, against what positions cost.
+How many tokens are worth trying, given how often guesses were correct and what positions cost.
 
-Every guessed token has a chance to be committed by the next forward: that of all guesses before it on its path, times
-its own. The guesses are taken in order of their chances, as many as bring most tokens per cost (`Economy`). Chances
-are running shares of the guesses of a kind that came true (`Odds`), and most of them cost nothing to learn: a guess
-is compared with the text that comes, whether it was tried or not.
+Every guessed token has a chance to be committed by the next forward: the chance of all guesses before it on its path,
+times its own. The guesses are tried in order of their chances, as many as yield the most tokens per cost (`Economy`).
+A chance is the running share of correct guesses of its kind (`Odds`). Most kinds cost nothing to learn, since a guess
+is compared with the text that follows whether or not it was tried.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from .costs import CostCurve
 from .ngram_pool import LONGEST_MATCH
 
 
-MEMORY = 0.97  # weight of the past in the running share of guesses that came true
-# Shares that came true in chat, code and arithmetic of a small model, by the length of the match, from one token on.
+MEMORY = 0.97  # weight of the past in the running share of correct guesses
+# Correct shares in chat, code and arithmetic of a small model, by the length of the match, from one token up.
 MATCHED = (0.18, 0.45, 0.55, 0.65, 0.75, 0.8, 0.8, 0.85)
-SECOND = 0.1  # of what stood elsewhere after the same tokens
-OWN = 0.3
-DRAFTED = 0.6  # of those of a draft-only adapter
-PRIOR = 4.0  # observations that such a share counts for
-OWN_PRIOR = 1.0  # the same of the model's own predictions, which differ much from model to model
-LEAST = 0.01  # chance below which a guess is not looked at
+SECOND = 0.1  # correct share of what followed the same tokens elsewhere
+OWN = 0.3  # of the model's own predictions
+DRAFTED = 0.6  # of the predictions of a draft-only adapter
+PRIOR = 4.0  # observations that each of these shares counts for
+OWN_PRIOR = 1.0  # the same for the model's own predictions, which vary much between models
+LEAST = 0.01  # chance below which a guess is ignored
 
-WORTHWHILE = 1.03  # tokens per cost from which guesses are tried at all
+WORTHWHILE = 1.03  # tokens per cost above which guesses are tried
 PROBE = 3  # guesses of a probe
-PROBES = 0.01  # share of the time that goes into them where nothing pays
-# What trying may lose: so many forwards over one position, and so many more for each token.
+PROBES = 0.01  # share of the time spent on probes where nothing pays
+# The loss allowed, in forwards over one position: FREE in all, and ALLOWED for each token.
 FREE = 0.3
 ALLOWED = 0.01
-# What guesses promise to win back counts in the account: a share of it, at first no more than a forward for so many
-# tokens of text; all of it where they promise so many tokens per cost; and at most so many forwards.
+# The expected gain of guesses offsets their cost in that account: a share SURE of it, at first no more than a forward
+# for EARLY tokens of text; all of it where they promise CLEAR tokens per cost; never more than CREDIT forwards.
 SURE = 0.6
 EARLY = 16
 CLEAR = 2.2
@@ -41,27 +41,27 @@ CREDIT = 1.5
 
 
 class Odds:
-    """The running share of guesses of one kind that came true, from a first belief on."""
+    """The running share of correct guesses of one kind; `share`, worth `weight` guesses, is the prior."""
 
     def __init__(self, share: float, weight: float):
-        self.right, self.tried = share * weight, weight
+        self.correct, self.tried = share * weight, weight
 
-    def see(self, right: bool) -> None:
-        """Takes in one guess."""
-        self.right = MEMORY * self.right + right
+    def see(self, correct: bool) -> None:
+        """Counts one guess."""
+        self.correct = MEMORY * self.correct + correct
         self.tried = MEMORY * self.tried + 1
 
     @property
     def share(self) -> float:
-        return self.right / self.tried
+        return self.correct / self.tried
 
 
 class Copied:
     """
-    What guesses copied from earlier text are worth.
+    How often guesses copied from earlier text are correct.
 
-    How many tokens before the guess are those before the place it is copied from says most about it. Each right guess
-    makes that match longer.
+    The best predictor is the length of the match: how many tokens before the guess equal those before the place that
+    it was copied from. Each correct guess extends the match.
     """
 
     def __init__(self):
@@ -69,12 +69,12 @@ class Copied:
         self.others = Odds(SECOND, PRIOR)
 
     def see(self, candidates: list[tuple[int, list[int]]], token: int) -> None:
-        """Takes in the token that came where candidates, `(match, tokens)` with the best first, said their first."""
+        """Compares the first token of candidates, `(match, tokens)` with the best first, with the token that came."""
         for rank, (match, tokens) in enumerate(candidates):
             (self.others if rank else self.best[match - 1]).see(tokens[0] == token)
 
     def chances(self, rank: int, match: int, count: int) -> list[float]:
-        """That the first 1, 2, ... of so many tokens of a candidate come true."""
+        """The chances that the first 1, 2, ..., `count` tokens of a candidate are correct."""
         chance, found = 1.0, []
         for place in range(count):
             odds = self.others if rank and not place else self.best[min(match + place, LONGEST_MATCH) - 1]
@@ -85,22 +85,23 @@ class Copied:
 
 class Own:
     """
-    What the model's own predictions are worth, by how far ahead they are, from one token on.
+    How often the model's own predictions are correct, by how far ahead they are, from one token up.
 
-    What is not known of far ones is taken from those before them, so that drafts grow while their end comes true.
+    Where little is known of a distance, the share of the one before it serves as its prior, so that drafts grow while
+    their last tokens are correct.
 
     Args:
-        depths: how far ahead, at most.
-        share: of those that come true, as long as nothing is known.
+        depths: the largest distance.
+        share: the correct share to assume while nothing is known.
     """
 
     def __init__(self, depths: int, share: float = OWN):
         self.share = share
         self.odds = [Odds(0.0, 0.0) for _ in range(depths)]
-        self.pending: list[tuple[int, list[int]]] = []  # guesses that came true so far: (depth of the first, tokens)
+        self.pending: list[tuple[int, list[int]]] = []  # guesses correct so far: (depth of the first, tokens)
 
     def see(self, accepted: list[int], predicted: list[int]) -> None:
-        """Takes in the tokens that came, and what the model predicts for those after them."""
+        """Compares earlier predictions with the accepted tokens, and keeps what the model predicts after those."""
         waiting, self.pending = self.pending, [(0, predicted)] if predicted else []
         for depth, tokens in waiting:
             for guess, token in zip(tokens, accepted):
@@ -114,10 +115,10 @@ class Own:
                     self.pending.append((depth, tokens[len(accepted) :]))
 
     def chances(self, count: int) -> list[float]:
-        """That the first 1, 2, ... of so many come true."""
+        """The chances that the first 1, 2, ..., `count` predictions are correct."""
         chance, share, found = 1.0, self.share, []
         for odds in self.odds[:count]:
-            share = (odds.right + OWN_PRIOR * share) / (odds.tried + OWN_PRIOR)
+            share = (odds.correct + OWN_PRIOR * share) / (odds.tried + OWN_PRIOR)
             chance *= share
             found.append(chance)
         return found
@@ -125,11 +126,11 @@ class Own:
 
 class Choice(NamedTuple):
     """
-    What the rows of a forward are to try.
+    What the rows of a forward try.
 
     Attributes:
-        guesses: of each row, at most.
-        probes: whether these are to be predictions of the model's own, whatever else is known.
+        guesses: the largest number for each row.
+        probes: whether these are the model's own predictions, whatever other guesses are known.
         adapter: whether a draft-only adapter predicts beside the model in this forward, for the next drafts.
     """
 
@@ -140,13 +141,13 @@ class Choice(NamedTuple):
 
 class Outlook(NamedTuple):
     """
-    The chances of the guesses of one row to be committed by the next forward, falling.
+    The chances of one row's guesses to be committed by the next forward, in falling order.
 
     Attributes:
-        hand: of those that are known now.
+        hand: of the guesses known now.
         own: of the model's own predictions, if they were known.
         drafted: of the predictions of a draft-only adapter, if they were known.
-        copied: of what is copied from earlier text, of which the best is known always.
+        copied: of the best candidate copied from earlier text, which is always known.
     """
 
     hand: Sequence[float]
@@ -157,72 +158,79 @@ class Outlook(NamedTuple):
 
 class Economy:
     """
-    How many guesses a forward tries: those that bring most tokens per cost, none where that is no more than one.
+    How many guesses a forward tries: the number that yields the most tokens per cost, and none if they do not pay.
 
-    Where nothing pays, the model's own predictions are tried now and then, as they are known no other way. An account
-    of all forwards so far bounds what trying loses against one token a forward: nothing is tried that is expected to
-    leave more than `FREE` forwards, and `ALLOWED` of one for each token, lost. All this depends on tokens and on the
-    curve alone: a call with a given curve can be repeated.
+    Where nothing pays, the model's own predictions are still probed from time to time, since nothing else shows how
+    good they are. An account of all forwards so far bounds the loss against one token per forward: a forward is
+    not tried if it is expected to bring the loss above `FREE` forwards plus `ALLOWED` for each token. Every decision
+    depends on the tokens and the curve alone, so a call with a given curve is reproducible.
 
-    A draft-only adapter scores each guess again, in the same forward, and what it says is the next draft. It takes
-    part while drafts of its kind bring more tokens per cost than those without it, its own positions counted.
+    A draft-only adapter scores each guess a second time, in the same forward, and its predictions are the next draft.
+    It takes part while its drafts yield more tokens per cost than those without it, its own positions included.
 
-    The rows of a batch share a forward, which is as wide as its widest row. So one number of guesses serves all of
-    them, and what counts is the progress of the row that is behind: the text of a batch is done when its last row is.
+    The rows of a batch share a forward, which is as wide as its widest row. One number of guesses therefore serves all
+    rows, and the shortest row measures progress, since a batch is done when its last row is.
 
     Args:
         curve: what a forward costs.
-        with_adapter: what one costs of whose positions the second half is a draft-only adapter's; `None` without one.
-        width: how many positions a forward has for so many nodes, where it has few shapes.
+        with_adapter: what a forward costs in which the second half of the positions is a draft-only adapter's; `None`
+            without one.
+        width: gives the positions of a forward for a number of nodes, where forwards have fixed shapes.
     """
 
     def __init__(self, curve: CostCurve, with_adapter: CostCurve | None = None, width: Callable[[int], int] = int):
         self.width = width
-        self.spent, self.probing = 1.0, 0.0  # in forwards over one position, the prefill among them
-        self.began = False  # whether the last forward was over guesses that its predictions were to take the place of
-        self.progress = 1  # forwards that one token at a time would have taken
+        self.spent, self.probing = 1.0, 0.0  # in forwards over one position, the prefill included
+        self.began = False  # whether the last forward scored arbitrary guesses, to be replaced by its predictions
+        self.progress = 1  # forwards that decoding one token at a time would have taken
         self.follow(curve, with_adapter)
 
     def follow(self, curve: CostCurve, with_adapter: CostCurve | None = None) -> None:
-        """Goes on with other curves, as where the batch has fewer rows."""
+        """Changes the curves, for instance when the batch has fewer rows."""
         self.curve, self.with_adapter = curve, with_adapter
         self._costs: dict[bool, list[float]] = {False: [], True: []}
 
     def cost(self, guesses: int, adapter: bool = False) -> float:
-        """Of a forward over so many guesses in each row, with a draft-only adapter or without."""
-        costs, curve = self._costs[adapter], self.with_adapter if adapter else self.curve
+        """The cost of a forward over `guesses` guesses in each row, with a draft-only adapter or without."""
+        costs = self._costs[adapter]
         while len(costs) <= guesses:
+            curve = self.with_adapter if adapter else self.curve
+            assert curve is not None  # without a curve for it, no adapter is considered
             positions = (1 + adapter) * self.width(1 + len(costs)) if costs else 1
             costs.append(curve.cost(positions))
         return costs[guesses]
 
     def decide(self, rows: list[Outlook], idle: bool = False, drafted: bool = False) -> Choice:
         """
-        What the rows are to try.
+        What the rows try.
 
         Args:
             rows: the chances of each row's guesses.
-            idle: whether the model has predicted nothing yet. Its own predictions take two forwards then: one over
-                any guesses, of which none may be right, and one over what it says to them.
-            drafted: whether what is known now is what a draft-only adapter said.
+            idle: whether the model has predicted nothing yet. Trying its own predictions then takes two forwards: one
+                over arbitrary guesses, all of which may be wrong, and one over what it predicts at them.
+            drafted: whether the guesses known now are those of a draft-only adapter.
         """
         began, self.began = self.began, False
-        hand = [row.hand for row in rows]
         adapter = self._adapter_pays(rows)
         if adapter and not drafted:
-            guesses, loss, _ = self._best([row.drafted for row in rows], forwards=2, adapter=True)
-            if guesses and self._may_lose(loss):
-                self.began = True
+            if guesses := self._begin([row.drafted for row in rows], adapter=True):
                 return Choice(guesses, idle, True)
             adapter = False
-        guesses, loss, _ = self._best(hand, adapter=adapter)
+        guesses, loss, _ = self._best([row.hand for row in rows], adapter=adapter)
         if guesses and (began or self._may_lose(loss)):
             return Choice(guesses, False, adapter or self._may_probe_adapter(guesses))
-        if idle:
-            guesses, loss, _ = self._best([row.own for row in rows], forwards=2)
-            if guesses and self._may_lose(loss):
-                self.began = True
-                return Choice(guesses, True)
+        if idle and (guesses := self._begin([row.own for row in rows])):
+            return Choice(guesses, True)
+        return self._probe()
+
+    def _begin(self, chances: Sequence[Sequence[float]], adapter: bool = False) -> int:
+        """How many guesses to try in two forwards, of which the first only makes the predictions; 0 for none."""
+        guesses, loss, _ = self._best(chances, forwards=2, adapter=adapter)
+        self.began = guesses > 0 and self._may_lose(loss)
+        return guesses if self.began else 0
+
+    def _probe(self) -> Choice:
+        """A few of the model's own predictions if a probe is due, else nothing."""
         adapter = self.with_adapter is not None
         loss = self.cost(PROBE, adapter) - 1
         if self.probing <= PROBES * self.progress and self._may_lose(loss):
@@ -231,7 +239,7 @@ class Economy:
         return Choice(0)
 
     def _adapter_pays(self, rows: list[Outlook]) -> bool:
-        """Whether drafts of a draft-only adapter bring more tokens per cost than those without it."""
+        """Whether drafts of a draft-only adapter yield more tokens per cost than those without it."""
         if self.with_adapter is None:
             return False
         _, _, drafted = self._best([max(row.drafted, row.copied, key=sum) for row in rows], adapter=True)
@@ -239,7 +247,7 @@ class Economy:
         return drafted > plain
 
     def _may_probe_adapter(self, guesses: int) -> bool:
-        """Whether an adapter that does not pay takes part all the same, as what it says is known no other way."""
+        """Whether an adapter that does not pay takes part anyway, since nothing else shows how good it is."""
         if self.with_adapter is None or self.probing > PROBES * self.progress:
             return False
         loss = self.cost(guesses, True) - self.cost(guesses)
@@ -252,8 +260,8 @@ class Economy:
         self, chances: Sequence[Sequence[float]], forwards: int = 1, adapter: bool = False
     ) -> tuple[int, float, float]:
         """
-        How many guesses bring most tokens per cost, the last of so many forwards alone more than one; how many
-        forwards over one position are at stake in that; and how many tokens per cost they bring.
+        The number of guesses that yields the most tokens per cost, where only the last of `forwards` forwards commits
+        more than one token; the loss at stake, in forwards over one position; and the tokens per cost.
         """
         rows, tokens = len(chances), float(forwards)
         best, count, stake = WORTHWHILE, 0, 0.0
@@ -267,10 +275,10 @@ class Economy:
         return count, stake, best
 
     def _may_lose(self, loss: float) -> bool:
-        """Whether the account allows a forward that is expected to lose so much."""
+        """Whether the account allows a forward with this expected loss."""
         return self.spent + loss <= FREE + (1 + ALLOWED) * self.progress
 
     def took(self, guesses: int, progress: int, adapter: bool = False) -> None:
-        """Takes in how many guesses a forward tried, and how many tokens the shortest row has by now."""
+        """Counts a forward: how many guesses it tried, and how many tokens the shortest row now has."""
         self.spent += self.cost(guesses, adapter and guesses > 0)
         self.progress = progress

@@ -4,125 +4,162 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedConfig
 
 from .compat import (
     attention_of,
+    chunked_overlay,
     flash_kernel,
     looks_attention_up,
     own_attention,
     register_attention,
     registered_attention,
+    sliding_window_overlay,
 )
 
 
 MASKED_ATTENTIONS = ("sdpa", "eager")
-CHAIN_ATTENTION = "flash_attention_2"  # takes no mask, but the ends of rows, which is enough without branches
+CHAIN_ATTENTION = "flash_attention_2"  # takes the ends of rows instead of a mask, which suffices without branches
 LAYER_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+ALL_ROWS = (slice(None), None, None)  # index of `[B]` that gives `[B, 1, 1]`
+
+
+def named_kinds(config: PreTrainedConfig) -> list[str] | None:
+    """The layer types that a (text) configuration names, each once, sorted; `None` if it names none."""
+    return sorted(set(config.layer_types)) if getattr(config, "layer_types", None) else None
+
+
+def layer_kinds(config: PreTrainedConfig) -> list[str]:
+    """The kinds of attention layers of a model, each once: those it names, or the one that transformers infers."""
+    if (named := named_kinds(config)) is not None:
+        return named
+    if getattr(config, "sliding_window", None) is not None:
+        return ["sliding_attention"]
+    return ["full_attention" if getattr(config, "attention_chunk_size", None) is None else "chunked_attention"]
+
+
+def layer_overlay(
+    kind: str, config: PreTrainedConfig, left_padding: torch.Tensor
+) -> Callable[..., torch.Tensor] | None:
+    """
+    What a kind of layer adds to the causal mask: its window or its chunks.
+
+    Args:
+        kind: one of `LAYER_KINDS`.
+        config: the text configuration of the model.
+        left_padding: `[B]`, the number of padding tokens that each row begins with; chunks are counted from there.
+
+    Returns:
+        a mask function of transformers, from (batch index, head index, index of the query, index of the key) to bool;
+        `None` for full attention. It indexes `left_padding` by the batch index (`ALL_ROWS` for all rows at once).
+    """
+    if kind == "sliding_attention":
+        return sliding_window_overlay(config.sliding_window)
+    if kind == "chunked_attention":
+        return chunked_overlay(config.attention_chunk_size, left_padding)
+    return None
 
 
 class AttentionMask:
     """
     Builds the 4D masks of a model.
 
-    A 4D mask switches off whatever mask the model would have made itself, so windows are applied here, measured in
-    places in the sequence: branches of a row share them, and slots would count them twice.
+    A 4D mask replaces the mask that the model would have made itself, so windows and chunks are applied here. They are
+    measured by indices in the sequence, not by slots, which would count the branches of a row twice.
 
     Args:
         config: the text configuration of the model.
         dtype: the dtype that the model computes in.
-        left_padding: `[B]`, how much padding a row begins with; chunks are counted from its end.
-        groups: how many times the queries stand in a mask, one below the other (`fold_groups`).
+        left_padding: `[B]`, the number of padding tokens that each row begins with; chunks are counted from there.
+        groups: how many times a mask repeats the queries, one copy below the other (`fold_groups`).
     """
 
     def __init__(self, config: PreTrainedConfig, dtype: torch.dtype, left_padding: torch.Tensor, groups: int = 1):
+        self.config = config
         self.left_padding = left_padding
         self.groups = groups
-        # Eager attention adds the mask: a boolean one would do nothing. Others turn it into such a one in every layer.
+        # Eager attention adds the mask, so a boolean one would do nothing. SDPA would convert one in every layer.
         self.additive = attention_of(config) == "eager" or groups > 1
-        # What is added where a token sees another, and where it does not.
-        self.added = torch.tensor([0.0, torch.finfo(dtype).min], dtype=dtype, device=left_padding.device).unbind()
+        # Added where a token sees another, and where it does not.
+        self.seen, self.unseen = torch.tensor(
+            [0.0, torch.finfo(dtype).min], dtype=dtype, device=left_padding.device
+        ).unbind()
         self.sliding_window = getattr(config, "sliding_window", None)
         self.chunk_size = getattr(config, "attention_chunk_size", None)
-        self.layer_types = sorted(set(config.layer_types)) if getattr(config, "layer_types", None) else None
+        self.layer_types, self.kinds = named_kinds(config), layer_kinds(config)
 
     def single_kind(self) -> str:
-        """The kind of all layers of a model that names no layer types; as transformers infers it."""
-        if self.sliding_window is not None:
-            return "sliding_attention"
-        return "chunked_attention" if self.chunk_size is not None else "full_attention"
+        """The kind of all layers of a model that names no layer types."""
+        return self.kinds[0]
 
     def of_rows(self, rows: list[int]) -> AttentionMask:
-        """Those of some rows."""
+        """The masks of some rows."""
         part = copy.copy(self)
         part.left_padding = self.left_padding[rows]
         return part
 
     @property
     def reads_places(self) -> bool:
-        """Whether a kind of layer restricts what is seen by distance."""
-        return any(kind != "full_attention" for kind in self.layer_types or [self.single_kind()])
+        """Whether a kind of layer limits the distance at which a token sees another."""
+        return self.kinds != ["full_attention"]
 
     def __call__(self, visible, query_places, key_places) -> torch.Tensor | dict[str, torch.Tensor]:
         """
         Args:
             visible: `[B, Q, S]` bool.
             query_places: `[B, Q]`, the index in its sequence of each token.
-            key_places: `[B, S]`, the index of the token in each slot; may be `None` where nothing `reads_places`.
+            key_places: `[B, S]`, the index of the token in each slot; can be `None` unless `reads_places`.
 
         Returns:
-            `[B, 1, groups * Q, S]`, additive for eager attention and folded groups, boolean otherwise, or a dict of
-            them by layer type.
+            `[B, 1, groups * Q, S]`, additive for eager attention and folded groups, boolean otherwise; or a dict of
+            such masks by layer type.
         """
-        kinds = self.layer_types or [self.single_kind()]
-        masks = {kind: self._finish(self._restrict(visible, query_places, key_places, kind)) for kind in kinds}
-        return masks if self.layer_types else masks[kinds[0]]
+        masks = {kind: self._finish(self._restrict(visible, query_places, key_places, kind)) for kind in self.kinds}
+        return masks if self.layer_types else masks[self.kinds[0]]
 
     def _restrict(self, visible, query_places, key_places, kind: str) -> torch.Tensor:
-        if kind == "full_attention":
+        overlay = layer_overlay(kind, self.config, self.left_padding)
+        if overlay is None:
             return visible
-        query, key = query_places.unsqueeze(2), key_places.unsqueeze(1)
-        if kind == "sliding_attention":
-            return visible & (query - key < self.sliding_window)
-        start = self.left_padding.view(-1, 1, 1)
-        return visible & ((query - start) // self.chunk_size == (key - start) // self.chunk_size)
+        return visible & overlay(ALL_ROWS, None, query_places.unsqueeze(2), key_places.unsqueeze(1))
 
     def _finish(self, visible: torch.Tensor) -> torch.Tensor:
         visible = visible.unsqueeze(1)
         if not self.additive:
             return visible
-        mask = torch.where(visible, *self.added)
+        mask = torch.where(visible, self.seen, self.unseen)
         return mask.repeat(1, 1, self.groups, 1) if self.groups > 1 else mask
 
 
 class ChainMask:
     """
-    What stands in the place of a mask where every node sees all slots before it, from the end of its row's padding on:
-    for each row one past the slot of its last node, and its padding.
+    Replaces the mask where every node sees all slots before it except the padding of its row: gives two numbers for
+    each row, one past the slot of its last node, and the number of padding slots.
 
     Args:
         config: the text configuration of the model.
-        left_padding: `[B]`, how many slots a row begins with that nobody sees.
+        left_padding: `[B]`, the number of padding slots that each row begins with.
     """
 
     reads_places = False
 
     def __init__(self, config: PreTrainedConfig, left_padding: torch.Tensor):
         self.left_padding = left_padding
-        self.layer_types = sorted(set(config.layer_types)) if getattr(config, "layer_types", None) else None
+        self.layer_types = named_kinds(config)
         if not hasattr(plain := registered_attention(CHAIN_ATTENTION), "attends_along_chains"):
             register_attention(CHAIN_ATTENTION, attend_along_chains(plain))
 
     def of_rows(self, rows: list[int]) -> ChainMask:
-        """Those of some rows."""
+        """The same for some rows."""
         part = copy.copy(self)
         part.left_padding = self.left_padding[rows]
         return part
 
     def __call__(self, visible, query_places, key_places) -> torch.Tensor | dict[str, torch.Tensor]:
-        """As `AttentionMask`, of which the places `[B, Q]` are read alone: `[B, 1, 1, 2]` int32."""
+        """`[B, 1, 1, 2]` int32, or a dict as from `AttentionMask`; reads `query_places` `[B, Q]` alone."""
         ends = query_places[:, 0] + query_places.shape[1]
         mask = torch.stack([ends, self.left_padding], 1).to(torch.int32)[:, None, None]
         return dict.fromkeys(self.layer_types, mask) if self.layer_types else mask
@@ -132,8 +169,8 @@ def attend_along_chains(plain):
     """
     An attention function for steps without branches, around transformers' flash attention.
 
-    The kernel that serves caches is told how many slots of each row are filled, and where its padding ends; a forward
-    that is not ours, which has no mask of integers (`ChainMask`), is left to `plain`.
+    It runs the kernel for caches, which takes the number of filled slots and of padding slots of each row. Forwards
+    that are not ours have no integer mask (`ChainMask`); `plain` serves them.
     """
 
     @functools.wraps(plain)
@@ -161,10 +198,10 @@ def attend_along_chains(plain):
 
 def groups_to_fold(model) -> int:
     """
-    How many query heads share a head of keys and values, where the attention of a model can fold them; else 1.
+    How many query heads share a head of keys and values, if the attention of a model can fold them; else 1.
 
-    It can where it is the `sdpa` of transformers, which this function puts `fold_groups` before in the registry; not
-    where someone else has registered another function by that name, which may compute something else.
+    It can if it is the `sdpa` of transformers, which this function replaces by `fold_groups` in the registry. Another
+    function that someone has registered under that name may compute something else, so nothing is folded then.
     """
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_attention_heads", None)
@@ -176,17 +213,17 @@ def groups_to_fold(model) -> int:
     if registered_attention("sdpa") is (plain := own_attention()):
         register_attention("sdpa", fold_groups(plain))
     found = registered_attention("sdpa")
-    return heads // shared if getattr(found, "folds_groups", None) is found else 1  # what wraps it copies attributes
+    return heads // shared if getattr(found, "folds_groups", None) is found else 1  # wrappers copy attributes
 
 
 def fold_groups(plain):
     """
-    An attention function for grouped queries that copies no keys or values, around the one of transformers.
+    An attention function for grouped queries that copies no keys or values, around transformers' own.
 
-    transformers repeats the keys and values of the whole cache for every layer of every forward that has a mask, until
-    each query head has its own. Here the G query heads of a group become G times as many queries of the one head that
-    they share. A mask made for that (`AttentionMask.groups`) has G * Q rows for Q queries, which tells it from any
-    other, so that forwards that are not ours are left to `plain`.
+    In every forward that has a mask, transformers repeats the keys and values of the whole cache in every layer, so
+    that each query head has its own. Here the G query heads of a group become G times as many queries of the one head
+    that they share. A mask made for this (`AttentionMask.groups`) has G * Q rows for Q queries, unlike any other;
+    `plain` serves forwards without such a mask.
     """
 
     @functools.wraps(plain)
@@ -196,7 +233,7 @@ def fold_groups(plain):
             return plain(module, query, key, value, attention_mask, *arguments, **keywords)
         groups = query.shape[1] // key.shape[1]
         unusual = arguments or any(keywords.get(name) is not None for name in ("position_bias", "softcap", "s_aux"))
-        if unusual or attention_mask.shape[2] != groups * length:  # a layer may have another number of heads
+        if unusual or attention_mask.shape[2] != groups * length:  # a layer can have another number of heads
             return plain(module, query, key, value, attention_mask[:, :, :length], *arguments, **keywords)
         folded = query.reshape(query.shape[0], key.shape[1], groups * length, query.shape[3])
         result = torch.nn.functional.scaled_dot_product_attention(

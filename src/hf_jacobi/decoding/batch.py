@@ -1,4 +1,4 @@
-"""One row of the batch: its text, its status, its draft rule, and what was counted of it."""
+"""One row of the batch: its text, its status, its draft rule and its statistics."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ class Row:
         tokens: the prompt, padding included.
         padding: how many of them are padding.
         config: the settings.
-        max_length: length beyond which nothing is tried, `None` if there is none.
-        last_position: the last index that the model has a position for, `None` if there is none. Text may go beyond
-            it if the model lets it, but drafts do not, as they may be cut short before.
+        max_length: the length beyond which nothing is tried, `None` for no limit.
+        last_position: the last index that the model has a position for, `None` for no limit. If the model allows it,
+            text can go beyond; drafts do not, since they may be cut short before.
         records: whether to keep every draft.
+        vocabulary: the number of tokens of the model, `None` if unknown.
 
     Attributes:
         tokens: the text so far, padding included.
-        stopped: a criterion has said stop.
-        finished: nothing more is decoded: it stopped, and `generate` pads rows that did.
-        place: where it stands in forwards, whose rows become fewer.
+        stopped: whether a stopping criterion has ended the row.
+        finished: whether decoding of the row is over: it stopped, and `generate` pads stopped rows.
+        place: its index among the rows of a forward, which become fewer.
     """
 
     def __init__(
@@ -61,12 +62,12 @@ class Row:
 
     @property
     def position(self) -> int:
-        """Position of the next token, padding left out."""
+        """Position of the next token, padding not counted."""
         return self.length - self.padding
 
     @property
     def room(self) -> int:
-        """How many tokens may be tried next, the newest committed one included."""
+        """How many tokens can be tried next, the newest committed one included."""
         newest = self.length - 1
         rooms = [self.max_length - self.length] if self.max_length is not None else []
         if self.last_position is not None and newest <= self.last_position:
@@ -75,8 +76,8 @@ class Row:
 
     def propose(self, guesses: int | None = None, probes: bool = False) -> Draft:
         """
-        The nodes to score next; a finished row goes along with one token that leads nowhere. The arguments are those
-        of `DraftRule.propose`.
+        The nodes to score next; one arbitrary token for a finished row. The arguments are those of
+        `DraftRule.propose`.
         """
         return Draft([0]) if self.finished else self.rule.propose(self.room, guesses, probes)
 
@@ -84,14 +85,14 @@ class Row:
         self, draft: Draft, start: int, path: list[int], predictions: list[int], drafted: list[int] | None = None
     ) -> None:
         """
-        Takes in what a forward brought, after its tokens were appended.
+        Updates the row after a forward whose tokens have been appended.
 
         Args:
-            draft: what was scored.
+            draft: the draft that was scored.
             start: index in the sequence of node 0.
             path: the accepted nodes, node 0 first; one token was appended for each.
             predictions: the model's prediction at each node.
-            drafted: what a draft-only adapter predicted at each token of the chain, if there is one.
+            drafted: what a draft-only adapter predicted at each token of the chain, `None` without one.
         """
         accepted = self.tokens[start + 1 : start + 1 + len(path)]
         recycled = sum(node >= draft.chain_length for node in path)
@@ -103,7 +104,7 @@ class Row:
             self.trajectory.tokens += accepted
         if self.finished:
             return
-        if self.stats.forwards == 1:  # the prefill, which nothing was drafted for
+        if self.stats.forwards == 1:  # the prefill, for which nothing was drafted
             self.rule.begin(accepted[0])
         else:
             self.rule.observe(accepted, predictions, path, drafted)
@@ -112,8 +113,8 @@ class Row:
 
 def propose(rows: list[Row], economy: Economy | None) -> tuple[list[Draft], bool]:
     """
-    The drafts of all rows, and whether a draft-only adapter is to predict beside the model; `economy` says how large
-    they are, where they adapt.
+    The drafts of all rows, and whether a draft-only adapter predicts beside the model. If drafts adapt, `economy`
+    decides their size.
     """
     if economy is None:
         return [row.propose() for row in rows], True
@@ -122,7 +123,7 @@ def propose(rows: list[Row], economy: Economy | None) -> tuple[list[Draft], bool
 
 
 def account(rows: list[Row], economy: Economy | None, drafts: list[Draft], adapter: bool) -> None:
-    """Tells `economy`, if there is one, what a forward over the drafts cost and how far all rows are now."""
+    """Tells `economy`, if drafts adapt, what a forward over the drafts cost and how far all rows are."""
     live = [row.stats.new_tokens for row in rows if not row.finished]
     if economy is not None and live:
         economy.took(max(map(len, drafts)) - 1, min(live), adapter)

@@ -1,4 +1,4 @@
-"""The state of one `generate` call: its rows, the step that serves them, and what is given back."""
+"""The state of one `generate` call: its rows, the step that serves them, and its outputs."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .stats import JacobiStats
 from .step import Step
 from .stopping import StopCheck
 from .timing import curve_of
-from .verify import Greedy, Gumbel, TokenChooser, usable
+from .verify import AcceptanceRule, Greedy, Gumbel, TokenChooser, usable
 from .walk import Walk
 
 
 class DecodeCall:
     """
-    One call. Its arguments are those of `jacobi_decode`.
+    One call. The arguments not listed here are those of `jacobi_decode`.
 
     Args:
         records: whether to keep every draft.
-        drafts: whether the model's draft-only adapter, if it has one, takes part.
-        row_names: under which names rows draw their noise; their numbers if left out.
-        leaves: whether rows that have finished may leave the forwards; the cache no longer holds them then.
+        drafts: whether the model's draft-only adapter, if any, takes part.
+        row_names: the names under which rows draw their noise; by default their numbers.
+        leaves: whether finished rows can leave the forwards, after which the cache no longer holds them.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DecodeCall:
         row_names: list[str] | None = None,
         leaves: bool = True,
     ):
-        rule = Greedy()
+        rule: AcceptanceRule = Greedy()
         if generation_config.do_sample:
             seed = int(torch.randint(2**62, (), device="cpu")) if config.seed is None else config.seed
             rule = Gumbel(seed, row_names or [str(number) for number in range(input_ids.shape[0])])
@@ -64,7 +64,7 @@ class DecodeCall:
         self.stats = JacobiStats()
         self.keeps_home = self.outputs.as_dict or fills_cache
         self.may_measure = True
-        self.in_flight = self.rows  # those that forwards still serve, by place
+        self.in_flight = self.rows  # the rows that forwards still serve, by place
         self.keeps_all_rows = self.keeps_home or not self.walk.by_row or not leaves
 
     @property
@@ -73,7 +73,7 @@ class DecodeCall:
 
     @property
     def most_nodes(self) -> int:
-        """How many nodes a draft may have, with those that a draft-only adapter serves."""
+        """The largest number of nodes of a draft, including those that a draft-only adapter serves."""
         config = self.config
         chain = config.max_blocks * config.size
         recycled = config.pool_size * max(config.ngram_size, config.size)
@@ -87,27 +87,28 @@ class DecodeCall:
         self._commit(drafts, self.step.prefill(self.keeps_home, max(lengths), self.most_nodes))
 
     def advance(self) -> None:
-        """Drafts, one forward, and the tokens that it brings."""
+        """Drafts, runs one forward, and commits the accepted tokens."""
         self._let_rows_leave()
         drafts, self.step.adapter_drafts = propose(self.in_flight, self.economy)
         self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.in_flight]))
         account(self.in_flight, self.economy, drafts, self.step.copies > 0)
 
     def weigh_costs(self) -> None:
-        """Lets drafts follow what forwards over the rows in flight cost: as given, or measured where that may be."""
+        """Adapts drafts to what forwards over the rows in flight cost: as given, as measured, or by default."""
         if not self.config.adapts or self.finished:
             return
-        given = self.config.position_cost
-        curves = [
-            curve_of(self.step, self.in_flight, self.may_measure, adapter)
-            if given is None
-            else CostCurve.of(given, len(self.in_flight))
-            for adapter in ([False, True] if self.step.draft_adapter else [False])
-        ]
+        curve = self._curve(adapter=False)
+        with_adapter = self._curve(adapter=True) if self.step.draft_adapter else None
         if self.economy is None:
-            self.economy = Economy(*curves, width=self.step.shapes.width)
+            self.economy = Economy(curve, with_adapter, width=self.step.shapes.width)
         else:
-            self.economy.follow(*curves)
+            self.economy.follow(curve, with_adapter)
+
+    def _curve(self, adapter: bool) -> CostCurve:
+        """What forwards cost, with a draft-only adapter or without."""
+        if (given := self.config.position_cost) is not None:
+            return CostCurve.of(given, len(self.in_flight))
+        return curve_of(self.step, self.in_flight, self.may_measure, adapter)
 
     def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
         copies, starts = self.step.copies, [row.length - 1 for row in self.in_flight]
@@ -124,8 +125,8 @@ class DecodeCall:
 
     def _let_rows_leave(self) -> None:
         """
-        Leaves rows that have finished out of the next forwards, once they are half of its rows: what is left of the
-        cache is copied then, which a forward or two repay.
+        Drops finished rows from the next forwards once they are half of the rows. This copies the cache of the others,
+        which one or two forwards repay.
         """
         live = [row for row in self.in_flight if not row.finished]
         if self.keeps_all_rows or not live or 2 * len(live) > len(self.in_flight):
@@ -141,17 +142,17 @@ class DecodeCall:
         """What `generate` returns; `synced_gpus` as in `jacobi_decode`."""
         if self.keeps_home:
             if not self._settle() and synced_gpus:
-                self.step.idle()  # in place of the forward that another process may need
+                self.step.idle()  # another process may run a forward here
             self.step.export(self.outputs.length - 1)
         self.step.release()
         return self.outputs.result(self.stats, self.step.home, self.step.device)
 
     def _settle(self) -> bool:
         """
-        Caches what AR would have cached after the end of shorter rows, so that whoever goes on finds it whole.
+        Caches what AR would have cached after the end of shorter rows, so that the caller can continue from the cache.
 
         Returns:
-            whether that took a forward: all rows may be of one length.
+            whether this took a forward; it takes none if all rows have the same length.
         """
         ends = [row.prompt_length + row.stats.new_tokens - 1 for row in self.rows]
         last = self.outputs.length - 1
@@ -160,7 +161,7 @@ class DecodeCall:
         self.step.copies = 0
         longest = last - min(ends)
         piece = self.most_nodes if self.step.is_static else longest
-        with self.step.as_written():  # widths of its own
+        with self.step.as_written():  # nothing is compiled for its widths
             for done in range(0, longest, piece):
                 starts = [min(end + done, last) for end in ends]
                 texts = [tokens[start:last][:piece] for tokens, start in zip(self.outputs.padded(), starts)]
@@ -169,10 +170,10 @@ class DecodeCall:
 
 
 def _rows(step: Step, config, max_length: int | None, records: bool) -> list[Row]:
-    """The rows of a batch, with what is known of their padding and of the positions that the model has."""
+    """The rows of a batch, with their padding and the last position that the model has."""
     prompts = step.input_ids.tolist()
     padding = [0] * len(prompts)
-    if (valid := step.model_kwargs.get("attention_mask")) is not None:  # it covers a reused cache, too
+    if (valid := step.model_kwargs.get("attention_mask")) is not None:  # also covers a reused cache
         padding = (valid[:, valid.shape[1] - step.input_ids.shape[1] :] == 0).sum(1).tolist()
     text = step.model.config.get_text_config(decoder=True)
     table, vocabulary = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))

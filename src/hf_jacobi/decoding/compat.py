@@ -1,8 +1,8 @@
 """
-What is private to transformers, PEFT, accelerate and torch, or differs between their versions, under names of ours.
+Our names for what is private to transformers, PEFT, accelerate and torch, or differs between their versions.
 
-No other file names it. `tests/decoding/test_compat.py` asserts that each name is there in what is installed, and says
-what is affected if one is gone.
+No other file uses the private names. `tests/decoding/test_compat.py` asserts that each of them exists in the installed
+packages, and says what is affected if one is gone.
 """
 
 from __future__ import annotations
@@ -14,34 +14,37 @@ import sys
 import threading
 import warnings
 import weakref
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
 import transformers
 from transformers import AttentionInterface, CompileConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
+from transformers.masking_utils import chunked_overlay as chunked_overlay
+from transformers.masking_utils import sliding_window_overlay as sliding_window_overlay
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UsageError
 
 
-# The oldest and the newest transformers that the tests ran with; setup.py repeats what follows from them.
+# The oldest and the newest transformers that were tested; setup.py repeats the requirement that follows from them.
 OLDEST_TESTED = "5.16"
 NEWEST_TESTED = "5.24"
 
 
 def release(version: str) -> tuple[int, int]:
     """Major and minor of a version: `(5, 24)` for `"5.24.1"`."""
-    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+    major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)
 
 
 def requirement() -> str:
     """
-    The range of tested versions as pip takes it. transformers itself reads the lower bound alone in a published folder
-    (`check_python_requirements`), so that a newer version is warned of and not refused there.
+    The range of tested versions for pip. In a published folder, transformers itself checks the lower bound alone
+    (`check_python_requirements`), so a newer version is not refused there; it causes a warning.
     """
     major, minor = release(NEWEST_TESTED)
     return f"transformers>={OLDEST_TESTED},<{major}.{minor + 1}"
@@ -49,7 +52,7 @@ def requirement() -> str:
 
 @functools.cache
 def warn_of_untested_version() -> None:
-    """Warns, once in a process, of a transformers newer than the newest that was tested."""
+    """Warns, once per process, if the installed transformers is newer than the newest tested one."""
     installed = transformers.__version__
     if release(installed) > release(NEWEST_TESTED):
         warnings.warn(
@@ -60,20 +63,20 @@ def warn_of_untested_version() -> None:
         )
 
 
-# The KV cache: an argument of forwards, a field of outputs and an entry of what `generate` prepares. In transformers
-# 5.24 its name changed; the old one is deprecated until 5.40.
+# The KV cache is an argument of forwards, a field of outputs and an entry of the arguments that `generate` prepares.
+# transformers 5.24 changed its name; the old one is deprecated until 5.40.
 
 OLD_CACHE = "past_key_values"
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else OLD_CACHE
 
 
 def cache_of(outputs):
-    """The cache in what a forward or `generate` returned, or `None`."""
+    """The cache in the output of a forward or of `generate`, or `None`."""
     return getattr(outputs, CACHE, None)
 
 
 def cache_among(arguments: dict[str, Any]):
-    """The cache among the arguments of `generate`, by its name of today or the old one, or `None`."""
+    """The cache among the arguments of `generate`, under its new or its old name, or `None`."""
     found = arguments.get(CACHE)
     return found if found is not None else arguments.get(OLD_CACHE)
 
@@ -81,22 +84,22 @@ def cache_among(arguments: dict[str, Any]):
 def cache_argument(model) -> str | None:
     """
     The name under which a model's forward takes the cache, or `None` if it takes none. Code that comes with a
-    checkpoint may be older than the installed transformers.
+    checkpoint can be older than the installed transformers.
     """
     taken = inspect.signature(model.forward).parameters
     return next((name for name in (CACHE, OLD_CACHE) if name in taken), None)
 
 
 def renamed_cache(arguments: dict[str, Any], name: str | None) -> dict[str, Any]:
-    """The arguments of a forward, the cache under the name that the model's forward has for it (`cache_argument`)."""
-    if name in (None, CACHE) or CACHE not in arguments:
+    """The arguments of a forward, with the cache under the name that this forward uses (`cache_argument`)."""
+    if name is None or name == CACHE or CACHE not in arguments:
         return arguments
     return {name if key == CACHE else key: value for key, value in arguments.items()}
 
 
 # What `generate` takes, prepares and does
 
-# Its arguments that may go without a name, in order.
+# Its positional arguments, in order.
 GENERATE_ARGUMENTS = (
     "inputs",
     "generation_config",
@@ -113,12 +116,12 @@ GENERATE_ARGUMENTS = (
 
 
 def prefill(model, input_ids: torch.Tensor, generation_config, model_kwargs: dict):
-    """transformers' own prefill: the output of its forward (of its last one, if the prompt is taken in chunks)."""
+    """transformers' own prefill: the output of its forward (of the last one, if it processes the prompt in chunks)."""
     name, thread = cache_argument(model), threading.get_ident()
     if name == CACHE:
         return model._prefill(input_ids, generation_config, model_kwargs)
 
-    def rename(module, arguments, keywords=None):  # another thread may come without them while this is put on
+    def rename(module, arguments, keywords=None):  # another thread can call without keywords during registration
         return (arguments, renamed_cache(keywords, name)) if threading.get_ident() == thread else None
 
     handle = model.register_forward_pre_hook(rename, with_kwargs=True)
@@ -129,14 +132,14 @@ def prefill(model, input_ids: torch.Tensor, generation_config, model_kwargs: dic
 
 
 def go_on(model, finished: bool, synced_gpus: bool, device: torch.device) -> bool:
-    """Whether another forward is due, here or in another process that shares the model's weights."""
+    """Whether another forward is needed, here or in another process that shares the model's weights."""
     return model._has_unfinished_sequences(finished, synced_gpus, device=device)
 
 
-def optimised_for_decoding(model):
+def optimised_for_decoding(model) -> AbstractContextManager:
     """
-    While this is open, a mixture of experts computes them in the way that transformers takes for decoding: on a GPU
-    another one than for a prompt, on a CPU the same.
+    While this is open, a mixture of experts runs in the way that transformers uses for decoding. On a GPU it differs
+    from the way for a prompt.
     """
     return model._optimize_model_for_decode()
 
@@ -147,12 +150,12 @@ def pad_token_of(generation_config) -> int | None:
     return None if pad is None else int(pad)
 
 
-# One derived from the model's config loses our keys when it is loaded; this marks it, in the file, too.
+# Marks a generation config that was derived from the model's config, also in the file; it loses our keys on loading.
 DERIVED = "_from_model_config"
 
 
 def make_own(generation_config) -> None:
-    """Makes a generation config one of its own, which keeps `decoding` and `jacobi` when it is saved and loaded."""
+    """Makes a generation config independent, so that it keeps `decoding` and `jacobi` when saved and loaded."""
     setattr(generation_config, DERIVED, False)
 
 
@@ -160,12 +163,12 @@ def make_own(generation_config) -> None:
 
 
 def _is_own(model, hook: str) -> bool:
-    """Whether a model, or its class, has a method of `generate`'s own in place of transformers' general one."""
+    """Whether a model, or its class, replaces a method of transformers' `GenerationMixin`."""
     return getattr(getattr(model, hook), "__func__", None) is not vars(transformers.GenerationMixin)[hook]
 
 
-# Models of transformers that change how arguments go from step to step, and the arguments that this is about: without
-# them it does no harm. PaliGemma's new token types are for a mask that a mask of ours takes the place of.
+# Models of transformers that change how arguments pass from step to step, and the arguments that they change: without
+# those, the change is harmless. PaliGemma's new token types are for a mask that our mask replaces.
 HARMLESS_WITHOUT = {
     "PaliGemmaForConditionalGeneration": (),
     "MllamaForConditionalGeneration": ("pixel_values", "cross_attention_mask"),
@@ -173,7 +176,7 @@ HARMLESS_WITHOUT = {
 
 
 def carries_state(model, model_kwargs: dict[str, Any]) -> bool:
-    """Whether a model may hand something of its own on from step to step, which drafts would never see."""
+    """Whether a model may pass a state of its own from step to step, which drafts would never see."""
     hook = "_update_model_kwargs_for_generation"
     if not _is_own(model, hook):
         return False
@@ -185,14 +188,14 @@ def carries_state(model, model_kwargs: dict[str, Any]) -> bool:
 
 
 def samples_by_itself(model) -> bool:
-    """Whether a model has a decoding loop of its own, as models that speak have."""
+    """Whether a model has its own decoding loop, as speech models do."""
     return _is_own(model, "_sample")
 
 
 def _quantises_together(module: torch.nn.Module) -> bool:
-    """Whether how a layer rounds a token may depend on the other tokens of a forward."""
+    """Whether the way a layer rounds a token can depend on the other tokens of a forward."""
     weight = getattr(module, "weight", None)
-    if type(module).__name__ == "Linear8bitLt":  # bitsandbytes, which picks columns out of the whole forward
+    if type(module).__name__ == "Linear8bitLt":  # bitsandbytes, which selects columns by all tokens of a forward
         return getattr(getattr(module, "state", None), "threshold", 0) > 0
     if getattr(weight, "act_quant_kwargs", None) is not None:  # torchao
         return getattr(weight, "act_quant_scale", None) is None
@@ -207,21 +210,21 @@ _LOOKED_AT: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def warn_of_activations(model: torch.nn.Module) -> None:
-    """Warns, once for a model, where its layers quantise the activations of a whole forward."""
+    """Warns, once per model, if its layers quantise the activations of a whole forward together."""
     if model in _LOOKED_AT:
         return
     _LOOKED_AT.add(model)
     kinds = {type(module).__name__ for module in model.modules() if _quantises_together(module)}
     if kinds:
         warnings.warn(
-            f"layers of this model ({', '.join(sorted(kinds))}) quantise activations as they come, so that a token "
-            "depends on the drafts scored beside it: Jacobi decoding may write another text than decoding='ar'.",
+            f"layers of this model ({', '.join(sorted(kinds))}) quantise activations dynamically, so that a token "
+            "depends on the drafts scored beside it: the text may differ from that of decoding='ar'.",
             UserWarning,
             stacklevel=3,
         )
 
 
-# Arguments that `generate` itself takes from step to step, or hands to the first forward alone.
+# Arguments that `generate` itself passes from step to step, or to the first forward alone.
 STEP_ARGUMENTS = {
     CACHE,
     "attention_mask",
@@ -235,7 +238,7 @@ STEP_ARGUMENTS = {
 
 
 def is_stateful(model) -> bool:
-    """Whether a model, or a class of models, keeps a state that cannot be taken back."""
+    """Whether a model, or a class of models, keeps a state that cannot be rolled back."""
     return bool(getattr(model, "_is_stateful", False))
 
 
@@ -250,15 +253,15 @@ def attention_of(config) -> str:
 
 
 @contextmanager
-def attending_by(model, attention: str):
+def attending_by(model, attention: str) -> Iterator[None]:
     """
-    While this is open, the text layers of a model run a registered attention, whether or not the model allows it: also
-    layers with a copy of the configuration, such as those that PEFT's `layer_replication` makes.
+    While this is open, the text layers of a model run a registered attention, whether or not the model allows it. This
+    includes layers with a copy of the configuration, such as those that PEFT's `layer_replication` makes.
     """
     text = model.config.get_text_config(decoder=True)
     configs = {id(text): text}
     for module in model.modules():
-        config = getattr(module, "config", None)
+        config: Any = getattr(module, "config", None)
         if type(config) is type(text) and config._attn_implementation == text._attn_implementation:
             configs[id(config)] = config
     before = text._attn_implementation
@@ -271,43 +274,48 @@ def attending_by(model, attention: str):
             config._attn_implementation = before
 
 
+CHECKPOINTING = "gradient_checkpointing"  # of a module, whether it computes activations again
+
+
 def _checkpointing(model: torch.nn.Module) -> list[torch.nn.Module]:
-    return [module for module in model.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    return [module for module in model.modules() if getattr(module, CHECKPOINTING, False) is True]
 
 
 def is_checkpointing(model: torch.nn.Module) -> bool:
-    """Whether a model computes activations again in the backward pass; what asks for that was renamed in 5.23."""
+    """Whether a model computes activations again in the backward pass (gradient checkpointing)."""
     return bool(_checkpointing(model))
 
 
 @contextmanager
-def without_checkpointing(model: torch.nn.Module):
+def without_checkpointing(model: torch.nn.Module) -> Iterator[None]:
     """
-    While this is open, activations are kept. Without gradients checkpointing is of no use, and PEFT, where an adapter
-    applies to some tokens, would prepare for a backward pass that never comes.
+    While this is open, activations are kept. Checkpointing is useless without gradients, and with an adapter that
+    applies to some tokens only, PEFT would prepare for a backward pass that never comes.
     """
     modules = _checkpointing(model)
     for module in modules:
-        module.gradient_checkpointing = False
+        setattr(module, CHECKPOINTING, False)
     try:
         yield
     finally:
         for module in modules:
-            module.gradient_checkpointing = True
+            setattr(module, CHECKPOINTING, True)
 
 
-CACHED_CHECKPOINT = "_can_checkpoint_with_cache"  # of a layer, whether checkpointing leaves it its cache; since 5.24
+CACHED_CHECKPOINT = (
+    "_can_checkpoint_with_cache"  # of a layer, whether it keeps its cache when checkpointed; since 5.24
+)
 
 
 def caches_in_checkpoints(model: torch.nn.Module) -> bool:
-    """Whether the layers of a model can be told to keep their cache where activations are computed again."""
+    """Whether the layers of a model can keep their cache under gradient checkpointing."""
     layers = decoder_layers(model)
     return bool(layers) and all(hasattr(layer, CACHED_CHECKPOINT) for layer in layers)
 
 
 @contextmanager
-def caching_in_checkpoints(model: torch.nn.Module):
-    """While this is open, layers that compute activations again keep a cache that their forward does not change."""
+def caching_in_checkpoints(model: torch.nn.Module) -> Iterator[None]:
+    """While this is open, checkpointed layers keep a cache that their forward does not change."""
     layers = decoder_layers(model) if is_checkpointing(model) else []
     for layer in layers:
         setattr(layer, CACHED_CHECKPOINT, True)
@@ -319,29 +327,29 @@ def caching_in_checkpoints(model: torch.nn.Module):
 
 
 def looks_attention_up(model) -> bool:
-    """Whether a model asks transformers for its attention, so that one that was registered reaches it."""
+    """Whether a model looks its attention up in transformers' registry, so that a registered function reaches it."""
     return model._supports_attention_backend
 
 
-def registered_attention(name: str):
-    """The attention function that models look up under a name."""
+def registered_attention(name: str) -> Callable:
+    """The attention function registered under a name."""
     return ALL_ATTENTION_FUNCTIONS[name]
 
 
-def own_attention():
+def own_attention() -> Callable:
     """transformers' own `sdpa`, whatever is registered under that name."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     return sdpa_attention_forward
 
 
-def register_attention(name: str, function) -> None:
-    """Has models look another attention function up under a name."""
+def register_attention(name: str, function: Callable) -> None:
+    """Registers an attention function under a name."""
     AttentionInterface.register(name, function)
 
 
-def flash_kernel():
-    """The function of the flash-attn package that attends to a cache; `None` where it is not installed."""
+def flash_kernel() -> Callable | None:
+    """The function of the flash-attn package that attends to a cache; `None` if it is not installed."""
     try:
         from flash_attn import flash_attn_with_kvcache
     except ImportError:
@@ -350,15 +358,15 @@ def flash_kernel():
 
 
 def name_of(model) -> str:
-    """The folder or Hub name that a model was loaded from, else an empty string."""
+    """The folder or the Hub name that a model was loaded from, else an empty string."""
     return model.config._name_or_path
 
 
-LOADED_FROM = "_name_or_path"  # the same in a saved config
+LOADED_FROM = "_name_or_path"  # its key in a saved config
 
 
 def decoder_layers(model) -> list[torch.nn.Module]:
-    """The layers of a decoder, those that gradient checkpointing takes one by one."""
+    """The layers of a decoder, which gradient checkpointing treats one by one."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
@@ -369,38 +377,41 @@ def causal_lm_of(model_type: str) -> type | None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    return MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None) if model_type in CONFIG_MAPPING else None
+    if model_type not in CONFIG_MAPPING:
+        return None
+    found: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[model_type], None)  # never a tuple in this mapping
+    return found
 
 
 def compiles_assisted_decoding(model) -> bool:
     """
-    Whether transformers by itself compiles assisted decoding of a model with a static cache: since 5.24, not on a CPU,
-    and where every layer keeps all tokens.
+    Whether transformers itself compiles assisted decoding of a model with a static cache: since 5.24, except on a CPU,
+    if every layer keeps all tokens.
     """
-    static = StaticCache(config=model.config, max_cache_len=sys.maxsize)  # without storage as yet
+    static = StaticCache(config=model.config, max_cache_len=sys.maxsize)  # allocates nothing before its first use
     return model.device.type != "cpu" and all(getattr(layer, "is_croppable", False) for layer in static.layers)
 
 
 def compile_here() -> CompileConfig:
-    """transformers' settings for compiled forwards, on a CPU, too, where it does not compile by itself."""
+    """transformers' settings for compiled forwards, which by default it does not compile on a CPU."""
     config = CompileConfig()
-    config._compile_all_devices = True
+    config._compile_all_devices = True  # type: ignore[assignment]  # declared as None
     return config
 
 
 def compile_settings(config: CompileConfig | None) -> dict[str, Any]:
     """
-    The arguments of `torch.compile` that a compile config asks for. Shapes are fixed, whatever it says. What torch
-    captures in CUDA graphs by itself needs a cache that never moves; here steps are captured from outside.
+    The arguments of `torch.compile` in a compile config. Shapes are always fixed. Modes in which torch itself captures
+    CUDA graphs are replaced, since those need a cache that never moves; here steps are captured from outside.
     """
     settings = {} if config is None else config.to_dict()
-    uncaptured = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
+    uncaptured: dict[Any, str | None] = {"reduce-overhead": None, "max-autotune": "max-autotune-no-cudagraphs"}
     mode = settings.get("mode")
     return settings | {"dynamic": False, "mode": uncaptured.get(mode, mode)}
 
 
 def can_compile(model, generation_config) -> bool:
-    """Whether the forward of a model may be compiled, as transformers decides it, but on a CPU, too."""
+    """Whether the forward of a model can be compiled: transformers' own rule, but also on a CPU."""
     if generation_config.disable_compile or model.device.type not in ("cpu", "cuda", "xpu"):
         return False
     quantizer = getattr(model, "hf_quantizer", None)
@@ -409,8 +420,8 @@ def can_compile(model, generation_config) -> bool:
 
 
 @contextmanager
-def explains_failed_compile():
-    """Turns what torch raises where there is no compiler into a sentence."""
+def explains_failed_compile() -> Iterator[None]:
+    """Turns the error that torch raises without a working compiler into one sentence."""
     from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 
     try:
@@ -419,14 +430,14 @@ def explains_failed_compile():
         causes = [error, error.__cause__, getattr(error, "inner_exception", None)]
         if any(isinstance(cause, (InvalidCxxCompiler, CppCompileError)) for cause in causes):
             raise UsageError(
-                "cache_implementation='static' compiles the model's forward, which takes a C++ compiler, and none "
+                "cache_implementation='static' compiles the model's forward, which needs a C++ compiler, and none "
                 "that works was found: install one (such as g++), or pass disable_compile=True."
             ) from error
         raise
 
 
 def end_progress_bars() -> None:
-    """Ends the line of every progress bar that is open, so that an error begins on one of its own."""
+    """Ends the line of every open progress bar, so that an error begins on a new line."""
     tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
@@ -435,10 +446,13 @@ def end_progress_bars() -> None:
 # The trainer
 
 
-def parsed_as_dict(*names: str):
-    """For a class of `TrainingArguments`: reads these arguments as JSON where they are given as text."""
+Arguments = TypeVar("Arguments", bound="transformers.TrainingArguments")
 
-    def decorate(cls: type) -> type:
+
+def parsed_as_dict(*names: str) -> Callable[[type[Arguments]], type[Arguments]]:
+    """A decorator for subclasses of `TrainingArguments`, which then parse these arguments as JSON if they are text."""
+
+    def decorate(cls: type[Arguments]) -> type[Arguments]:
         cls._VALID_DICT_FIELDS = [*cls._VALID_DICT_FIELDS, *names]
         return cls
 
@@ -446,14 +460,14 @@ def parsed_as_dict(*names: str):
 
 
 def fingerprint_of(data) -> str | None:
-    """What tells one data set of `datasets` from another; `None` for other data."""
+    """The fingerprint by which `datasets` identifies a data set; `None` for other data."""
     return getattr(data, "_fingerprint", None)
 
 
 def name_checkpointing(args) -> None:
     """
-    Hands `activation_checkpointing` of training arguments on as `gradient_checkpointing`, the only name that
-    transformers had before 5.23.
+    Copies `activation_checkpointing` of training arguments to `gradient_checkpointing`, its only name in transformers
+    before 5.23.
     """
     if not hasattr(transformers.TrainingArguments, "activation_checkpointing"):
         if args.activation_checkpointing is not None:
@@ -463,8 +477,8 @@ def name_checkpointing(args) -> None:
 
 def leave_loss_as_it_is(trainer) -> None:
     """
-    Tells a trainer with `loss_is_scaled_for_ga`, which transformers knows since 5.19, the same where it does not: that
-    its `compute_loss` divides by the counts of all micro-batches.
+    Gives `loss_is_scaled_for_ga` of a trainer its meaning in transformers before 5.19, which does not have it: the
+    trainer's `compute_loss` divides by the counts of all micro-batches.
     """
     if not hasattr(transformers.Trainer, "loss_is_scaled_for_ga"):
         trainer.model_accepts_loss_kwargs = False
@@ -473,18 +487,19 @@ def leave_loss_as_it_is(trainer) -> None:
 
 def forget_preparation(trainer) -> None:
     """
-    Has a trainer wrap its model when it trains. On several processes transformers (5.16 to 5.24) takes a model that it
-    prepared for evaluation for one that is wrapped: each process would train by itself.
+    Makes a trainer wrap its model when it trains. On several processes, transformers (5.16 to 5.24) mistakes a model
+    that it prepared for evaluation for a wrapped one, and each process would train by itself.
     """
     if trainer.model_wrapped is trainer.model:
         vars(trainer.model).pop("_is_accelerate_prepared", None)
         trainer.accelerator._models[:] = [model for model in trainer.accelerator._models if model is not trainer.model]
 
 
-def router_loss_of(model):
+def router_loss_of(model) -> Callable | None:
     """
-    The function by which a mixture of experts computes its router loss: from the router's logits (a tuple, `[B * L,
-    experts]` for each layer), experts, experts per token and a mask `[B, L]`. `None` where it is not of this kind.
+    The function by which a mixture of experts computes its router loss from the router's logits (a tuple, `[B * L,
+    experts]` for each layer), the number of experts, the experts per token and a mask `[B, L]`. `None` for models
+    without such a function.
     """
     function = getattr(sys.modules.get(type(model).__module__), "load_balancing_loss_func", None)
     if function is None:
@@ -494,10 +509,10 @@ def router_loss_of(model):
 
 
 @contextmanager
-def without_router_logits(model):
+def without_router_logits(model) -> Iterator[None]:
     """
-    While this is open, a mixture of experts computes no router loss, which in transformers fails when it decodes: the
-    mask has more tokens than a forward.
+    While this is open, a mixture of experts computes no router loss. In transformers the loss fails during decoding,
+    when the mask has more tokens than the forward.
     """
     config = model.config.get_text_config(decoder=True)
     asked = getattr(config, "output_router_logits", None)
@@ -511,7 +526,7 @@ def without_router_logits(model):
 
 
 def on_device(trainer, inputs: dict[str, Any]) -> dict[str, Any]:
-    """A batch where a trainer's model is."""
+    """A batch on the device of a trainer's model."""
     return trainer._prepare_inputs(inputs)
 
 
@@ -519,7 +534,7 @@ def on_device(trainer, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def inside_compiled(module) -> torch.nn.Module | None:
-    """The module inside what `torch.compile` made of it, or `None` if it is none of those."""
+    """The module inside a result of `torch.compile`, or `None` for other modules."""
     inner = getattr(module, "_orig_mod", None)
     return inner if isinstance(inner, torch.nn.Module) else None
 
@@ -530,8 +545,8 @@ def undo_compile(module: torch.nn.Module) -> None:
 
 
 @contextmanager
-def not_compiled(model: torch.nn.Module):
-    """While this is open, modules that were compiled in place run as they are written."""
+def not_compiled(model: torch.nn.Module) -> Iterator[None]:
+    """While this is open, modules that were compiled in place run uncompiled."""
     compiled = {module: module._compiled_call_impl for module in model.modules() if module._compiled_call_impl}
     for module in compiled:
         module._compiled_call_impl = None
@@ -543,12 +558,12 @@ def not_compiled(model: torch.nn.Module):
 
 
 def has_weights_elsewhere(module: torch.nn.Module) -> bool:
-    """Whether accelerate brings the weights of a module, or of a part of it, when its own forward is called."""
+    """Whether accelerate loads the weights of a module, or of a part of it, when that module's forward is called."""
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
-# PEFT's activated LoRA, of which a draft-only adapter is one. Its layers have `VARIANT`, and take `OFFSETS`: per row,
-# how many tokens at the end they apply to.
+# PEFT's activated LoRA, which draft-only adapters use. Its layers have the attribute `VARIANT` and take the argument
+# `OFFSETS`: for each row, how many tokens at its end the adapter applies to.
 
 INVOCATION = "alora_invocation_tokens"
 OFFSETS = "alora_offsets"
@@ -556,14 +571,14 @@ VARIANT = "lora_variant"
 
 
 def adapters_in_force(model: torch.nn.Module) -> tuple:
-    """Which adapters of PEFT each layer applies."""
+    """The PEFT adapters that each layer applies."""
     names = ("active_adapters", "disable_adapters", "merged_adapters")
     layers = [module for module in model.modules() if hasattr(module, "merged_adapters")]
     return tuple(str([getattr(layer, name, None) for name in names]) for layer in layers)
 
 
 def forget_offsets(model: torch.nn.Module) -> None:
-    """Takes away the hooks that PEFT leaves behind when a forward breaks off: the adapter would stay on."""
+    """Removes the hooks that PEFT leaves when a forward fails, which would keep the adapter on."""
     for module in model.modules():
         for handle in vars(module).pop("_peft_gradient_checkpointing_forward_hooks", []):
             handle.remove()
@@ -596,16 +611,17 @@ def _hooking_less(cls: type) -> type:
 
 def hook_less(model) -> None:
     """
-    Keeps PEFT from telling every layer, in each call of its wrapper, that an activated LoRA applies to no token: the
-    hooks by which it does so reach the calls of other threads, whose batches may be of another size.
+    Stops PEFT from telling every layer, in each call of its wrapper, that an activated LoRA applies to no token. Its
+    hooks for this would also affect the calls of other threads, whose batches can have another size.
     """
-    tuner = getattr(model, "base_model", None)
+    tuner: Any = getattr(model, "base_model", None)
     if hasattr(type(tuner), "_enable_peft_forward_hooks") and not hasattr(type(tuner), "before"):
-        tuner.__class__ = _hooking_less(type(tuner))
+        cls: Any = type(tuner)
+        tuner.__class__ = _hooking_less(cls)
 
 
 def hook_alike(model) -> None:
     """Undoes `hook_less`."""
-    tuner = getattr(model, "base_model", None)
+    tuner: Any = getattr(model, "base_model", None)
     if "before" in vars(type(tuner)):
         tuner.__class__ = type(tuner).before

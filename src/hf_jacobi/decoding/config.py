@@ -1,4 +1,4 @@
-"""`JacobiConfig`: how a Jacobi-decoded text is made, validated at construction and kept in `generation_config`."""
+"""`JacobiConfig`: the settings of Jacobi decoding, validated at construction and kept in `generation_config`."""
 
 from __future__ import annotations
 
@@ -9,62 +9,65 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .costs import check_cost
-from .errors import UsageError
+from .errors import UsageError, check_range
 from .files import read_json, write_whole
 
 
 WINDOWS = ("block", "sliding")
 DRAFT_INITS = ("prompt", "ngram", "repeat", "vocabulary")
 DEFAULT_BLOCK_SIZE = 16
+LEAST = {"block_size": 1, "max_blocks": 1, "pool_size": 0, "ngram_size": 1}
 
 
 @dataclass
 class JacobiConfig:
     """
-    Settings of Jacobi decoding. None of them changes the text, only the number and the size of the forwards. (In half
-    precision two tokens can tie, and the size of a forward decides which one wins.)
+    Settings of Jacobi decoding. They change the number and the size of the forwards, never the text. (In half
+    precision two tokens can tie, and the size of a forward then decides which one wins.)
 
     > Parameters that control the draft
 
     Args:
         block_size (`int`, *optional*):
             n, the number of consecutive positions refined together: one forward scores the newest committed token and
-            the n - 1 draft tokens after it. 1 drafts nothing (recycling apart). Left out, the window adapts itself
-            (`adaptive`) between 1 and 16.
+            the n - 1 draft tokens after it. With 1, only recycled n-grams are tried. If omitted, the window adapts
+            itself (`adaptive`) between 1 and 16.
         window (`"sliding"` or `"block"`, defaults to `"sliding"`):
-            `"block"` refines a block until all of it has converged, then starts the next one (the paper's algorithm);
+            `"block"` refines a block until all of it has converged, then starts the next one, as the paper does;
             `"sliding"` refills the draft to n positions after every forward.
         max_blocks (`int`, defaults to 1):
-            K, how many blocks may be in flight: one real-active and K - 1 pseudo-active ones (paper, section 3.3).
+            K, the largest number of blocks in flight: one real-active and K - 1 pseudo-active ones (paper, section
+            3.3).
         spawn_ratio (`float`, defaults to 0.85):
             r in (0, 1]: the next block is spawned once this share of the newest one has converged.
         draft_init (`"prompt"`, `"ngram"`, `"repeat"` or `"vocabulary"`, defaults to `"ngram"`):
-            First guess for new positions: tokens drawn from the prompt (the paper's), the continuation that the
-            draft's last tokens have in the n-gram pool (tokens of the prompt where there is none), the last token
-            again, or tokens drawn from the whole vocabulary, for adapters that were trained on such noise. With
-            `"ngram"`, the pool's continuation also replaces the model's own rejected predictions as the next draft
-            while it turns out right further than they do.
+            First guess for new positions. `"prompt"` draws tokens from the prompt, as the paper does; `"ngram"` takes
+            the continuation of the draft's last tokens in the n-gram pool, and tokens of the prompt if the pool has
+            none; `"repeat"` repeats the last token; `"vocabulary"` draws from the whole vocabulary, for adapters that
+            were trained on such noise. With `"ngram"`, the pool's continuation also replaces the model's own rejected
+            predictions as the next draft for as long as it is correct further than they are.
         adaptive (`bool`, *optional*):
-            Let each forward try as many tokens, of its own predictions and of n-grams, as bring most tokens per cost,
-            by what has come true so far and by `position_cost`: up to `block_size` each, and none where nothing pays,
-            so that text the model cannot predict in parallel costs what it costs without drafts. Needs
-            `window="sliding"`. Defaults to `True` exactly when `block_size` is left out.
+            Whether the draft adapts: each forward tries the number of tokens, of its own predictions and of n-grams,
+            that yields the most tokens per cost, judged by the guesses accepted so far and by `position_cost`. It
+            tries up to `block_size` of each, and none where nothing pays, so that text that the model cannot predict
+            in parallel costs what it costs without drafts. Needs `window="sliding"`. Defaults to `True` if
+            `block_size` is omitted and the window slides, else to `False`.
         position_cost (`float`, `list` or `dict`, *optional*):
-            What the positions of a forward cost, which the draft follows where it adapts: what one more position adds,
-            in forwards over one token (`0.05`); or the cost by positions, in any unit (`[[1, 77], [2, 130], [16,
-            216]]`); or such lists by batch size (`{1: [...], 8: [...]}`). Left out, it is measured in the first call
-            of at least 32 new tokens, in about the time of ten tokens, and kept as long as the model. Which drafts are
-            tried, and in half precision how ties fall, then depends on the clock; the text does not. `hf-jacobi tune`
-            writes it into a checkpoint.
+            What the positions of a forward cost, for a draft that adapts: the cost of one more position in forwards
+            over one token (`0.05`); the cost by number of positions, in any unit (`[[1, 77], [2, 130], [16, 216]]`);
+            or such lists by batch size (`{1: [...], 8: [...]}`). If omitted, it is measured in the first call of at
+            least 32 new tokens, which takes about the time of ten tokens, and is kept as long as the model. The drafts
+            that are tried, and in half precision the way ties fall, then depend on the clock; the text does not.
+            `hf-jacobi tune` writes the measured cost into a checkpoint.
 
     > Parameters that control rejection recycling
 
     Args:
         pool_size (`int`, defaults to 4):
-            How many n-grams of the pool are verified beside the draft in one forward, at most; 0 switches recycling
+            The largest number of n-grams of the pool that one forward verifies beside the draft; 0 switches recycling
             off.
         ngram_size (`int`, defaults to 6):
-            How many tokens of an n-gram are tried after the token it continues.
+            The number of tokens of an n-gram that are tried after the token it continues.
         pool_prompt (`bool`, defaults to `True`):
             Whether the pool also holds the n-grams of the prompt.
 
@@ -73,15 +76,15 @@ class JacobiConfig:
     Args:
         seed (`int`, *optional*):
             Seed of the noise of sampled text and of the first guesses. With `do_sample=True` the text depends on the
-            seed alone, not on the settings above. `None` draws it from torch's default generator.
+            seed alone, not on the settings above. `None` draws the seed from torch's default generator.
 
     Raises:
-        `ValueError`: a value is out of range; the message names the value and what would be right.
+        `ValueError`: a value is out of range; the message gives the value and what would be correct.
 
     Example:
 
     ```python
-    >>> JacobiConfig()  # adapts itself: the one to start with
+    >>> JacobiConfig()  # adapts itself: start with this one
     >>> JacobiConfig(block_size=64, max_blocks=2, spawn_ratio=0.85, pool_size=4)  # the paper's, for trained models
     ```
 
@@ -105,43 +108,37 @@ class JacobiConfig:
 
     @property
     def size(self) -> int:
-        """n: `block_size`, or its default where that is left out."""
+        """n: `block_size`, or its default."""
         return DEFAULT_BLOCK_SIZE if self.block_size is None else self.block_size
 
     @property
     def adapts(self) -> bool:
-        """Whether the window adapts itself: `adaptive`, or its default where that is left out."""
+        """Whether the window adapts itself: `adaptive`, or its default."""
         if self.adaptive is None:
             return self.block_size is None and self.window == "sliding"
         return self.adaptive
 
     def validate(self) -> None:
         """Raises `ValueError` for the first value that is out of range."""
-        for name, least in (("block_size", 1), ("max_blocks", 1), ("pool_size", 0), ("ngram_size", 1)):
-            value = getattr(self, name)
-            if name == "block_size" and value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"JacobiConfig: `{name}` must be an integer of at least {least}, got {value!r}.")
+        for name, least in LEAST.items():
+            optional = name == "block_size"
+            check_range(f"JacobiConfig: `{name}`", getattr(self, name), least, whole=True, optional=optional)
         if self.window not in WINDOWS:
             raise UsageError(f"JacobiConfig: `window` must be one of {WINDOWS}, got {self.window!r}.")
         if self.draft_init not in DRAFT_INITS:
             raise UsageError(f"JacobiConfig: `draft_init` must be one of {DRAFT_INITS}, got {self.draft_init!r}.")
-        ratio = self.spawn_ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 < ratio <= 1.0:
-            raise UsageError(f"JacobiConfig: `spawn_ratio` must lie in (0, 1], got {ratio!r}.")
+        check_range("JacobiConfig: `spawn_ratio`", self.spawn_ratio, above=0, most=1)
         check_cost(self.position_cost)
-        if self.seed is not None and (isinstance(self.seed, bool) or not isinstance(self.seed, int)):
-            raise UsageError(f"JacobiConfig: `seed` must be an integer or None, got {self.seed!r}.")
+        check_range("JacobiConfig: `seed`", self.seed, whole=True, optional=True)
         if not isinstance(self.pool_prompt, bool):
             raise UsageError(f"JacobiConfig: `pool_prompt` must be True or False, got {self.pool_prompt!r}.")
         if self.adaptive is not None and not isinstance(self.adaptive, bool):
             raise UsageError(f"JacobiConfig: `adaptive` must be True, False or None, got {self.adaptive!r}.")
         if self.adaptive and self.window != "sliding":
-            raise UsageError("JacobiConfig: `adaptive=True` moves a sliding window: set window='sliding' with it.")
+            raise UsageError("JacobiConfig: `adaptive=True` needs a sliding window: set window='sliding' with it.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as a JSON-serializable dict; `JacobiConfig.from_dict` reads it back."""
+        """The settings as a JSON-serializable dict, which `JacobiConfig.from_dict` reads."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -150,7 +147,7 @@ class JacobiConfig:
         Reads the settings that `to_dict` wrote, for instance `generation_config.jacobi` of a loaded checkpoint.
 
         Raises:
-            `ValueError`: a key is no setting, or a value is out of range.
+            `ValueError`: a key is not a setting, or a value is out of range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(settings) - set(known))
@@ -160,7 +157,7 @@ class JacobiConfig:
 
     @classmethod
     def coerce(cls, value: JacobiConfig | dict[str, Any] | None) -> JacobiConfig:
-        """A `JacobiConfig` out of one, a dict of settings, or `None` (the defaults)."""
+        """A `JacobiConfig` from one, from a dict of settings, or from `None` (the defaults)."""
         if value is None:
             return cls()
         if isinstance(value, cls):
@@ -168,25 +165,25 @@ class JacobiConfig:
             return value
         if isinstance(value, dict):
             return cls.from_dict(value)
-        if type(value).__name__ == cls.__name__:  # that of a published checkpoint's own copy of this module, or for it
+        if type(value).__name__ == cls.__name__:  # from, or for, a published checkpoint's own copy of this module
             return cls.from_dict(value.to_dict())
         raise UsageError(f"`jacobi_config` must be a JacobiConfig or a dict of its settings, got {type(value)}.")
 
 
 def write_settings(folder: Path, decoding: str | None = None, jacobi: dict[str, Any] | None = None) -> dict[str, Any]:
     """
-    Puts how a checkpoint decodes into its `generation_config.json`, and leaves the rest of that as it is. A link there
-    becomes a file of the folder's own.
+    Writes how a checkpoint decodes into its `generation_config.json`, and leaves the rest of the file unchanged. If
+    that is a link, a file in the folder replaces it.
 
     Args:
-        folder: of the checkpoint.
-        decoding, jacobi: `"ar"` or `"jacobi"`, and settings of `JacobiConfig`. Left out, what is there, else Jacobi
-            decoding and its default settings.
+        folder: the folder of the checkpoint.
+        decoding, jacobi: `"ar"` or `"jacobi"`, and settings of `JacobiConfig`. If omitted, those in the file, else
+            Jacobi decoding with its default settings.
 
     Returns:
-        `decoding` and `jacobi` as they are now.
+        `decoding` and `jacobi` as the file now holds them.
     """
-    from .compat import DERIVED  # here alone, as it imports transformers
+    from .compat import DERIVED  # not at module level, since compat imports transformers
 
     file = folder / "generation_config.json"
     content = read_json(file) if file.exists() else {}

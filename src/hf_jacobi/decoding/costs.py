@@ -1,4 +1,4 @@
-"""What a forward costs by how many positions it scores: the curve that adaptive decoding decides on. No torch."""
+"""What a forward costs by the number of positions it scores: the basis of adaptive decoding. No torch."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ class CostCurve:
     """
     The cost of a forward by the number of positions it scores in each row, in forwards over one position.
 
-    Between two points it is a line, beyond the last one that of the last two goes on. It never falls: more positions
-    cost at least as much.
+    It is linear between two points, and the line through the last two continues beyond them. It never falls: more
+    positions cost at least as much.
 
     Args:
-        points: `(positions, cost)`, in any unit; the first is that of one position, the positions rise.
+        points: `(positions, cost)` pairs, in any unit; the first is for one position, and the positions rise.
 
     Example:
 
     ```python
-    >>> CostCurve.of([[1, 77], [2, 130], [16, 216]]).cost(2)  # milliseconds will do
+    >>> CostCurve.of([[1, 77], [2, 130], [16, 216]]).cost(2)  # any unit, here milliseconds
     1.6883116883116882
     ```
     """
@@ -34,12 +34,12 @@ class CostCurve:
     @classmethod
     def of(cls, cost: float | Sequence | Mapping, rows: int = 1) -> CostCurve:
         """
-        The curve that `JacobiConfig.position_cost` gives.
+        The curve of a `JacobiConfig.position_cost`.
 
         Args:
-            cost: what one more position adds; or `[positions, cost]` pairs; or those by the number of rows of the
-                batch, of which the nearest counts.
-            rows: of the batch.
+            cost: what one more position adds; or `[positions, cost]` pairs; or such pairs by the number of rows of
+                the batch, of which the nearest is used.
+            rows: the number of rows of the batch.
         """
         if isinstance(cost, Mapping):
             nearest = min(cost, key=lambda size: abs(math.log(int(size) / rows)))
@@ -53,7 +53,7 @@ class CostCurve:
         return cls(tuple(points))
 
     def cost(self, positions: int) -> float:
-        """Of a forward over so many positions in each row."""
+        """The cost of a forward over `positions` positions in each row."""
         if len(self.points) == 1:
             return self.points[0][1]
         ends = next((pair for pair in pairwise(self.points) if positions <= pair[1][0]), self.points[-2:])
@@ -62,7 +62,7 @@ class CostCurve:
 
 
 def check_cost(cost) -> None:
-    """Raises `UsageError` where `cost` is no `JacobiConfig.position_cost`."""
+    """Raises `UsageError` if `cost` is not a valid `JacobiConfig.position_cost`."""
     if cost is None or (_is_number(cost) and 0.0 <= cost < math.inf):
         return
     curves = list(cost.values()) if isinstance(cost, Mapping) and cost else [cost]
@@ -80,7 +80,7 @@ def _is_number(value) -> bool:
 
 
 def _is_size(size) -> bool:
-    """Of a batch; JSON makes the keys of a dict strings."""
+    """Whether it is a batch size; JSON turns the keys of a dict into strings."""
     if isinstance(size, str):
         return size.isdecimal() and int(size) > 0
     return isinstance(size, int) and not isinstance(size, bool) and size > 0
@@ -98,13 +98,13 @@ def _is_curve(curve) -> bool:
     )
 
 
-# Where nothing is measured: by the positions of all rows. On a CPU those of a machine on which a second position costs
-# much (an AMD without AMX took 1.7, an Intel with AMX 1.06), so that what is tried there pays anywhere.
+# Used without a measurement, by the positions of all rows together. The CPU's are those of a machine on which a second
+# position is expensive (an AMD without AMX took 1.7, an Intel with AMX 1.06), so that what pays there pays anywhere.
 CPU = CostCurve(((1, 1.0), (2, 1.5), (8, 1.9), (16, 2.5)))
 GPU = CostCurve(((1, 1.0), (16, 1.05), (64, 1.3), (256, 2.5)))
 
 
 def default_curve(device: str, rows: int = 1) -> CostCurve:
-    """What forwards cost, roughly, on a device (`torch.device.type`) and for so many rows."""
+    """A rough curve for a device (`torch.device.type`) and a number of rows."""
     whole = GPU if device in ("cuda", "xpu", "npu") else CPU
     return CostCurve.of([(positions, whole.cost(positions * rows)) for positions in (1, 2, 4, 8, 16, 32)])

@@ -1,4 +1,4 @@
-"""Draft-only adapters: a LoRA that applies to drafts alone, while every committed token comes from the base model."""
+"""Draft-only adapters: a LoRA that applies to drafts alone, while every committed token is the base model's."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import functools
 import os
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,23 +19,35 @@ from .running import is_tracing
 
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+
+    class LoraLayer(torch.nn.Module):
+        """The members of PEFT's LoRA layers that are used here; this package does not import PEFT."""
+
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+        scaling: dict[str, float]
+        lora_A: dict[str, torch.nn.Linear]
+        lora_B: dict[str, torch.nn.Linear]
+        base_layer: torch.nn.Linear
+
+        def get_base_layer(self) -> torch.nn.Linear: ...
 
 
-# What marks such an adapter in its configuration (the invocation tokens of PEFT's activated LoRA): a token that no
-# text holds, so that PEFT by itself never switches it on, and the model without this library is the base model.
+# The invocation tokens (of PEFT's activated LoRA) that mark such an adapter in its configuration: a token that no text
+# contains. PEFT itself therefore never switches the adapter on, and without this library the model is the base model.
 DRAFT_ONLY = (-1,)
-HARMLESS = ("gaussian", "orthogonal", "eva")  # ways to begin a LoRA that leave the base as it is
+HARMLESS = ("gaussian", "orthogonal", "eva")  # initialisations of a LoRA that leave the base model unchanged
 _BOTH_WEIGHTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[torch.Tensor, ...]] = weakref.WeakKeyDictionary()
-# Whose forward it is that runs here, and for how many tokens at the end of each row that one's adapter is on. Every
-# thread, and every task of an event loop, has its own.
+# The adapter whose call runs the current forward, and for how many tokens at the end of each row it is on. Every
+# thread, and every task of an event loop, has its own value.
 _FORWARD: ContextVar[tuple[DraftAdapter | None, int]] = ContextVar("hf_jacobi_forward", default=(None, 0))
-_LISTENING: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()  # calls, by layer
+_LISTENING: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()  # number of calls by layer
 _LOCK = threading.Lock()
 
 
 def _start_anew() -> None:
-    """In a forked process: whatever the threads of its parent held or counted, they are not there."""
+    """Resets the state in a forked process, in which the threads of the parent do not exist."""
     global _LOCK
     _LOCK = threading.Lock()
     _LISTENING.clear()
@@ -45,17 +58,17 @@ if hasattr(os, "register_at_fork"):
 
 
 def is_draft_only(adapter_config) -> bool:
-    """Whether an adapter's configuration says that it is for drafts alone."""
+    """Whether an adapter's configuration marks it as draft-only."""
     return tuple(getattr(adapter_config, INVOCATION, None) or ()) == DRAFT_ONLY
 
 
 def is_activated(adapter_config) -> bool:
-    """Whether an adapter applies from certain tokens of a text on (PEFT's activated LoRA), or to drafts alone."""
+    """Whether an adapter is an activated LoRA of PEFT, which applies from certain tokens on, or is draft-only."""
     return bool(getattr(adapter_config, INVOCATION, None))
 
 
 def touching_base(adapter_config) -> list[str]:
-    """What an adapter's configuration asks for that changes parts of the base model."""
+    """The settings of an adapter's configuration that change parts of the base model."""
     touching = {
         "modules_to_save": getattr(adapter_config, "modules_to_save", None),
         "trainable_token_indices": getattr(adapter_config, "trainable_token_indices", None),
@@ -67,26 +80,26 @@ def touching_base(adapter_config) -> list[str]:
 
 
 def begun_on_other_weights(adapter_config) -> str | None:
-    """The way in which an adapter begins, if that changes the base model: PEFT does it again when it loads one."""
+    """The initialisation of an adapter if it changes the base model, which PEFT repeats when it loads the adapter."""
     way = getattr(adapter_config, "init_lora_weights", True)
     return way if isinstance(way, str) and way.lower() not in HARMLESS else None
 
 
 class DraftAdapter:
     """
-    The draft-only adapter of a model in one call: on for the last tokens of each row of its forwards.
+    The draft-only adapter of a model in one call: it is on for the last tokens of each row of the call's forwards.
 
-    Its layers ask, in each forward, whose it is. Any other, of another thread or of none of ours, gets the base
-    model, and calls of several threads do not wait for each other.
+    In each forward, the adapter's layers look up which call it belongs to. Any other forward, of another thread or
+    outside of Jacobi decoding, gets the base model, and calls of several threads do not wait for each other.
     """
 
-    def __init__(self, layers: list[torch.nn.Module]):
+    def __init__(self, layers: list[LoraLayer]):
         self.layers = layers
-        self._forwards: dict[torch.nn.Module, Callable[..., torch.Tensor]] = {}
+        self._forwards: dict[LoraLayer, Callable[..., torch.Tensor]] = {}
 
     @classmethod
     def of(cls, model) -> DraftAdapter | None:
-        """That of a model, or `None` if it has none that is active."""
+        """The active draft-only adapter of a model, or `None`."""
         configs = getattr(model, "peft_config", {})
         names = {name for name, config in configs.items() if is_draft_only(config)}
         layers = [
@@ -99,8 +112,8 @@ class DraftAdapter:
         return cls(layers) if layers else None
 
     @contextmanager
-    def listening(self):
-        """While this is open, the layers ask whose forward it is, and answer to `on`."""
+    def listening(self) -> Iterator[None]:
+        """While this is open, the layers look up the call of each forward, and `on` takes effect."""
         handles = []
         try:
             for layer in self.layers:
@@ -117,33 +130,33 @@ class DraftAdapter:
                 _stop_listening(layer)
             self._forwards.clear()
 
-    def _tell(self, module, arguments, keywords=None):  # without them where another thread came while it was put on
+    def _tell(self, module, arguments, keywords=None):  # another thread can call without keywords during registration
         adapter, tokens = _FORWARD.get()
         if adapter is not self or not tokens:
             return None
         _check_rows(arguments[0])
         return arguments, keywords | {OFFSETS: [tokens] * arguments[0].shape[0]}
 
-    def _at_first(self, layer: torch.nn.Module):
-        """Prepares the layer when the adapter first takes part, as a call may do without it all along."""
+    def _at_first(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:
+        """A forward that prepares the layer when the adapter first takes part, since some calls never use it."""
         name = layer.active_adapters[0]
 
         def forward(tokens: int, x: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
-            if name not in layer.lora_A:  # it was deleted since the call began
+            if name not in layer.lora_A:  # the adapter was deleted during the call
                 return layer.base_layer(x, *arguments, **keywords)
             quick = self._forwards[layer] = self._quick_forward(layer, name)
             return quick(tokens, x, *arguments, **keywords)
 
         return forward
 
-    def _quick_forward(self, layer: torch.nn.Module, name: str):
+    def _quick_forward(self, layer: LoraLayer, name: str) -> Callable[..., torch.Tensor]:
         """
-        What the layer's own forward does, in as few operations as that takes.
+        The layer's own forward in as few operations as possible.
 
-        On a CPU the adapter computes in float32: a bfloat16 product of this size takes 40 microseconds there whatever
-        it holds, a float32 one 5, and a forward has hundreds of them. A large adapter is added to a copy of the
-        weights it changes there: as long as a draft is as long as what is verified (it is without recycling), both
-        are one product then, and a forward of a small model took 18% less time.
+        On a CPU the adapter computes in float32: a bfloat16 product of this size takes 40 microseconds there, a
+        float32 one 5, and a forward has hundreds of them. A large adapter is also merged into a copy of the weights
+        there. As long as the draft is as long as what is verified (which holds without recycling), the base and the
+        adapter then need only one product, which reduced the time of a forward of a small model by 18%.
         """
         base = layer.get_base_layer().weight
         half = base.device.type != "cpu" and base.dtype in (torch.float16, torch.bfloat16)
@@ -167,12 +180,12 @@ class DraftAdapter:
 
     @property
     def is_plain(self) -> bool:
-        """Whether, while it listens, every layer's forward is one of ours, which can be compiled."""
+        """Whether, inside `listening`, every layer runs a forward of ours, which can be compiled."""
         return len(self._forwards) == len(self.layers)
 
     @contextmanager
-    def on(self, tokens: int):
-        """The adapter applies to the last `tokens` tokens of each row in the forwards that run in here."""
+    def on(self, tokens: int) -> Iterator[None]:
+        """While this is open, the adapter applies to the last `tokens` tokens of each row of a forward."""
         before = _FORWARD.set((self, tokens))
         try:
             yield
@@ -181,12 +194,12 @@ class DraftAdapter:
 
 
 @functools.cache
-def _listening_class(cls: type) -> type:
+def _listening_class(cls: Any) -> type[LoraLayer]:
     """
-    The class of a layer while calls draft with it: its forward asks whose forward it is.
+    The class of a layer while calls draft with it: its forward looks up the call that runs it.
 
-    A class rather than a `forward` on the layer, which copies and pickles of the model would carry off; these are of
-    `cls` itself.
+    A class is used rather than a `forward` on the layer because copies and pickles of the model would include the
+    latter; with the class they are instances of `cls` itself.
     """
 
     class Listening(cls):
@@ -200,7 +213,7 @@ def _listening_class(cls: type) -> type:
             own = adapter._forwards.get(self) if adapter else None
             told = keywords.get(OFFSETS)
             if told is not None and (own or not any(told)):
-                del keywords[OFFSETS]  # what PEFT tells all layers on behalf of one call, maybe another than this
+                del keywords[OFFSETS]  # PEFT tells all layers on behalf of one call, possibly another one
             if own is None:
                 return cls.forward(self, *arguments, **keywords)
             return own(tokens, *arguments, **keywords) if tokens else self.base_layer(*arguments, **keywords)
@@ -214,12 +227,12 @@ def _listening_class(cls: type) -> type:
 
 @torch.compiler.assume_constant_result
 def _tokens_of_graph() -> int:
-    """While a graph of ours is made: for how many tokens the adapter is on in it. -1 in any other graph."""
+    """For how many tokens the adapter is on in the graph of ours that is being compiled; -1 in any other graph."""
     return _FORWARD.get()[1] if is_tracing() else -1
 
 
-def _with_adapter(layer: torch.nn.Module, tokens: int, x: torch.Tensor) -> torch.Tensor:
-    """What a layer of a compiled step computes, in plain operations, which the compiler puts together."""
+def _with_adapter(layer: LoraLayer, tokens: int, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a layer in a compiled step, in plain operations that the compiler fuses."""
     result = layer.base_layer(x)
     if not tokens:
         return result
@@ -247,10 +260,10 @@ def _stop_listening(layer: torch.nn.Module) -> None:
             layer.__class__ = _without_ours(type(layer))
 
 
-def _without_ours(cls: type) -> type:
+def _without_ours(cls: Any) -> type:
     """
-    A layer's class without what `_listening_class` put over it. Another copy of this module, that of a published
-    checkpoint, may have put its own over that; under a class that is anyone else's, ours stays, and does nothing.
+    A layer's class without the subclass made by `_listening_class`. Another copy of this module, that of a published
+    checkpoint, may have subclassed it again. Below a subclass made by anyone else, ours stays and does nothing.
     """
     below = vars(cls).get("below")
     if below is None:
@@ -258,20 +271,20 @@ def _without_ours(cls: type) -> type:
     return below if cls is _listening_class(below) else cls.over(_without_ours(below))
 
 
-def _is_large(layer: torch.nn.Module, name: str) -> bool:
-    """Whether an adapter takes at least half the memory of the weights it changes, those of a plain `Linear`."""
+def _is_large(layer: LoraLayer, name: str) -> bool:
+    """Whether an adapter of a plain `Linear` takes at least half the memory of the weights it changes."""
     if type(layer.base_layer) is not torch.nn.Linear:
         return False
     adapter = layer.lora_A[name].weight.numel() + layer.lora_B[name].weight.numel()
     return 2 * adapter >= layer.base_layer.weight.numel()
 
 
-def _both_weights(layer: torch.nn.Module, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+def _both_weights(layer: LoraLayer, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """
     `[2, in, out]`, the weights of a layer without its adapter and with it.
 
-    They are kept for the next call. That reads all weights to see whether one has changed, as nothing else tells: not
-    even a parameter's version does when PEFT merges another adapter into it.
+    They are kept for the next call, which compares all weights to detect changes. Nothing else would reveal them: not
+    even a parameter's version changes when PEFT merges another adapter into it.
     """
     base = layer.base_layer.weight.t()
     kept = _BOTH_WEIGHTS.get(layer)
@@ -288,13 +301,13 @@ def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
 def _check_rows(x: torch.Tensor) -> None:
     if x.dim() != 3:
         raise UsageError(
-            "a draft-only adapter cannot serve a layer that gets its tokens without their rows: train it with other "
-            "target_modules, such as those of the attention."
+            "a draft-only adapter cannot serve a layer whose input does not separate the rows of the batch: train it "
+            "with other target_modules, such as those of the attention."
         )
 
 
-def _has_nothing_else(layer: torch.nn.Module) -> bool:
-    """Whether a layer's one adapter is a plain LoRA for drafts, of which no gradient is wanted."""
+def _has_nothing_else(layer: LoraLayer) -> bool:
+    """Whether a layer's only adapter is a plain draft-only LoRA, and no gradient is needed."""
     if has_weights_elsewhere(layer) or "forward" in vars(layer):
         return False
     if len(layer.active_adapters) != 1 or layer.training or torch.is_grad_enabled() or layer.merged:

@@ -1,9 +1,8 @@
 """
-What one sequence tries next: where guesses come from (`DraftSource`), and the rule that puts them together.
+What one sequence tries next: the sources of guesses (`DraftSource`), and the rule that combines them (`DraftRule`).
 
-Nothing here knows a model or a tensor: `DraftRule` is told which tokens were accepted and what the model predicted
-beside them, and answers with the next `Draft`. A new source is a class here and its name in `FIRST_GUESSES` and
-`JacobiConfig.draft_init`.
+This file needs no model and no tensors: `DraftRule` receives the accepted tokens and the model's other predictions,
+and returns the next `Draft`. A new source is one class here, named in `FIRST_GUESSES` and `JacobiConfig.draft_init`.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from .errors import UsageError
 from .ngram_pool import CONTEXT_LENGTHS, LONGEST_MATCH, NgramPool
 
 
-CONTEXT = max(CONTEXT_LENGTHS)  # tokens that n-grams are looked up by, at most
+CONTEXT = max(CONTEXT_LENGTHS)  # the largest number of tokens by which n-grams are looked up
 MASK = (1 << 64) - 1
-MEMORY = 0.7  # weight of the past in the running mean of how far a source is right
+MEMORY = 0.7  # weight of the past in the running mean of how far a source is correct
 
 
-def agreement(guess: list[int], text: list[int]) -> int:
-    """How many tokens of a guess, from its first on, are those of the text."""
+def matching_prefix(guess: list[int], text: list[int]) -> int:
+    """The number of tokens at the start of a guess that equal those of the text."""
     count = 0
     for guessed, token in zip(guess, text):
         if guessed != token:
@@ -32,22 +31,25 @@ def agreement(guess: list[int], text: list[int]) -> int:
     return count
 
 
+agreement = matching_prefix  # the former name, which the rooms above still use
+
+
 class Draft:
     """
-    The tokens one forward scores for one sequence: a chain, and branches off it.
+    The tokens that one forward scores for one sequence: a chain, and branches off it.
 
     Node 0 is the newest committed token, whose keys and values are not cached yet; the others are guesses. A branch
-    shares the nodes of the chain that it begins with.
+    shares the nodes of the chain with which it begins.
 
     Args:
         chain: the newest committed token and the guesses after it.
 
     Attributes:
         tokens: the token of each node; the chain comes first.
-        parents: the node before each node, -1 for node 0; always a lower number.
+        parents: the node before each node, always a lower number; -1 for node 0.
         depths: the distance of each node from node 0.
-        children: for each node, token to node of those after it.
-        chain_length: how many nodes the chain has.
+        children: for each node, the nodes after it by their tokens.
+        chain_length: the number of nodes of the chain.
     """
 
     def __init__(self, chain: list[int]):
@@ -78,7 +80,7 @@ class Draft:
         return node
 
     def add_branch(self, tokens: list[int]) -> None:
-        """Adds a candidate continuation of node 0, sharing the nodes already there."""
+        """Adds a candidate continuation of node 0, which shares the existing nodes."""
         node = 0
         for token in tokens:
             child = self.children[node].get(token)
@@ -96,10 +98,10 @@ class Draft:
         """
         The model's own predictions for the positions beyond the token predicted at `node`: its next draft.
 
-        They are read off the nodes below `node`, then off the chain where those end.
+        They are those at the nodes below `node`, and then those at the rest of the chain.
 
         Args:
-            node: the last accepted one.
+            node: the last accepted node.
             predictions: the token predicted at each node.
         """
         found: list[int] = []
@@ -112,34 +114,34 @@ class Draft:
 
 class DraftSource:
     """
-    Where guesses come from.
+    A source of guesses.
 
     Args:
         prompt: the tokens of the prompt, without padding.
         pool: the n-grams of the sequence.
-        draw: where anything random is drawn from.
-        vocabulary: how many tokens the model has; `None` where that is not known.
+        draw: the random number generator to use.
+        vocabulary: the number of tokens of the model; `None` if unknown.
     """
 
-    leads = False  # whether its guess may come before the model's own while it turns out right further
+    leads = False  # whether its guesses can precede the model's own while they are correct further
 
     def __init__(self, prompt: list[int], pool: NgramPool, draw: random.Random, vocabulary: int | None = None):
         self.prompt, self.pool, self.draw, self.vocabulary = prompt, pool, draw, vocabulary
 
     def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
         """
-        Up to `count` tokens that go on.
+        Up to `count` guesses for the next tokens.
 
         Args:
             text: all committed tokens.
-            drafted: guesses of other sources for the positions after them.
-            count: how many tokens are wanted at most.
+            drafted: guesses of other sources for the positions after the text, which these guesses continue.
+            count: the largest number of guesses.
         """
         raise NotImplementedError
 
     def observe(self, accepted: list[int], predicted: list[int]) -> None:
         """
-        Takes in what a forward brought.
+        Updates the source after a forward.
 
         Args:
             accepted: the tokens that were committed.
@@ -148,7 +150,7 @@ class DraftSource:
 
 
 class OwnPredictions(DraftSource):
-    """What the model itself predicted beyond the accepted tokens: Jacobi iteration."""
+    """The model's own predictions beyond the accepted tokens: Jacobi iteration."""
 
     def __init__(self, *known):
         super().__init__(*known)
@@ -162,7 +164,7 @@ class OwnPredictions(DraftSource):
 
 
 class Ngrams(DraftSource):
-    """What followed the last tokens when they stood in the text or in a rejected draft before."""
+    """The tokens that followed the last tokens at an earlier place in the text or in a rejected draft."""
 
     leads = True
 
@@ -192,30 +194,31 @@ class RepeatLast(DraftSource):
 
 
 class VocabularyTokens(DraftSource):
-    """Tokens drawn from the whole vocabulary: noise that says nothing of the text (UNO, arXiv 2609.04010)."""
+    """Tokens drawn from the whole vocabulary: noise that is independent of the text (UNO, arXiv 2609.04010)."""
 
-    def __init__(self, *known):
-        super().__init__(*known)
-        self.seed = self.draw.getrandbits(64)
-        if not self.vocabulary:
+    def __init__(self, prompt: list[int], pool: NgramPool, draw: random.Random, vocabulary: int | None = None):
+        super().__init__(prompt, pool, draw, vocabulary)
+        self.seed = draw.getrandbits(64)
+        if not vocabulary:
             raise UsageError(
-                'draft_init="vocabulary" draws from the tokens of a model, whose number is not known here.'
+                'draft_init="vocabulary" draws from all tokens of the model, whose number is not known here.'
             )
+        self.size = vocabulary
 
     def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
         start = len(text) + len(drafted)
-        return [scattered(self.seed, position) % self.vocabulary for position in range(start, start + count)]
+        return [scattered(self.seed, position) % self.size for position in range(start, start + count)]
 
 
 def scattered(seed: int, position: int) -> int:
-    """A number of 64 bits that depends on both alone, whatever was drawn before (SplitMix64)."""
+    """A 64-bit number that depends on the seed and the position alone (SplitMix64)."""
     mixed = (seed + 0x9E3779B97F4A7C15 * (position + 1)) & MASK
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = ((mixed ^ (mixed >> shift)) * factor) & MASK
     return mixed ^ (mixed >> 31)
 
 
-# `JacobiConfig.draft_init` -> the sources of positions that the model has not predicted yet, tried in order.
+# `JacobiConfig.draft_init` -> the sources for positions that the model has not predicted yet, tried in order.
 FIRST_GUESSES: dict[str, tuple[type[DraftSource], ...]] = {
     "ngram": (Ngrams, PromptTokens, RepeatLast),
     "prompt": (PromptTokens, RepeatLast),
@@ -226,24 +229,26 @@ FIRST_GUESSES: dict[str, tuple[type[DraftSource], ...]] = {
 
 class Lead:
     """
-    Which source comes first: the model's own predictions, or another one that leads while it is right further.
+    Which source comes first: the model's own predictions, or another one that leads while it is correct further.
 
-    All are compared with every token that is committed, tried or not, in a running mean. A model trained to decode in
-    parallel is drafted by itself, another one by what repeats.
+    A running mean compares all sources with every committed token, whether or not they were tried. A model trained to
+    decode in parallel leads itself; for other models, repetitions in the text lead.
     """
 
     def __init__(self, sources: list[DraftSource]):
-        self.sources = sources  # the first one leads until another has earned it
+        self.sources = sources  # the first one leads until another is correct further
         self.said: list[list[int]] = [[] for _ in sources]
         self.ahead = [0.0] * len(sources)
 
     def observe(self, accepted: list[int]) -> None:
-        """Compares what each source said last with the tokens that came instead."""
-        right = [agreement(said, accepted) for said in self.said]
-        self.ahead = [MEMORY * ahead + (1 - MEMORY) * (count - right[0]) for ahead, count in zip(self.ahead, right)]
+        """Compares the last guesses of each source with the tokens that were committed."""
+        correct = [matching_prefix(said, accepted) for said in self.said]
+        self.ahead = [
+            MEMORY * ahead + (1 - MEMORY) * (count - correct[0]) for ahead, count in zip(self.ahead, correct)
+        ]
 
     def propose(self, text: list[int], count: int) -> list[int]:
-        """Up to `count` tokens after the text: those of the source ahead, then of the others where it ends."""
+        """Up to `count` tokens after the text: those of the leading source, continued by the others."""
         self.said = [source.propose(text, [], count) for source in self.sources]
         order = sorted(range(len(self.sources)), key=lambda index: -self.ahead[index])  # stable
         drafted = self.said[order[0]]
@@ -254,14 +259,14 @@ class Lead:
 
 class Tree:
     """
-    Ways the text may go on, merged where they begin alike, as tokens in the order of their chances.
+    Possible continuations of the text, merged where they begin with the same tokens, and ranked by their chances.
 
     Args:
-        ways: `(tokens, chances)` each; the chances fall along a way.
+        ways: `(tokens, chances)` of each continuation; the chances fall along it.
     """
 
     def __init__(self, ways: list[tuple[list[int], list[float]]]):
-        self.ways: list[tuple[list[int], list[int]]] = []  # (tokens, their nodes) of each
+        self.ways: list[tuple[list[int], list[int]]] = []  # (tokens, their nodes) of each continuation
         chances: list[float] = []
         nodes: dict[tuple[int, int], int] = {}
         for tokens, of_tokens in ways:
@@ -280,7 +285,7 @@ class Tree:
         self.chances = [chances[node] for node in order]
 
     def cut(self, guesses: int) -> list[list[int]]:
-        """Of each way what belongs to the so many tokens of the best chances."""
+        """The part of each continuation that belongs to the `guesses` nodes with the best chances."""
         return [tokens[: sum(self.rank[node] < guesses for node in nodes)] for tokens, nodes in self.ways]
 
 
@@ -288,21 +293,21 @@ class DraftRule:
     """
     The draft of one sequence: one real-active block and up to `max_blocks` - 1 pseudo-active ones after it.
 
-    As attention is causal, one chain holds all blocks: a later block is refined on the unverified tokens before it,
-    and when those turn out right its own right tokens are accepted in the same forward, on the true prefix.
+    Since attention is causal, one chain holds all blocks. A later block is refined on the unverified tokens before it;
+    if those are correct, its own correct tokens are accepted in the same forward, on the true prefix.
 
     Args:
         config: the settings.
         prompt: the tokens of the prompt, without padding.
-        seed: of what is drawn.
-        vocabulary: how many tokens the model has; for first guesses that are drawn from them.
+        seed: the seed of everything random.
+        vocabulary: the number of tokens of the model, for first guesses drawn from all of them.
 
     Attributes:
         start, end: the blocks in flight cover these positions, counted from the first token of the prompt; the token
             at `start` is the newest committed one.
-        draft: what was proposed last.
-        spawned: how many pseudo-active blocks there were.
-        is_drafted: whether what is predicted beyond the text is what a draft-only adapter said.
+        draft: the last proposal.
+        spawned: the number of pseudo-active blocks so far.
+        is_drafted: whether the predictions beyond the text are those of a draft-only adapter.
     """
 
     def __init__(self, config: JacobiConfig, prompt: list[int], seed: str, vocabulary: int | None = None):
@@ -327,22 +332,22 @@ class DraftRule:
             self.worth_of_copied = Copied()
 
     def begin(self, token: int) -> None:
-        """Takes in the token that the prefill brought, before anything is proposed."""
+        """Appends the token from the prefill, before the first proposal."""
         self._append([token])
         self._move([])
 
     @property
     def is_idle(self) -> bool:
-        """Whether the model has predicted nothing beyond the text, as where nothing was tried."""
+        """Whether the model has predicted nothing beyond the text, for instance because nothing was tried."""
         return not self.own.predicted
 
     def outlook(self, room: int, own: bool = True) -> Outlook:
         """
-        The chances of the tokens that may be tried next, and of those that might be if more had been predicted.
+        The chances of the tokens that can be tried next, and of those that could be if more had been predicted.
 
         Args:
             room: as for `propose`.
-            own: whether the model's own predictions, or a draft-only adapter's, are among them.
+            own: whether they include the predictions of the model itself, or of a draft-only adapter.
         """
         length = min(self.end - self.start, room) - 1
         copied = self._copied(length)
@@ -357,12 +362,12 @@ class DraftRule:
 
     def propose(self, room: int, guesses: int | None = None, probes: bool = False) -> Draft:
         """
-        The tokens to score next: the chain, and candidates out of the pool as branches.
+        The tokens to score next: the chain, and candidates of the pool as branches.
 
         Args:
-            room: how many tokens a path may have at most, the newest committed one included.
-            guesses: how many of those that `outlook` found are tried, where the draft adapts.
-            probes: whether so many of the model's own predictions are tried instead.
+            room: the largest number of tokens of a path, the newest committed one included.
+            guesses: how many of the tokens found by `outlook` to try, if the draft adapts.
+            probes: whether to try this number of the model's own predictions instead.
         """
         length = min(self.end - self.start, room) - 1
         if guesses is None:
@@ -380,19 +385,19 @@ class DraftRule:
         return self.draft
 
     def _chain(self, guesses: list[int], length: int) -> list[int]:
-        """Guesses, and after them first guesses up to `length`."""
+        """The guesses, extended by first guesses up to `length`."""
         for source in self.first_guesses:
             if len(guesses) < length:
                 guesses = guesses + source.propose(self.text, guesses, length - len(guesses))
         return guesses
 
     def _copied(self, length: int) -> list[tuple[list[int], list[float]]]:
-        """What may be copied from earlier text, at most `length` tokens each, with their chances."""
+        """Continuations copied from earlier text, of at most `length` tokens each, with their chances."""
         limit = max(self.config.pool_size, any(source.leads for source in self.first_guesses))
         found = self.pool.matches(self.text[-LONGEST_MATCH:], length, limit)
         ways = []
         for rank, (match, tokens) in enumerate(found):
-            while not rank and len(tokens) < length:  # what ends with the text goes round
+            while not rank and len(tokens) < length:  # a copy that reaches the end of the text continues with itself
                 more = self.pool.matches((self.text + tokens)[-LONGEST_MATCH:], length - len(tokens), 1)
                 if not more:
                     break
@@ -409,15 +414,16 @@ class DraftRule:
         by_adapter: bool = True,
     ) -> None:
         """
-        Takes in what the forward over the last proposal brought.
+        Updates the rule after the forward over the last proposal.
 
         Args:
-            accepted: the committed tokens: one for each node of `path`, predicted there.
+            accepted: the committed tokens: the prediction at each node of `path`.
             predictions: the model's prediction at each node of the draft.
             path: the accepted nodes, node 0 first.
-            drafted: what a draft-only adapter predicted at each token of the chain, if there is one: the next draft
-                is read off that instead.
-            by_adapter: whether these are an adapter's; else they are the model's own, of a draft without branches.
+            drafted: the predictions of a draft-only adapter at each token of the chain, `None` without one; the next
+                draft is taken from them.
+            by_adapter: whether `drafted` comes from an adapter; else it comes from the model itself, for a draft
+                without branches.
         """
         own: list[int] = []
         if len(self.draft) > 1 and (drafted is None or (by_adapter and self.config.adapts)):
@@ -427,32 +433,33 @@ class DraftRule:
         elif len(self.draft) > 1:
             predicted, self.is_drafted = own, False
         else:
-            predicted = self._borne_out(accepted)
+            predicted = self._confirmed(accepted)
         self.lead.observe(accepted)
         self._commit(accepted, predicted, own)
 
     def follow(self, accepted: list[int]) -> None:
         """
-        Takes in tokens that were committed without the last proposal having been scored, as a server may do.
+        Appends tokens that were committed although the last proposal was not scored, as a server may do.
 
-        What the model predicted before stays its guess if they bear it out; nothing is learnt of how good guesses are.
+        Earlier predictions of the model stay in the draft if these tokens confirm them. The statistics of guesses do
+        not change.
         """
         self.draft = Draft([])
-        self._commit(accepted, self._borne_out(accepted))
+        self._commit(accepted, self._confirmed(accepted))
 
-    def _borne_out(self, accepted: list[int]) -> list[int]:
-        """What the model predicted earlier for the tokens after these, if these are what it predicted, too."""
+    def _confirmed(self, accepted: list[int]) -> list[int]:
+        """The model's earlier predictions for the tokens after these, if it also predicted these correctly."""
         said = self.own.predicted
         return said[len(accepted) :] if said[: len(accepted)] == accepted else []
 
     def _commit(self, accepted: list[int], predicted: list[int], own: Sequence[int] = ()) -> None:
         """
-        Appends committed tokens, and takes in what is predicted beyond them.
+        Appends committed tokens, and stores the predictions beyond them.
 
         Args:
             accepted: the tokens.
             predicted: the next draft.
-            own: what the model predicted beside a draft-only adapter.
+            own: the model's own predictions, if `predicted` is a draft-only adapter's.
         """
         for source in (self.own, *self.first_guesses):
             source.observe(accepted, predicted)
@@ -464,7 +471,7 @@ class DraftRule:
         self._move(predicted)
 
     def _append(self, tokens: list[int]) -> None:
-        """Goes on with the text, and compares it with what earlier text said."""
+        """Appends tokens to the text, and compares them with what earlier text suggested."""
         for token in tokens:
             if self.config.adapts:
                 limit = max(self.config.pool_size, 1)
@@ -473,7 +480,7 @@ class DraftRule:
             self.pool.extend([token])
 
     def _move(self, predicted: list[int]) -> None:
-        """Moves the blocks in flight on to the newest committed token, and spawns the next one."""
+        """Moves the blocks in flight to the newest committed token, and spawns the next block if it is due."""
         before = dict(enumerate(self.draft.chain, self.start))
         self.start = len(self.text) - 1
         converged = self._newest_converged(before, [self.text[-1], *predicted])
@@ -489,7 +496,7 @@ class DraftRule:
         return -(-(self.end - self.start) // self.size)
 
     def _newest_converged(self, before: dict[int, int], chain: list[int]) -> bool:
-        """Whether the share of the newest block that is committed, or that the last forward left as it was, is r."""
+        """Whether at least the share r of the newest block is committed or was left unchanged by the last forward."""
         if not before:
             return False
         first = self.end - self.size
@@ -504,11 +511,11 @@ class DraftRule:
 
 def choose(economy: Economy, rules: list[tuple[DraftRule, int]]) -> Choice:
     """
-    What `Economy.decide` says of sequences that share a forward.
+    The choice of `Economy.decide` for sequences that share a forward.
 
     Args:
-        economy: of the forward.
-        rules: of each sequence, with its room (`DraftRule.propose`).
+        economy: the economy of the forward.
+        rules: the rule of each sequence, with its room (`DraftRule.propose`).
     """
     idle = all(rule.is_idle for rule, _ in rules)
     drafted = not idle and all(rule.is_idle or rule.is_drafted for rule, _ in rules)

@@ -1,10 +1,14 @@
-"""Errors that the user can mend, told apart from faults of the program: the commands print them as one sentence."""
+"""Errors that the user can fix, as opposed to faults of the program: the commands print them as one sentence."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 class UsageError(ValueError):
-    """What was wrong with what the user gave, and what would be right, in one sentence."""
+    """The user's input is wrong: one sentence that says what was wrong and what would be correct."""
 
 
 class MissingPackage(UsageError, ImportError):
@@ -12,15 +16,15 @@ class MissingPackage(UsageError, ImportError):
 
 
 class MissingFile(UsageError, OSError):
-    """A file or folder is not there, or cannot be read or written: which one, and what was expected."""
+    """A file or folder does not exist, or cannot be read or written: which one, and what was expected."""
 
 
 @contextmanager
-def of_usage(*kinds: type[Exception]):
+def of_usage(*kinds: type[Exception]) -> Iterator[None]:
     """
-    Errors of these kinds, raised inside by another library, are the user's to mend: they go on as `UsageError`.
+    Turns errors of these kinds, which another library raises inside, into `UsageError`.
 
-    For a place where nothing but what the user gave can go wrong: reading their file, checking their arguments.
+    For places where only the user's input can be at fault: reading their file, checking their arguments.
     """
     try:
         yield
@@ -28,3 +32,61 @@ def of_usage(*kinds: type[Exception]):
         raise
     except kinds as error:
         raise UsageError(str(error) or type(error).__name__) from error
+
+
+def check_range(
+    name: str,
+    value: Any,
+    least: float | None = None,
+    most: float | None = None,
+    *,
+    above: float | None = None,
+    whole: bool = False,
+    optional: bool = False,
+) -> None:
+    """
+    Raises `UsageError` for a setting that is not a number of its range. NaN is in no range.
+
+    Args:
+        name: how the message names the setting, for instance "`temperature`".
+        value: the setting.
+        least, most: the smallest and the largest value allowed.
+        above: a bound that the value must exceed; use it instead of `least`.
+        whole: whether the value must be an integer.
+        optional: whether it can also be `None`.
+
+    Example:
+
+    ```python
+    >>> check_range("`temperature`", -1.0, above=0)
+    UsageError: `temperature` must be above 0, got -1.0.
+    >>> check_range("`block_size`", "many", 1, whole=True)
+    UsageError: `block_size` must be an integer of at least 1, got 'many'.
+    ```
+    """
+    if optional and value is None:
+        return
+    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    if is_number and _is_within(value, least, most, above):
+        return
+    wanted = _range_in_words(least, most, above)
+    if not is_number:
+        kind = "an integer" if whole else "a number"
+        wanted = f"{kind} {'of ' if wanted.startswith('at') else ''}{wanted}".rstrip()
+    raise UsageError(f"{name} must be {wanted}{', or None' if optional else ''}, got {value!r}.")
+
+
+def _is_within(value: float, least: float | None, most: float | None, above: float | None) -> bool:
+    return (
+        value == value  # not NaN
+        and (least is None or value >= least)
+        and (above is None or value > above)
+        and (most is None or value <= most)
+    )
+
+
+def _range_in_words(least: float | None, most: float | None, above: float | None) -> str:
+    if least is not None and most is not None:
+        return f"from {least} to {most}"
+    bounds = {"above": above, "at least": least, "at most": most}
+    return " and ".join(f"{words} {bound}" for words, bound in bounds.items() if bound is not None)

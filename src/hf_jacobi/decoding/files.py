@@ -1,4 +1,4 @@
-"""Small files beside weights: read with an error that names them, written whole or not at all."""
+"""Small files beside weights: reading raises errors that name the file, writing is all or nothing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def read_json(file: Path) -> dict[str, Any]:
     The object in a JSON file.
 
     Raises:
-        `UsageError`: the file holds something else.
-        `OSError`: it cannot be read.
+        `UsageError`: the file does not hold a JSON object.
+        `OSError`: the file cannot be read.
     """
     content = parse_json(file)
     if not isinstance(content, dict):
@@ -29,10 +29,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def parse_json(file: Path) -> Any:
-    """What a JSON file holds; the errors are those of `read_json`."""
+    """The content of a JSON file; raises the errors of `read_json`."""
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of JSON, or of UTF-8
+    except (ValueError, RecursionError) as error:  # invalid JSON or invalid UTF-8
         raise UsageError(f"{file} is not a JSON file ({error}): save it again.") from error
 
 
@@ -42,10 +42,10 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
 
     Args:
         file: the file.
-        what: it should hold, for errors.
+        what: what the file should hold, for error messages.
 
     Raises:
-        `UsageError`: it cannot be read, or holds something else.
+        `UsageError`: the file cannot be read, or does not hold names and values.
     """
     from yaml import YAMLError, safe_load
 
@@ -54,7 +54,7 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
     except OSError as error:
         raise MissingFile(f"{file} cannot be read ({error.strerror}): name a YAML file with {what}.") from error
     except (YAMLError, ValueError) as error:
-        raise UsageError(f"{file} is no YAML that can be read: {' '.join(str(error).split())}.") from error
+        raise UsageError(f"{file} is not valid YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise UsageError(f"{file} must hold {what}, one `name: value` a line.")
     return content
@@ -62,7 +62,7 @@ def read_yaml(file: Path, what: str) -> dict[str, Any]:
 
 def refuse_pointer(file: Path) -> None:
     """
-    Refuses what a clone holds in the place of a file that `git lfs` keeps elsewhere.
+    Refuses the pointer that a clone without `git lfs` holds in place of a large file.
 
     Raises:
         `UsageError`: the file is such a pointer.
@@ -76,10 +76,10 @@ def refuse_pointer(file: Path) -> None:
 
 def write_whole(file: Path, content: str | bytes) -> None:
     """
-    Writes a file at once: a write that fails leaves what was there.
+    Writes a file in one operation: if the write fails, the old file stays.
 
-    A new file takes the place of a link, so that what the link points to stays as it is. The Hub's cache is made of
-    links to files that are named after what they hold.
+    A link is replaced by a new file, so that the file it points to does not change. The Hub's cache consists of links
+    to files that are named after their content.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if file.exists() and not file.is_file():  # a pipe or a device

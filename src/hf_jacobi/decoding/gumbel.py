@@ -1,4 +1,4 @@
-"""The noise of sampled text: a hash of (seed, row, position, token), the same on every device and in every order."""
+"""The noise of sampled text: a hash of (seed, row, position, token), identical on every device and in any order."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 SPREADS_TOKENS = -1640531527  # 2**32 over the golden ratio, odd, as a signed integer
 MULTIPLIERS = (2146121005, -2073254261)  # those of the hash "lowbias32", signed
-LARGEST = 1 - 2**-24  # the float32 before 1
-AT_ONCE = 2**23  # scores that get their noise at a time: that takes three times their memory
+LARGEST = 1 - 2**-24  # the largest float32 below 1
+AT_ONCE = 2**23  # scores that get their noise at a time, which takes three times their memory
 
 
 class GumbelNoise:
     """
-    Gumbel noise keyed by (seed, row, position): the same key gives the same noise, whatever was drawn before it.
+    Gumbel noise keyed by (seed, row, position): the same key gives the same noise, whatever was drawn before.
 
-    The token argmax(log-probability + noise) is an exact sample of the distribution (the Gumbel-max trick), and one
-    that is drawn twice with the same noise tends to come out the same, so drafts converge.
+    The token argmax(log-probability + noise) is an exact sample of the distribution (the Gumbel-max trick). A token
+    drawn twice with the same noise tends to be the same, so drafts converge.
 
     Args:
         seed: the seed.
-        names: what stands for each row in the key of its noise.
+        names: the name of each row in the key of its noise.
     """
 
     def __init__(self, seed: int, names: list[str]):
@@ -33,11 +33,11 @@ class GumbelNoise:
 
     def keys(self, rows: list[int], positions: np.ndarray) -> np.ndarray:
         """
-        What the noise of some positions is made from.
+        The keys of the noise of some positions.
 
         Args:
             rows: `[B]`, the number of each row.
-            positions: `[B, Q]`, those of the tokens to be drawn.
+            positions: `[B, Q]`, the positions of the tokens to draw.
 
         Returns:
             `[2, B, Q, 1]` int32.
@@ -70,11 +70,11 @@ class GumbelNoise:
         bits = self._tokens + first
         bits ^= bits >> 16
         bits *= MULTIPLIERS[0]
-        bits ^= second  # so that two positions never share a run of noise, shifted by some tokens
+        bits ^= second  # otherwise two positions could share a run of noise, shifted by some tokens
         bits ^= bits >> 15
         bits *= MULTIPLIERS[1]
         bits ^= bits >> 16
         bits &= 0x7FFFFFFF
-        # Uniform in (0, 1), near 0 as fine as float32 can be: that is where the largest noise comes from.
+        # Uniform in (0, 1), with the full precision of float32 near 0, which gives the largest noise.
         uniform = bits.to(torch.float32).mul_(-(2.0**-31)).clamp_(-LARGEST, -(2.0**-32))
         return scores.sub_(uniform.log1p_().neg_().log_())

@@ -1,4 +1,4 @@
-"""Lays the drafts of all rows side by side: one buffer of integers on the host, one copy of it on the device."""
+"""Lays the drafts of all rows side by side: one buffer of integers on the host, copied to the device in one go."""
 
 from __future__ import annotations
 
@@ -13,29 +13,38 @@ NUMPY = {torch.int64: np.int64, torch.int32: np.int32, torch.bool: np.bool_}
 
 class Layout:
     """
-    What one step needs to know of B rows with Q nodes each (shorter drafts are padded), S slots of the cache.
+    The integers of one step over B rows with Q nodes each (shorter drafts are padded) and S slots of the cache.
 
-    The fields lie in one buffer, which `fill` writes on the host and `upload` copies to the device at once. A layout
-    is used again for every step of its shape.
+    The fields lie in one buffer, which `fill` writes on the host and `upload` copies to the device. A layout is reused
+    for every step of its shape.
 
     Args:
         rows: B.
         width: Q.
-        moves: M, how many accepted tokens of the step before can be moved into place.
+        moves: M, the largest number of accepted tokens of the previous step to move into place.
         device: where the step runs.
 
     Attributes:
         ids: `[B, Q]`, the token of each node.
         positions: `[B, Q]`, as the model counts them, without the left padding.
-        slots: `[B, Q]`, where in the cache each node goes.
-        places: `[B, Q]`, the slot that each node would have if its path were all there is: its index in the sequence.
+        slots: `[B, Q]`, the slot of the cache that each node is written to.
+        places: `[B, Q]`, the index of each node in the sequence: the slot it would have if its path were the only one.
         starts: `[B, 1]`, the slot of node 0.
         moves: `[3, M]`: rows, slots before, slots after.
         keys: `[2, B, Q, 1]` int32, of the noise of the token that each node predicts (`GumbelNoise.keys`).
         ancestors: `[B, Q, Q]` bool, whether a node (second axis) sees another (third): its ancestors and itself.
-        first: the slot that all rows begin at, `None` when they begin at different ones.
-        end: S, one past the last slot that is written.
+        first: the slot at which all rows begin, `None` if they begin at different ones.
+        end: S, one past the last slot written.
     """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    places: torch.Tensor
+    starts: torch.Tensor
+    moves: torch.Tensor
+    keys: torch.Tensor
+    ancestors: torch.Tensor
 
     def __init__(self, rows: int, width: int, moves: int, device: torch.device):
         nodes = (rows, width)
@@ -51,7 +60,8 @@ class Layout:
         }
         sizes = {name: dtype.itemsize * int(np.prod(shape)) for name, (dtype, shape) in shapes.items()}
         total = sum(sizes.values())
-        self._host = self._device = None  # on a CPU the step reads what is written
+        self._host: torch.Tensor | None = None  # on a CPU the step reads the buffer itself
+        self._device: torch.Tensor | None = None
         buffer = np.zeros(total, dtype=np.uint8)
         if device.type != "cpu":
             self._host = torch.zeros(total, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
@@ -78,8 +88,8 @@ class Layout:
             drafts: one per row.
             starts: the slot of each draft's node 0.
             offsets: position minus slot, per row (minus the left padding).
-            copies: how many columns the chains have that stand a second time at the end of each row; a copy sees the
-                committed text and itself, never the draft. 0 for none.
+            copies: the number of columns at the end of each row that repeat its chain; a copy sees the committed text
+                and itself, never the draft. 0 for none.
         """
         host, width = self.host, self.width - copies
         host["ids"][:] = 0
@@ -106,30 +116,30 @@ class Layout:
         self.end = max(starts) + self.width
 
     def fix(self, total: int) -> None:
-        """Keeps to fixed shapes: what pads a row stays within the `total` slots, and rows have a mask."""
+        """For fixed shapes: keeps the padding of rows within the `total` slots, and makes all rows use a mask."""
         np.minimum(self.host["slots"], total - 1, out=self.host["slots"])
         self.first = None
         self.end = min(self.end, total)
 
     def fill_moves(self, moves: list[tuple[int, int, int]]) -> None:
-        """Writes the moves (row, slot before, slot after), on the host; what is left over moves a slot onto itself."""
+        """Writes the moves (row, slot before, slot after), on the host; unused entries move a slot onto itself."""
         self.host["moves"][:] = 0
         if moves:
             self.host["moves"][:, : len(moves)] = np.array(moves).T
 
     def upload(self) -> None:
-        """Copies everything to the device. The step before has been read, so the host's buffer is free again."""
-        if self._device is not None:
+        """Copies everything to the device. The host has read the previous step, so its buffer is free again."""
+        if self._device is not None and self._host is not None:
             self._device.copy_(self._host, non_blocking=True)
 
     def visible(self, index: torch.Tensor, key_valid: torch.Tensor | None) -> torch.Tensor | None:
         """
-        `[B, Q, S]` bool, which slots each node may attend to; `None` when each sees all there are (one node a row, no
+        `[B, Q, S]` bool, which slots each node can attend to; `None` if each sees all slots (one node per row, no
         padding, rows of equal length).
 
         Args:
             index: `[S]`, the numbers of the slots.
-            key_valid: `[B, P]` bool, false for the padding of the prompt; `None` when there is none.
+            key_valid: `[B, P]` bool, false for the padding of the prompt; `None` without padding.
         """
         if self.width == 1 and key_valid is None and self.first is not None:
             return None

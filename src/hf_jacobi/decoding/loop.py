@@ -29,7 +29,7 @@ def jacobi_decode(
     **model_kwargs,
 ):
     """
-    Decodes a batch, as `generate(custom_generate=...)` of transformers calls it after its own preparations.
+    Decodes a batch. transformers' `generate(custom_generate=...)` calls it after its own preparation.
 
     Args:
         model: the model.
@@ -37,10 +37,10 @@ def jacobi_decode(
         logits_processor, stopping_criteria, generation_config, model_kwargs: what `generate` prepared.
         jacobi_config: the settings.
         output_trajectory: whether to return every draft.
-        streamer: gets the committed tokens, in the portions in which AR would put them.
-        synced_gpus: whether to go on running forwards until every process of the group is done.
-        fills_cache: whether the caller passed a cache, which is to hold the new tokens, too.
-        calls: gets an entry, by which the caller sees that it came to this.
+        streamer: receives the committed tokens, in the portions in which AR would put them.
+        synced_gpus: whether to keep running forwards until every process of the group is done.
+        fills_cache: whether the caller passed a cache, which must then also hold the new tokens.
+        calls: a list that gets an entry, which shows the caller that this function was reached.
 
     Returns:
         `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
@@ -48,7 +48,9 @@ def jacobi_decode(
     if calls is not None:
         calls.append(model)
     if output_trajectory and not generation_config.return_dict_in_generate:
-        raise UsageError("`output_trajectory=True` returns drafts beside text: pass return_dict_in_generate=True too.")
+        raise UsageError(
+            "`output_trajectory=True` returns drafts with the text: pass return_dict_in_generate=True as well."
+        )
     refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs, jacobi_config)
     call = DecodeCall(
         model,
@@ -62,14 +64,15 @@ def jacobi_decode(
         fills_cache=fills_cache,
         streamer=streamer,
     )
-    with call.step.draft_adapter.listening() if call.step.draft_adapter else nullcontext():
+    adapter = call.step.draft_adapter
+    with adapter.listening() if adapter else nullcontext():
         run_to_end(call, synced_gpus)
         return call.output(synced_gpus)
 
 
 def run_to_end(call: DecodeCall, synced_gpus: bool = False) -> None:
     """Decodes until every row has finished; `synced_gpus` as in `jacobi_decode`."""
-    call.step.mends_drafts = not synced_gpus
+    call.step.repairs_drafts = not synced_gpus
     call.prefill()
     call.outputs.stream()
     call.may_measure = not synced_gpus

@@ -6,7 +6,9 @@ import copy
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import GenerationMixin
@@ -19,12 +21,19 @@ from .errors import UsageError
 from .loop import jacobi_decode
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    class GenerativeModel(PreTrainedModel, GenerationMixin):
+        """A model of transformers that can generate."""
+
+
 DECODINGS = ("ar", "jacobi")
 _THEIRS = GenerationMixin.generate
-_OURS: dict = {}  # each function that `enable()` put in its place, with what was there before
-_enabled = False  # whether `enable()` holds
-# Of which model a call is on its way through wrappers of its `generate`, and how many of those are left: what comes
-# back to us out of one was decided before.
+_OURS: dict[Callable, Callable] = {}  # each function that `enable()` installed, with the one that it replaced
+_enabled = False  # whether `enable()` is in force
+# The model whose call is passing through wrappers of its `generate`, and how many wrappers remain: for a call that
+# returns to us from a wrapper, the decoding has been chosen already.
 _ON_ITS_WAY: ContextVar[tuple[object, int]] = ContextVar("hf_jacobi_on_its_way", default=(None, 0))
 
 
@@ -44,11 +53,10 @@ class JacobiGenerationMixin:
 
         Args:
             decoding (`"ar"` or `"jacobi"`, *optional*):
-                `"ar"` is transformers' own decoding. Left out, it is read from the generation config, and is `"ar"` if
-                that says nothing.
+                `"ar"` is transformers' own decoding. If omitted, the generation config decides; the default is `"ar"`.
             jacobi_config ([`JacobiConfig`] or `dict`, *optional*):
-                Settings of Jacobi decoding. Left out, those of the generation config (`jacobi`); a seed alone is added
-                to those.
+                Settings of Jacobi decoding. If omitted, those of the generation config (`jacobi`); a seed alone is
+                added to those.
             output_trajectory (`bool`, *optional*):
                 With `return_dict_in_generate=True`, also return every draft.
 
@@ -60,12 +68,16 @@ class JacobiGenerationMixin:
             `ValueError`: an argument is out of range, or Jacobi decoding cannot serve the model or the mode.
         """
         own = {"decoding": decoding, "jacobi_config": jacobi_config, "output_trajectory": output_trajectory}
-        is_enabled = isinstance(self, JacobiGenerationMixin)  # a wrapper may hold this method longer than `disable`
+        is_enabled = isinstance(self, JacobiGenerationMixin)  # a wrapper can keep this method beyond `disable`
         wrappers = vars(self).get("_own_generates", ())
         model, left = _ON_ITS_WAY.get()
         on_its_way = model is self and not _given(own)
         left = left if on_its_way else len(wrappers)
-        below = super().generate if is_enabled else functools.partial(type(self).generate, self)
+        below = (
+            super().generate  # type: ignore[misc]  # of the class that this is mixed into
+            if is_enabled
+            else functools.partial(type(self).generate, self)
+        )
         plain = wrappers[left - 1] if left else below
         before = _ON_ITS_WAY.set((self, left - 1) if left else (None, 0))
         try:
@@ -81,7 +93,7 @@ def _given(own: dict) -> dict:
 
 
 def _generate_of_process(plain):
-    """What `enable()` puts in the place of `GenerationMixin.generate`, which was `plain`."""
+    """The function by which `enable()` replaces `GenerationMixin.generate`, which was `plain`."""
 
     @functools.wraps(plain)
     def generate(self, *args, decoding=None, jacobi_config=None, output_trajectory=None, **kwargs):
@@ -91,7 +103,7 @@ def _generate_of_process(plain):
         if decided or not _enabled:
             return bound(*args, **kwargs, **_given(own))
         make_own(self.generation_config)  # as in `enable`
-        # Another library's wrapper may lead to what an earlier `enable()` put there.
+        # Another library's wrapper may call the function that an earlier `enable()` installed.
         before = _ON_ITS_WAY.set((None, 0) if plain is _THEIRS else (self, 0))
         try:
             return decode_by(bound, self, args, kwargs, **own)
@@ -104,15 +116,46 @@ def _generate_of_process(plain):
 
 def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, output_trajectory):
     """
-    Decides between `plain`, the `generate` that was there before, and Jacobi decoding through its door.
+    Runs `plain`, the original `generate`: as it is, or for Jacobi decoding with a `custom_generate`.
 
     Args:
-        plain: what is called with the arguments, for Jacobi decoding with a `custom_generate` among them.
-        model: the one that generates.
+        plain: the `generate` to call.
+        model: the model that generates.
         args, kwargs: the arguments of the call.
         decoding, jacobi_config, output_trajectory: as in [`JacobiGenerationMixin.generate`].
     """
     of_call = args[1] if len(args) > 1 else kwargs.get("generation_config")
+    if _decoding(decoding, kwargs, of_call, model) == "ar":
+        if jacobi_config is not None or output_trajectory:
+            raise UsageError(
+                "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' as well."
+            )
+        return plain(*args, **kwargs)
+    kwargs = dict(zip(_positional(plain), args)) | kwargs
+    _refuse_other_decoding(kwargs, of_call, model)
+    config = _settings(jacobi_config, of_call, model)
+    _switch_cache_on(kwargs, of_call, model)
+    synced_gpus = kwargs.get("synced_gpus")
+    bound: dict[str, Any] = {
+        "jacobi_config": config,
+        "output_trajectory": bool(output_trajectory),
+        "streamer": kwargs.get("streamer"),
+        "synced_gpus": _is_sharded(model) if synced_gpus is None else synced_gpus,
+        "fills_cache": cache_among(kwargs) is not None,
+    }
+    _turn_stop_strings_into_a_criterion(model, kwargs)
+    calls: list = []
+    result = plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound, calls=calls))
+    if not calls:
+        raise UsageError(
+            f"the `generate` of {type(model).__name__} did not pass on the `custom_generate` of Jacobi decoding, so "
+            "its text was decoded in another way: use decoding='ar'."
+        )
+    return result
+
+
+def _decoding(decoding: str | None, kwargs: dict, of_call, model) -> str:
+    """`"ar"` or `"jacobi"`: as the call says, else its generation config, else that of the model, else `"ar"`."""
     if decoding is None:
         decoding = "ar" if kwargs.get("custom_generate") else setting_of("decoding", of_call, model) or "ar"
     if decoding not in DECODINGS:
@@ -121,15 +164,13 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         raise UsageError(
             "`generate` takes settings as `jacobi_config`; `jacobi` is their name in a generation config."
         )
-    if decoding == "ar":
-        if jacobi_config is not None or output_trajectory:
-            raise UsageError(
-                "`jacobi_config` and `output_trajectory` are for Jacobi decoding: pass decoding='jacobi' too."
-            )
-        return plain(*args, **kwargs)
-    kwargs = dict(zip(_positional(plain), args)) | kwargs
+    return decoding
+
+
+def _refuse_other_decoding(kwargs: dict, of_call, model) -> None:
+    """Refuses arguments that ask for another way to decode."""
     if kwargs.get("custom_generate") is not None:
-        raise UsageError("`custom_generate` and decoding='jacobi' are two ways to decode: pass one of them.")
+        raise UsageError("`custom_generate` and decoding='jacobi' are two ways to decode: pass only one of them.")
     if kwargs.get("assistant_model") is not None:
         raise UsageError("Jacobi decoding needs no draft model: drop `assistant_model`, or use decoding='ar'.")
     if (kwargs.get("cache_implementation") or setting_of("cache_implementation", of_call, model)) == "paged":
@@ -141,38 +182,33 @@ def decode_by(plain, model, args: tuple, kwargs: dict, decoding, jacobi_config, 
         raise UsageError(
             "Jacobi decoding does not support token healing: drop token_healing=True, or use decoding='ar'."
         )
+
+
+def _settings(jacobi_config: JacobiConfig | dict | None, of_call, model) -> JacobiConfig:
+    """The settings of the call, else those of the generation config; a seed alone is added to the latter."""
     if jacobi_config is None or (isinstance(jacobi_config, dict) and set(jacobi_config) == {"seed"}):
         of_checkpoint = JacobiConfig.coerce(setting_of("jacobi", of_call, model))
-        jacobi_config = dataclasses.replace(of_checkpoint, **(jacobi_config or {}))
-    asked = of_call is not None and of_call is not model.generation_config and of_call.use_cache is False
-    if kwargs.get("use_cache") is None and not asked:
-        # `Trainer` leaves use_cache=False in the model's configs, which nobody asked for.
-        if of_call is None:
-            kwargs["use_cache"] = True
-        else:
-            kwargs["generation_config"] = of_call = copy.deepcopy(of_call)
-            of_call.use_cache = True
-    synced_gpus = kwargs.get("synced_gpus")
-    bound = {
-        "jacobi_config": JacobiConfig.coerce(jacobi_config),
-        "output_trajectory": bool(output_trajectory),
-        "streamer": kwargs.get("streamer"),
-        "synced_gpus": _is_sharded(model) if synced_gpus is None else synced_gpus,
-        "fills_cache": cache_among(kwargs) is not None,
-    }
-    _turn_stop_strings_into_a_criterion(model, kwargs)
-    calls: list = []
-    result = plain(**kwargs, custom_generate=functools.partial(jacobi_decode, **bound, calls=calls))
-    if not calls:
-        raise UsageError(
-            f"the `generate` of {type(model).__name__} did not hand on the `custom_generate` of Jacobi decoding, so "
-            "its text came about in another way: use decoding='ar'."
-        )
-    return result
+        return dataclasses.replace(of_checkpoint, **(jacobi_config or {}))
+    return JacobiConfig.coerce(jacobi_config)
+
+
+def _switch_cache_on(kwargs: dict, of_call, model) -> None:
+    """
+    Sets `use_cache` unless the call itself says otherwise: `Trainer` leaves `use_cache=False` in the model's configs,
+    which no user asked for.
+    """
+    refused = of_call is not None and of_call is not model.generation_config and of_call.use_cache is False
+    if kwargs.get("use_cache") is not None or refused:
+        return
+    if of_call is None:
+        kwargs["use_cache"] = True
+    else:
+        kwargs["generation_config"] = copy.deepcopy(of_call)
+        kwargs["generation_config"].use_cache = True
 
 
 def _positional(generate) -> list[str]:
-    """The names of the arguments of a bound `generate` that may go without one."""
+    """The names of the positional arguments of a bound `generate`."""
     parameters = inspect.signature(generate).parameters
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters.values()):
         return list(GENERATE_ARGUMENTS)
@@ -180,14 +216,14 @@ def _positional(generate) -> list[str]:
 
 
 def _is_sharded(model) -> bool:
-    """Whether the processes of a group share the model's weights, so that all must run the same forwards."""
+    """Whether processes share the model's weights, so that all of them must run the same forwards."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     return torch.distributed.get_world_size() > 1 and (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
 def setting_of(name: str, generation_config, model):
-    """A setting of ours in the generation config of the call, else in that of the model, else `None`."""
+    """A setting in the generation config of the call, else in that of the model, else `None`."""
     for config in (generation_config, model.generation_config):
         value = getattr(config, name, None)
         if value is not None:
@@ -197,9 +233,9 @@ def setting_of(name: str, generation_config, model):
 
 def _turn_stop_strings_into_a_criterion(model, kwargs: dict) -> None:
     """
-    Replaces `stop_strings`, wherever they stand, by a stopping criterion in the arguments of the call.
+    Replaces `stop_strings`, in the arguments or in a generation config, by a stopping criterion in the arguments.
 
-    transformers builds that criterion itself, but not for a callable `custom_generate`: it drops the tokenizer there.
+    transformers builds this criterion itself, but not for a callable `custom_generate`: it drops the tokenizer then.
     """
     of_call = kwargs.get("generation_config")
     strings = kwargs.get("stop_strings") or setting_of("stop_strings", of_call, model)
@@ -213,7 +249,7 @@ def _turn_stop_strings_into_a_criterion(model, kwargs: dict) -> None:
         kwargs["generation_config"] = copy.deepcopy(of_call)
         kwargs["generation_config"].stop_strings = None
     if model.generation_config.stop_strings is not None:
-        kwargs["stop_strings"] = None  # an argument, even None, comes before the model's own
+        kwargs["stop_strings"] = None  # an argument, even None, overrides the model's own
     else:
         kwargs.pop("stop_strings", None)
 
@@ -222,16 +258,16 @@ def enable(model=None):
     """
     Gives `generate` the arguments `decoding`, `jacobi_config` and `output_trajectory`.
 
-    Calls that do not ask for Jacobi decoding, by argument or by generation config, run transformers' own code.
+    Calls that do not choose Jacobi decoding, by argument or by generation config, run transformers' own code.
 
     Args:
-        model: a causal language model, or a wrapper of one (PEFT, `torch.compile`, DDP). `None`: every model of the
-            process.
+        model: a causal language model, or a wrapper of one (PEFT, `torch.compile`, DDP). `None` enables every model of
+            the process.
 
     Returns:
-        `model`, as it was passed.
+        `model` itself.
 
-    A `generate` that another library put on the model itself stays in force: ours comes before it.
+    If another library has put a `generate` on the model itself, it stays in force and is called by ours.
 
     Raises:
         `TypeError`: `model` cannot generate.
@@ -249,7 +285,7 @@ def enable(model=None):
         if GenerationMixin.generate not in _OURS:
             GenerationMixin.generate = _generate_of_process(GenerationMixin.generate)
         return None
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     hook_less(model)
     if not isinstance(inner, JacobiGenerationMixin):
         inner.__class__ = _enabled_class(type(inner))
@@ -263,21 +299,21 @@ def enable(model=None):
 
 def disable(model=None):
     """
-    Undoes `enable`: `disable(model)` what `enable(model)` did, `disable()` what `enable()` did.
+    Undoes `enable`: `disable(model)` undoes `enable(model)`, and `disable()` undoes `enable()`.
 
     Args:
-        model: the model to undo it for. `None`: the process; a model enabled by itself stays so.
+        model: the model to disable. `None` disables the process; models that were enabled individually stay enabled.
 
     Returns:
-        `model`, as it was passed.
+        `model` itself.
     """
     global _enabled
     if model is None:
-        _enabled = False  # under another library's wrapper ours stays, and hands on what it gets
+        _enabled = False  # inside another library's wrapper, our function stays and only passes calls on
         while GenerationMixin.generate in _OURS:
             GenerationMixin.generate = _OURS[GenerationMixin.generate]
         return None
-    inner = unwrap(model)
+    inner: Any = unwrap(model)
     hook_alike(model)
     if isinstance(inner, JacobiGenerationMixin):
         inner.__class__ = _disabled_class(type(inner))
@@ -289,19 +325,22 @@ def disable(model=None):
 
 
 def _disabled_class(cls: type) -> type:
-    """A class without what `enable` put into it; a class that was put over that since, as FSDP2 does, stays."""
+    """A class without what `enable` added to it; later subclasses, such as FSDP2's, are kept."""
     if "_disabled_class" in vars(cls):
-        return cls._disabled_class
+        return vars(cls)["_disabled_class"]
     if not hasattr(cls, "_disabled_class"):
-        raise UsageError(f"{cls.__name__} inherits from JacobiGenerationMixin by itself, which `disable` cannot undo.")
+        raise UsageError(
+            f"{cls.__name__} itself inherits from JacobiGenerationMixin, which `disable` cannot undo: take a model of "
+            "another class."
+        )
     bases = tuple(_disabled_class(base) if hasattr(base, "_disabled_class") else base for base in cls.__bases__)
     names = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, bases, names)
 
 
 def _is_carried(generate) -> bool:
-    """Whether it is what transformers binds to a model that `publish` published: that decoder, not this one."""
-    function = getattr(generate, "func", None)
+    """Whether it is the `generate` that transformers binds to a published checkpoint: its own copy of the decoder."""
+    function: Any = getattr(generate, "func", None)
     return getattr(function, "__module__", "").endswith(".custom_generate.generate") and (
         "JACOBI" in function.__globals__
     )
@@ -310,28 +349,33 @@ def _is_carried(generate) -> bool:
 @functools.cache
 def _enabled_class(cls: type) -> type:
     """
-    The class of an enabled model: `cls` with `JacobiGenerationMixin` before it, under its own name.
+    The class of an enabled model: a subclass of `JacobiGenerationMixin` and `cls` that has the name of `cls`.
 
-    A class of its own, rather than an attribute of the model, leaves no reference cycle that would keep the weights
-    of a deleted model in memory; the name is what transformers writes into `config.json`.
+    A class, unlike an attribute of the model, makes no reference cycle that would keep the weights of a deleted model
+    in memory. transformers writes its name into `config.json`.
     """
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    names: dict[str, Any] = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     names |= {"_disabled_class": cls, "__reduce_ex__": _reduce_enabled}
     return type(cls.__name__, (JacobiGenerationMixin, cls), names)
 
 
 def _reduce_enabled(model, protocol):
-    """Pickles an enabled model as one of its own class that is enabled when it is loaded."""
+    """Pickles an enabled model by its original class; loading enables it again."""
     return _new_enabled, (type(model)._disabled_class,), model.__dict__
 
 
 def _new_enabled(cls: type):
-    enabled = _enabled_class(cls)
+    enabled: Any = _enabled_class(cls)
     return enabled.__new__(enabled)
 
 
-def unwrap(model) -> GenerationMixin:
-    """The model inside wrappers such as PEFT's, `torch.compile`'s or DDP's."""
+def unwrap(model) -> GenerativeModel:
+    """
+    The model inside wrappers such as PEFT's, `torch.compile`'s or DDP's.
+
+    Raises:
+        `TypeError`: it is not a model of transformers that can generate.
+    """
     inner = model
     while not isinstance(inner, GenerationMixin):
         if hasattr(inner, "get_base_model"):
@@ -344,4 +388,4 @@ def unwrap(model) -> GenerationMixin:
             raise TypeError(
                 f"hf_jacobi.enable takes a transformers model that can generate, got {type(model).__name__}."
             )
-    return inner
+    return cast("GenerativeModel", inner)  # every GenerationMixin of transformers is a PreTrainedModel

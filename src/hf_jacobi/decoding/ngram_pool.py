@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 
-CONTEXT_LENGTHS = (3, 2, 1)  # how many tokens an n-gram's context may have; the longest match is tried first
-LONGEST_MATCH = 8  # tokens before a place that are compared with a context, at most
+CONTEXT_LENGTHS = (3, 2, 1)  # lengths of an n-gram's context in tokens; the longest match is tried first
+LONGEST_MATCH = 8  # the largest number of tokens before a place that are compared with a context
 KEPT_PER_CONTEXT = 8
 
 
 class NgramPool:
     """
-    The n-grams seen so far: in the committed text, in the prompt if asked for, and in rejected drafts.
+    The n-grams seen so far: in the committed text, optionally in the prompt, and in rejected drafts.
 
-    Text is stored once, as lists of tokens; the index maps a context of one to three tokens to the places where it
-    ended, latest last, the oldest forgotten beyond `KEPT_PER_CONTEXT`.
+    Text is stored once, as lists of tokens. The index maps a context of one to three tokens to the last
+    `KEPT_PER_CONTEXT` places where it ended, the latest last.
     """
 
     def __init__(self):
@@ -21,7 +21,7 @@ class NgramPool:
         self._text: list[int] = []
 
     def extend(self, tokens: list[int]) -> None:
-        """Appends committed tokens (or those of the prompt) to the text."""
+        """Appends committed tokens, or those of the prompt, to the text."""
         for token in tokens:
             self._text.append(token)
             self._index(self._text, len(self._text))
@@ -46,7 +46,7 @@ class NgramPool:
         """
         Up to `limit` different continuations of `context`, each of 1 to `length` tokens.
 
-        Those that match most tokens of the context come first, among equals the latest.
+        Those that match the most tokens of the context come first, and among equals the latest.
         """
         found: list[list[int]] = []
         if limit < 1 or length < 1:
@@ -64,12 +64,12 @@ class NgramPool:
 
     def matches(self, context: list[int], length: int, limit: int) -> list[tuple[int, list[int]]]:
         """
-        Up to `limit` continuations of `context` that begin differently, the longest match first, among equals the
-        latest.
+        Up to `limit` continuations of `context` with different first tokens, the longest match first, and among equals
+        the latest.
 
         Returns:
-            `(match, tokens)`: how many tokens of the context stood before that place, too, at most `LONGEST_MATCH`;
-            and the 1 to `length` tokens that followed.
+            `(match, tokens)` of each: the number of tokens before that place that match the context, at most
+            `LONGEST_MATCH`; and the 1 to `length` tokens that followed.
         """
         found: dict[int, tuple[int, list[int], int]] = {}
         longest = min(LONGEST_MATCH, len(context))

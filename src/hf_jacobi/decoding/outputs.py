@@ -1,6 +1,8 @@
-"""What a call gives back while it decodes and when it is done: tokens to a streamer, scores, logits, statistics."""
+"""The outputs of a call: tokens for a streamer while it decodes; then text, scores, logits and statistics."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -16,9 +18,9 @@ class Outputs:
 
     Args:
         rows: the rows of the batch.
-        generation_config: what `generate` prepared; says which outputs are wanted.
-        pad_token: what rows are padded with.
-        streamer: gets the committed tokens, in the portions in which AR would put them; `None` for nobody.
+        generation_config: prepared by `generate`; determines which outputs are returned.
+        pad_token: the token that pads rows.
+        streamer: receives the committed tokens, in the portions in which AR would put them; `None` for no streamer.
         records: whether every draft is returned.
     """
 
@@ -31,13 +33,13 @@ class Outputs:
         self._shown: tuple[torch.Tensor, ...] = ()
 
     def record(self, live: list[Row], logits: torch.Tensor, nodes: dict[int, int], chooser: TokenChooser) -> None:
-        """Keeps what was predicted at a node of each row, by its number, if that is wanted."""
+        """Keeps scores and logits, if requested, at one node of each row; `nodes` gives it by the row's number."""
         if self.wants_scores or self.wants_logits:
             raw = logits[[row.place for row in live], [nodes[row.number] for row in live]]
             self.keep(live, raw, chooser.scores(raw))
 
     def keep(self, rows: list[Row], raw: torch.Tensor, scores: torch.Tensor) -> None:
-        """Keeps logits and processed scores, `[R, V]` each, of the next token of some rows."""
+        """Keeps the logits and the processed scores, `[R, V]` each, of the next token of some rows."""
         for row, row_logits, row_scores in zip(rows, raw, scores):
             if not row.finished:
                 if self.wants_logits:
@@ -46,22 +48,22 @@ class Outputs:
                     row.scores.append(row_scores.clone())
 
     def scores_so_far(self) -> tuple[torch.Tensor, ...] | None:
-        """What AR passes to criteria of the user's as `scores`; they are asked about all rows at once."""
+        """The `scores` that AR passes to the user's stopping criteria, which judge all rows at once."""
         if not self.wants_scores:
             return None
         self._shown += self._columns([row.scores for row in self.rows], len(self._shown))
         return self._shown
 
     def _columns(self, rows: list[list[torch.Tensor]], first: int = 0) -> tuple[torch.Tensor, ...]:
-        """Per position from `first` on `[B, V]`; zeros where a row had ended."""
+        """`[B, V]` for each position from `first` on; zeros where a row had ended."""
         nothing = torch.zeros_like(next(row[0] for row in rows if row))
         length = max(map(len, rows))
         return tuple(torch.stack([row[i] if i < len(row) else nothing for row in rows]) for i in range(first, length))
 
     def stream(self) -> None:
         """
-        Puts every position that all rows have reached, one `[B]` tensor each, as AR does. A streamer with a method
-        `end_forward` is told when those of one forward are all there.
+        Puts every position that all rows have reached, one `[B]` tensor each, as AR does. If the streamer has a method
+        `end_forward`, it is called after the tokens of each forward.
         """
         if self.streamer is None:
             return
@@ -76,17 +78,17 @@ class Outputs:
             end_forward()
 
     def end_stream(self) -> None:
-        """Says that nothing more will come."""
+        """Ends the stream."""
         if self.streamer is not None:
             self.streamer.end()
 
     @property
     def length(self) -> int:
-        """That of the longest row."""
+        """The length of the longest row."""
         return max(row.length for row in self.rows)
 
     def padded(self) -> list[list[int]]:
-        """The tokens of all rows, padded to one length."""
+        """The tokens of all rows, padded to the same length."""
         return [row.tokens + [self.pad_token] * (self.length - row.length) for row in self.rows]
 
     def result(self, stats: JacobiStats, cache, device: torch.device):
@@ -94,9 +96,9 @@ class Outputs:
         What `generate` returns: `[B, L]` token ids, or with `return_dict_in_generate` a `JacobiOutput`.
 
         Args:
-            stats: the counts of the call, which get those of the rows.
-            cache: what is returned as the cache.
-            device: where the tokens go.
+            stats: the counts of the call, to which those of the rows are added.
+            cache: the cache to return.
+            device: the device of the token ids.
         """
         sequences = torch.tensor(self.padded(), dtype=torch.long, device=device)
         if not self.as_dict:
@@ -104,11 +106,11 @@ class Outputs:
         stats.per_sequence = [row.stats for row in self.rows]
         stats.recycled_tokens = sum(row.stats.recycled_tokens for row in self.rows)
         stats.blocks_spawned = sum(row.stats.blocks_spawned for row in self.rows)
-        return JacobiOutput(
-            sequences=sequences,
-            scores=self._columns([row.scores for row in self.rows]) if self.wants_scores else None,
-            logits=self._columns([row.logits for row in self.rows]) if self.wants_logits else None,
-            jacobi_stats=stats,
-            trajectory=[row.trajectory for row in self.rows] if self.records else None,
-            **{CACHE: cache},
-        )
+        fields: dict[str, Any] = {
+            "sequences": sequences,
+            "scores": self._columns([row.scores for row in self.rows]) if self.wants_scores else None,
+            "logits": self._columns([row.logits for row in self.rows]) if self.wants_logits else None,
+            CACHE: cache,
+        }
+        trajectory = [row.trajectory for row in self.rows if row.trajectory] if self.records else None
+        return JacobiOutput(**fields, jacobi_stats=stats, trajectory=trajectory)

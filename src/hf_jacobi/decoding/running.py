@@ -1,4 +1,4 @@
-"""Ways of running a step: its forward as the model is written, or compiled; the whole step launched, or replayed."""
+"""Ways of running a step: the forward eager or compiled, and the whole step launched or replayed as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import FunctionType
+from typing import Any, TypeVar
 
 import torch
 
-from .attention import AttentionMask
+from .attention import AttentionMask, ChainMask
 from .compat import adapters_in_force, attention_of, compile_settings, explains_failed_compile
 from .layout import Layout
 from .slot_cache import SlotCache
 
 
-# For each model, by what a graph is made for. Of the models themselves the graphs hold nothing.
-_COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, object]] = weakref.WeakKeyDictionary()
+# The graphs of each model, by what they were made for. They hold no reference to the model.
+_COMPILED: weakref.WeakKeyDictionary[torch.nn.Module, dict[tuple, Callable[..., torch.Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
 _LOCK = threading.Lock()
-_TRACING: ContextVar[bool] = ContextVar("hf_jacobi_tracing", default=False)  # whether a graph of ours is being made
+# Whether a graph of ours is being compiled.
+_TRACING: ContextVar[bool] = ContextVar("hf_jacobi_tracing", default=False)
 
 
 def _forward(model, arguments: dict) -> torch.Tensor:
@@ -28,7 +32,7 @@ def _forward(model, arguments: dict) -> torch.Tensor:
 
 
 class Eager:
-    """The model's own forward. Any way of running a step is a class with these members."""
+    """The model's own forward. Every way of running a step is a class with these members."""
 
     name = "as written"
 
@@ -38,8 +42,8 @@ class Eager:
 
         Args:
             model: the model.
-            arguments: those of its forward.
-            shape: of the step: B, Q, how many of the Q nodes a draft-only adapter serves, and S.
+            arguments: the arguments of its forward.
+            shape: of the step: B, Q, the number of the Q nodes that a draft-only adapter serves, and S.
         """
         return _forward(model, arguments)
 
@@ -48,12 +52,12 @@ class Compiled:
     """
     The forward by `torch.compile`, which is called with few shapes (`FixedShapes`) and keeps a graph for each.
 
-    Each shape, and each state of the model, gets a function of its own, as torch counts recompilations, and tries
-    guards, by function: after eight it would compile no more.
+    Each shape, and each state of the model, gets its own function: torch counts recompilations and checks guards per
+    function, and would stop compiling after eight.
 
     Args:
         settings: a `transformers.CompileConfig`; `None` for the defaults.
-        purpose: what else a graph is made for, such as the size of the cache and the adapters in force.
+        purpose: what else distinguishes graphs, such as the size of the cache and the active adapters.
     """
 
     def __init__(self, settings=None, purpose: tuple = ()):
@@ -79,43 +83,45 @@ class Compiled:
 
 
 def is_tracing() -> bool:
-    """Whether `Compiled` runs here, so that what is constant for a shape may be a constant of the graph."""
+    """Whether `Compiled` is running, so that values that are constant for a shape can be constants of the graph."""
     return _TRACING.get()
 
 
-WARM_UPS = 2  # runs of a shape before it is recorded: what is allocated or chosen at the first ones is not part of it
+WARM_UPS = 2  # runs of a shape before it is recorded, which allocate memory and select kernels
+
+Result = TypeVar("Result")
 
 
-def record_on_cuda(function: Callable[[], torch.Tensor | None], pool: tuple) -> tuple[Callable[[], None], object]:
-    """Records the kernels that a function launches: what launches them again, and where they leave the result."""
+def record_on_cuda(function: Callable[[], Result], pool) -> tuple[Callable[[], None], Result]:
+    """Records the kernels that a function launches: returns what replays them, and the result that they then fill."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = function()
     return graph.replay, result
 
 
-def recorder_of(device: torch.device):
-    """What records on a device, or `None`."""
+def recorder_of(device: torch.device) -> Callable[..., tuple[Callable[[], None], Any]] | None:
+    """The function that records on a device, or `None`."""
     return record_on_cuda if device.type == "cuda" else None
 
 
 class Graphs:
     """
-    CUDA graphs of what is run again and again over the same tensors.
+    CUDA graphs of functions that run repeatedly over the same tensors.
 
     Args:
-        device: where.
+        device: where they run.
         record: records a function, as `record_on_cuda`.
     """
 
-    def __init__(self, device: torch.device, record):
+    def __init__(self, device: torch.device, record: Callable[..., tuple[Callable[[], None], Any]]):
         self._record = record
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self._seen: Counter = Counter()
-        self._recorded: dict[tuple, tuple[Callable[[], None], object]] = {}
+        self._recorded: dict[tuple, tuple[Callable[[], None], Any]] = {}
 
-    def run(self, shape: tuple, function: Callable[[], torch.Tensor | None]):
-        """What a function returns; `shape` says which one it is. Once recorded, it is replayed."""
+    def run(self, shape: tuple, function: Callable[[], Result]) -> Result:
+        """The result of a function, which `shape` identifies. Once recorded, it is replayed."""
         if shape not in self._recorded:
             self._seen[shape] += 1
             if self._seen[shape] <= WARM_UPS:
@@ -128,25 +134,25 @@ class Graphs:
 
 class Resident:
     """
-    What stays on the device from one call to the next, where graphs have recorded its addresses.
+    The tensors that stay on the device from one call to the next because graphs have recorded their addresses.
 
     Attributes:
-        cache, mask, key_valid, layouts, slots: those of a `Step`.
-        graphs: what was recorded over them.
+        cache, mask, key_valid, layouts, slots: as in a `Step`.
+        graphs: the graphs recorded over them.
     """
 
-    def __init__(self, cache: SlotCache, mask: AttentionMask, key_valid: torch.Tensor, graphs: Graphs):
+    def __init__(self, cache: SlotCache, mask: AttentionMask | ChainMask, key_valid: torch.Tensor, graphs: Graphs):
         self.cache, self.mask, self.key_valid, self.graphs = cache, mask, key_valid, graphs
         self.layouts: dict[tuple[int, int], Layout] = {}
         self.slots = torch.arange(key_valid.shape[1], device=key_valid.device)
 
 
-# Of each model the newest one that no call is using, and what it was made for.
+# For each model, the newest one that no call is using, and its purpose.
 _RESIDENTS: weakref.WeakKeyDictionary[torch.nn.Module, tuple[tuple, Resident]] = weakref.WeakKeyDictionary()
 
 
 def take_resident(model, purpose: tuple) -> Resident | None:
-    """That of a model, if one was left for the same purpose. It is the caller's until it is left again."""
+    """The one left for a model, if it has the same purpose. It is the caller's until `leave_resident`."""
     with _LOCK:
         kept, resident = _RESIDENTS.pop(model, (None, None))
     return resident if kept == purpose else None
@@ -159,12 +165,12 @@ def leave_resident(model, purpose: tuple, resident: Resident) -> None:
 
 
 def weights_of(model) -> tuple:
-    """Tells whether what was recorded of a model is still its forward: other weights have other addresses."""
+    """Changes when a recording of a model is no longer its forward: other weights have other addresses."""
     tensors = [(tensor.data_ptr(), tensor.dtype) for tensor in (*model.parameters(), *model.buffers())]
     return hash(tuple(tensors)), *state_of(model)
 
 
 def state_of(model) -> tuple:
-    """What else than its weights a model's forward depends on."""
+    """What a model's forward depends on besides its weights."""
     text = model.config.get_text_config(decoder=True)
     return model.dtype, model.training, attention_of(text), adapters_in_force(model)

@@ -1,40 +1,50 @@
-"""Which shapes a step may have: those that its drafts happen to need, or few ones, each compiled once."""
+"""Which shapes a step can have: whatever its drafts need, or a few fixed ones, each of which is compiled once."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 
 
-WIDTHS = (1, 4, 8, 16, 32, 64)  # nodes a row; beyond the last, its multiples
-FEWEST_SLOTS = 1024  # that attention goes over; beyond them, twice as many each time
-FINENESS = 32  # the number of slots in all has so many steps from one power of two to the next
+WIDTHS = (1, 4, 8, 16, 32, 64)  # nodes per row; above the last one, its multiples
+FEWEST_SLOTS = 1024  # that attention covers; the number doubles from there
+FINENESS = 32  # steps for the total number of slots between one power of two and the next
 
 
 class GrowingShapes:
-    """As many nodes and slots as there are."""
+    """
+    As many nodes and slots as the step needs.
+
+    Attributes:
+        total: the number of slots of the cache; `None` because it grows.
+    """
+
+    total: int | None = None
 
     def width(self, nodes: int) -> int:
-        """Q, the nodes a row that a step lays out, for the longest draft of its rows."""
+        """Q, the nodes per row that a step lays out when the longest draft of its rows has `nodes`."""
         return nodes
 
     def slots(self, end: int) -> int:
-        """S, how many slots attention goes over, for one past the last that is written."""
+        """S, the number of slots that attention covers when `end` is one past the last slot written."""
         return end
 
 
 class FixedShapes:
     """
-    Few of them: more nodes cost little beside compiling, or capturing, another step.
+    A few shapes: extra nodes cost little compared with compiling or capturing another step.
 
     Args:
-        tokens: how many the longest text may have.
-        nodes: how many a row a step may have, at most.
+        tokens: the length of the longest text.
+        nodes: the largest number of nodes per row in a step.
+
+    Attributes:
+        total: as in `GrowingShapes`.
     """
 
     def __init__(self, tokens: int, nodes: int):
         needed = tokens + nodes
         step = max(1, (1 << needed.bit_length()) // (2 * FINENESS))
-        self.total = -(-needed // step) * step
+        self.total: int = -(-needed // step) * step
 
     @staticmethod
     def width(nodes: int) -> int:

@@ -1,4 +1,4 @@
-"""What a call did: `JacobiStats`, and the record of every draft (`output_trajectory=True`)."""
+"""The counts of a call, `JacobiStats`, and the record of its drafts, `Trajectory` (`output_trajectory=True`)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class JacobiStats:
     A forward that serves several rows counts once for the call and once for each row that was unfinished then.
 
     Attributes:
-        new_tokens: tokens generated, the end-of-sequence token included, padding not.
-        forwards: forward passes, the prefill counted as one.
-        positions: positions scored in those forwards, the prefill counted as one per row.
-        recycled_tokens: tokens accepted from candidates of the n-gram pool rather than from the draft.
+        new_tokens: tokens generated, including the end-of-sequence token but not padding.
+        forwards: forward passes; the prefill counts as one.
+        positions: positions scored in those forwards; the prefill counts as one per row.
+        recycled_tokens: tokens accepted from candidates of the n-gram pool rather than from the chain.
         blocks_spawned: pseudo-active blocks spawned.
         accepted_per_forward: tokens committed by each forward, in order.
-        per_sequence: the same for each row, in order; empty in a row's own stats.
+        per_sequence: the counts of each row, in order; empty in a row's own stats.
     """
 
     new_tokens: int = 0
@@ -40,7 +40,7 @@ class JacobiStats:
 
     @property
     def positions_per_token(self) -> float:
-        """Positions scored for each token generated: what the speed costs in arithmetic."""
+        """Positions scored per token generated: the price of the speed in arithmetic."""
         return self.positions / self.new_tokens if self.new_tokens else 0.0
 
     def count(self, accepted: int, positions: int) -> None:
@@ -65,10 +65,10 @@ class TrajectoryStep:
     Attributes:
         start: index in the sequence of the first token of the draft.
         draft: the tokens tried: the newest committed one, then the guesses.
-        predictions: the model's prediction after each of them, as long as `draft`; where logits processors read the
-            text, a guess that leaves these out.
+        predictions: the model's prediction after each token of `draft`; if logits processors read the text, a guess
+            that does not apply them.
         accepted: the tokens committed by this forward.
-        recycled: how many of those came from a candidate of the n-gram pool.
+        recycled: how many of them came from a candidate of the n-gram pool.
     """
 
     start: int
@@ -81,7 +81,7 @@ class TrajectoryStep:
 @dataclass
 class Trajectory:
     """
-    Every draft of one sequence, from its first guess to the text.
+    Every draft of one sequence; `blocks` gives the trajectory of each block.
 
     Attributes:
         prompt_length: number of tokens before the first generated one, padding included.
@@ -97,9 +97,9 @@ class Trajectory:
         """
         The trajectory of each block of `block_size` tokens: its states from the first guess to the fixed point.
 
-        A state is taken before every forward in which the whole block was committed or in flight; the last state is
-        the text itself. The last block may be short. Made for `window="block"`, whose blocks lie on this grid; with
-        `"sliding"`, a block's states begin when its last token comes into view.
+        There is one state for every forward before which the whole block was committed or in flight; the last state is
+        the text itself. The last block can be shorter. The blocks of `window="block"` lie on this grid; with
+        `"sliding"`, a block's states begin when its last token enters the draft.
         """
         result = []
         for first in range(0, len(self.tokens), block_size):
@@ -119,11 +119,11 @@ class Trajectory:
 @dataclass
 class JacobiOutput(GenerateDecoderOnlyOutput):
     """
-    What `generate(decoding="jacobi", return_dict_in_generate=True)` returns: transformers' own output and
+    The output of `generate(decoding="jacobi", return_dict_in_generate=True)`: transformers' own, with two more fields.
 
     Attributes:
         jacobi_stats: the counts of the call.
-        trajectory: with `output_trajectory=True` a list of one `Trajectory` per row, else `None`.
+        trajectory: with `output_trajectory=True` one `Trajectory` per row, else `None`.
     """
 
     jacobi_stats: JacobiStats | None = None

@@ -1,4 +1,4 @@
-"""Asks stopping criteria token by token, so that text never runs past the place where they say stop."""
+"""Applies stopping criteria token by token, so that text never runs past the token at which they stop it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ class StopCheck:
     """
     The stopping criteria of a call.
 
-    Length, end-of-sequence tokens and time are read from transformers' own criteria and checked on the host; any other
-    criterion is called as `generate` calls it.
+    The limits of transformers' own criteria for length, end-of-sequence tokens and time are checked on the host; any
+    other criterion is called as `generate` calls it.
 
     Args:
         criteria: the `StoppingCriteriaList` that `generate` prepared.
@@ -38,12 +38,12 @@ class StopCheck:
 
     @property
     def has_eos(self) -> bool:
-        """Whether a criterion knows end-of-sequence tokens, the ones after which `generate` pads."""
+        """Whether a criterion has end-of-sequence tokens, after which `generate` pads."""
         return bool(self.eos) or any(hasattr(criterion, "eos_token_id") for criterion in self.others)
 
     @property
     def is_row_wise(self) -> bool:
-        """Whether rows can be asked one by one: time ends all rows at once, and the user's own may look at all."""
+        """Whether rows can be judged one by one: time ends all rows at once, and a user's criterion may read all."""
         kinds = {type(criterion) for criterion in self.others}
         return self.deadline is None and kinds <= {criteria_module.StopStringCriteria}
 
@@ -53,7 +53,7 @@ class StopCheck:
 
         Args:
             texts: all tokens of each row, padding included, of equal length.
-            device: where the criteria expect their tensors.
+            device: the device on which criteria expect tensors.
             scores: what `generate` would pass as `scores`.
         """
         length = len(texts[0])

@@ -1,13 +1,14 @@
-"""What Jacobi decoding cannot do, refused before the first forward, in one sentence with the way out."""
+"""What Jacobi decoding cannot do, refused before the first forward, in one sentence that names the alternative."""
 
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from transformers.generation import GenerationMode
 
-from .attention import CHAIN_ATTENTION, LAYER_KINDS, MASKED_ATTENTIONS
+from .attention import CHAIN_ATTENTION, LAYER_KINDS, MASKED_ATTENTIONS, layer_kinds
 from .compat import (
     CACHE,
     STEP_ARGUMENTS,
@@ -30,7 +31,7 @@ from .slot_cache import can_roll_back, capacity_of, holds_more_than_text
 
 
 INSTEAD = "use decoding='ar'"
-WITHOUT_CACHE = ("xlm", "flaubert")  # they take one, and give none back
+WITHOUT_CACHE = ("xlm", "flaubert")  # they take a cache but return none
 
 
 def refuse_unsupported(
@@ -41,11 +42,11 @@ def refuse_unsupported(
 
     Args:
         model, generation_config, model_kwargs: as `generate` prepared them.
-        prompt_length: number of prompt tokens that `max_length` counts (none of `inputs_embeds`).
-        settings: how drafts are made; `None` where branches are needed.
+        prompt_length: the number of prompt tokens that `max_length` counts (`inputs_embeds` count as none).
+        settings: how drafts are made; `None` if branches are needed.
 
     Raises:
-        `ValueError`: with the cause and the way out.
+        `ValueError`: the call cannot be decoded; the message gives the cause and the alternative.
     """
     warn_of_untested_version()
     name = type(model).__name__
@@ -53,7 +54,7 @@ def refuse_unsupported(
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise UsageError(
             f"Jacobi decoding is greedy or sampled, but the arguments ask for {mode.value.replace('_', ' ')}: drop "
-            f"num_beams and its like, or {INSTEAD}."
+            f"num_beams and similar arguments, or {INSTEAD}."
         )
     if model.config.is_encoder_decoder:
         raise UsageError(f"Jacobi decoding needs a decoder-only model, but {name} is an encoder-decoder: {INSTEAD}.")
@@ -77,7 +78,8 @@ def refuse_unsupported(
     _refuse_state(model, name, prompt_length, model_kwargs)
     _refuse_adapters(model, name)
     new_tokens = generation_config.max_length - prompt_length
-    _refuse_cache(model, name, model_kwargs.get(CACHE), new_tokens + _whole_length(model_kwargs, prompt_length))
+    _refuse_model_without_cache(model, name, model_kwargs.get(CACHE))
+    _refuse_cache(name, model_kwargs[CACHE], new_tokens + _whole_length(model_kwargs, prompt_length))
     _refuse_attention(model, name, model_kwargs, settings)
     _refuse_positions(model, name, model_kwargs)
     _refuse_rope(model, name, generation_config, prompt_length, model_kwargs)
@@ -85,12 +87,12 @@ def refuse_unsupported(
 
 
 def _refuse_state(model, name: str, prompt_length: int, model_kwargs: dict) -> None:
-    """What AR carries from one token to the next, and a forward over a draft cannot."""
+    """Refuses state that AR passes from one token to the next, and that a forward over a draft cannot."""
     if samples_by_itself(model):
-        raise UsageError(f"Jacobi decoding has one loop for all models, but {name} brings its own: {INSTEAD}.")
+        raise UsageError(f"Jacobi decoding has one loop for all models, but {name} has its own: {INSTEAD}.")
     if carries_state(model, model_kwargs):
         raise UsageError(
-            f"Jacobi decoding scores many tokens in one forward, but {name} hands more than the KV cache on from each "
+            f"Jacobi decoding scores many tokens in one forward, but {name} hands more than the KV cache from each "
             f"token to the next (_update_model_kwargs_for_generation): {INSTEAD}."
         )
     if (embeds := model_kwargs.get("inputs_embeds")) is not None:
@@ -100,8 +102,8 @@ def _refuse_state(model, name: str, prompt_length: int, model_kwargs: dict) -> N
             continue
         if prompt_length in (value.shape[min(1, value.dim() - 1)], value.shape[-1]):
             raise UsageError(
-                f"Jacobi decoding cannot tell what `{argument}`, which has an entry for each token of the prompt, is "
-                f"for new tokens of {name}: drop it, or {INSTEAD}."
+                f"Jacobi decoding cannot extend `{argument}`, which has an entry for each token of the prompt, to new "
+                f"tokens of {name}: drop it, or {INSTEAD}."
             )
 
 
@@ -109,33 +111,34 @@ def _refuse_adapters(model, name: str) -> None:
     adapters = getattr(model, "peft_config", {}).values()
     if any(is_activated(adapter) and not is_draft_only(adapter) for adapter in adapters):
         raise UsageError(
-            f"Jacobi decoding cannot tell an activated LoRA which tokens it applies to, but {name} carries one: use "
+            f"Jacobi decoding cannot tell an activated LoRA which tokens it applies to, but {name} has one: use a "
             f"plain LoRA or a draft-only adapter, or {INSTEAD}."
         )
-    adapter = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
+    adapter: Any = getattr(getattr(model.prepare_inputs_for_generation, "__self__", None), "active_peft_config", None)
     if getattr(adapter, "is_prompt_learning", False):
         raise UsageError(
-            f"Jacobi decoding does not support virtual tokens, but {name} carries a {adapter.peft_type.value} "
+            f"Jacobi decoding does not support virtual tokens, but {name} has a {adapter.peft_type.value} "
             f"adapter: use an adapter of another kind, such as LoRA, or {INSTEAD}."
         )
 
 
 def _whole_length(model_kwargs: dict, prompt_length: int) -> int:
-    """How long the text is before the first new token, with what is cached or given as embeddings."""
+    """The length of the text before the first new token, including cached tokens and embeddings."""
     if (mask := model_kwargs.get("attention_mask")) is not None:
         return mask.shape[1] if mask.dim() == 2 else prompt_length
     positions = model_kwargs.get("position_ids")
     return prompt_length if positions is None else int(positions.max()) + 1
 
 
-def _refuse_cache(model, name: str, cache, longest: int) -> None:
+def _refuse_model_without_cache(model, name: str, cache) -> None:
+    """Refuses models that do not cache the keys and values of every token, and of the text alone."""
     config = model.config.get_text_config(decoder=True)
     if (cache_argument(model) is None and not is_stateful(model)) or config.model_type in WITHOUT_CACHE:
         raise UsageError(f"Jacobi decoding verifies drafts against the KV cache, but {name} has none: {INSTEAD}.")
     if is_stateful(model) or not makes_dynamic_cache(model) or cache is None:
         raise UsageError(
             f"Jacobi decoding rolls the KV cache back, but {name} keeps a recurrent state (a linear-attention or "
-            f"state-space model), which cannot be: {INSTEAD}."
+            f"state-space model), which cannot be rolled back: {INSTEAD}."
         )
     if getattr(config, "is_decoder", None) is False and any(
         getattr(module, "is_decoder", None) is False for module in model.modules()
@@ -146,9 +149,13 @@ def _refuse_cache(model, name: str, cache, longest: int) -> None:
         )
     if getattr(config, "add_cross_attention", False):
         raise UsageError(
-            f"Jacobi decoding rolls the KV cache back, but {name} caches what it attends to beside the text, too "
+            f"Jacobi decoding rolls the KV cache back, but {name} also caches what it attends to besides the text "
             f"(cross-attention): {INSTEAD}."
         )
+
+
+def _refuse_cache(name: str, cache, longest: int) -> None:
+    """Refuses a cache that cannot hold the text or cannot be rolled back; `longest` is the length of the text."""
     if type(cache).__name__ not in ("DynamicCache", "StaticCache") or getattr(cache, "offloading", False):
         raise UsageError(
             f"Jacobi decoding continues from a DynamicCache or a StaticCache, but the cache of this call is a "
@@ -158,18 +165,18 @@ def _refuse_cache(model, name: str, cache, longest: int) -> None:
     capacity = capacity_of(cache)
     if capacity is not None and capacity < longest - 1:
         raise UsageError(
-            f"the StaticCache of this call holds {capacity} tokens, but its text may have {longest}, whether by "
-            "Jacobi decoding or by decoding='ar': make it with a larger max_cache_len, or lower max_new_tokens."
+            f"the StaticCache of this call holds {capacity} tokens, but its text can have {longest}, with Jacobi "
+            "decoding as with decoding='ar': make it with a larger max_cache_len, or lower max_new_tokens."
         )
     if holds_more_than_text(cache):
         raise UsageError(
-            f"Jacobi decoding continues from a cache of text, but layers of that of this call hold something else, "
-            f"such as the image that {name} attends to: pass a new one, or {INSTEAD}."
+            "Jacobi decoding continues from a cache of text, but layers of the cache of this call hold something "
+            f"else, such as the image that {name} attends to: pass a new cache, or {INSTEAD}."
         )
     if not can_roll_back(cache):
         kinds = sorted({type(layer).__name__ for layer in cache.layers})
         raise UsageError(
-            f"Jacobi decoding rolls the KV cache back, but {name} has layers whose cache cannot be "
+            f"Jacobi decoding rolls the KV cache back, but {name} has layers whose cache cannot be rolled back "
             f"({', '.join(kinds)}; linear attention, state-space or indexed): {INSTEAD}."
         )
 
@@ -184,20 +191,20 @@ def _refuse_attention(model, name: str, model_kwargs: dict, settings: JacobiConf
             f"Jacobi decoding needs an attention that takes a custom mask, but {name} runs {attention!r}: load it "
             f"with attn_implementation='sdpa' (or 'eager'), or {INSTEAD}."
         )
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
+    kinds = set(layer_kinds(config)) - set(LAYER_KINDS)
     if kinds:
         raise UsageError(
             f"Jacobi decoding does not support the mask of the {', '.join(sorted(kinds))} layers of {name}: {INSTEAD}."
         )
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise UsageError(
-            f"Jacobi decoding tells each token its position, but {name} takes no position_ids (it counts them off the "
-            f"mask, as models with ALiBi do): {INSTEAD}."
+            f"Jacobi decoding tells each token its position, but {name} takes no position_ids (it derives them from "
+            f"the mask, as models with ALiBi do): {INSTEAD}."
         )
     if (mask := model_kwargs.get("attention_mask")) is not None and (mask.dim() != 2 or config.model_type == "git"):
         raise UsageError(
-            f"Jacobi decoding needs an attention_mask of two dimensions that covers all that {name} caches: leave it "
-            f"out (and the padding), or {INSTEAD}."
+            f"Jacobi decoding needs an attention_mask of two dimensions that covers all that {name} caches: drop the "
+            f"mask (and the padding), or {INSTEAD}."
         )
     positions = model_kwargs.get("position_ids")
     if positions is None or positions.dim() != 2:
@@ -206,13 +213,13 @@ def _refuse_attention(model, name: str, model_kwargs: dict, settings: JacobiConf
         )
     if getattr(config, "alibi", False) or has_own_mask(model):
         raise UsageError(
-            f"Jacobi decoding needs an attention that takes a custom mask, but that of {name} adds a mask or bias of "
-            f"its own by cache slot: {INSTEAD}."
+            f"Jacobi decoding needs an attention that takes a custom mask, but the attention of {name} adds its own "
+            f"mask or bias by cache slot: {INSTEAD}."
         )
 
 
 def _refuse_branches(model, name: str, settings: JacobiConfig | None) -> None:
-    """What flash attention cannot do, which takes no mask."""
+    """Refuses what flash attention cannot do, since it takes no mask."""
     instead = f"load it with attn_implementation='sdpa', or {INSTEAD}"
     kinds = set(getattr(model.config.get_text_config(decoder=True), "layer_types", None) or ())
     if flash_kernel() is None:
@@ -225,12 +232,12 @@ def _refuse_branches(model, name: str, settings: JacobiConfig | None) -> None:
     if settings is None or settings.pool_size or any(map(is_draft_only, getattr(model, "peft_config", {}).values())):
         raise UsageError(
             f"{name} runs flash attention, which takes no mask, but recycled n-grams and draft-only adapters need "
-            f"one, as they lie beside the draft: pass JacobiConfig(pool_size=0) and no such adapter, or {instead}."
+            f"one, since they branch off the draft: pass JacobiConfig(pool_size=0) and no such adapter, or {instead}."
         )
 
 
 def _refuse_positions(model, name: str, model_kwargs: dict) -> None:
-    """Models that count positions themselves in each step: asked with two positions that no text has."""
+    """Refuses models that count positions themselves in each step, by trying two that no text has in a row."""
     others = {name: value for name, value in model_kwargs.items() if name not in STEP_ARGUMENTS or name == CACHE}
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model_kwargs["position_ids"].device)
     asked = tokens + torch.tensor([[5, 9]], device=tokens.device)
@@ -243,7 +250,7 @@ def _refuse_positions(model, name: str, model_kwargs: dict) -> None:
 
 
 def _refuse_rope(model, name: str, generation_config, prompt_length: int, model_kwargs: dict) -> None:
-    """Rotary embeddings that change with the length: a draft beyond the switch would change the tokens before it."""
+    """Refuses to cross a length at which a rotary embedding changes, since a draft beyond it would change the text."""
     config = model.config.get_text_config(decoder=True)
     rope = getattr(config, "rope_parameters", None) or {}
     first = int(model_kwargs["position_ids"].max()) + 1
@@ -258,12 +265,12 @@ def _refuse_rope(model, name: str, generation_config, prompt_length: int, model_
         if last > switch and (kind == "dynamic" or (kind == "longrope" and first <= switch)):
             raise UsageError(
                 f"Jacobi decoding cannot cross position {switch}, where the rotary embedding of {name} changes, but "
-                f"this text may reach position {last}: lower max_new_tokens, or {INSTEAD}."
+                f"this text can reach position {last}: lower max_new_tokens, or {INSTEAD}."
             )
 
 
 def has_own_mask(model) -> bool:
-    """Whether an attention module carries a causal mask as a buffer (`[1, 1, length, length]`), as GPT-Neo's does."""
+    """Whether an attention module has a causal mask as a buffer (`[1, 1, length, length]`), as GPT-Neo's does."""
     return any(
         buffer.dim() == 4 and buffer.dtype in (torch.bool, torch.uint8) and buffer.shape[-1] == buffer.shape[-2]
         for _, buffer in model.named_buffers()

@@ -1,9 +1,10 @@
-"""What a forward costs here: timed once for each way of running a model, in a few forwards of the first call."""
+"""What a forward costs: measured once for each way of running a model, in a few forwards of the first call."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
@@ -17,27 +18,27 @@ from .step import Step
 
 
 WIDTHS = (1, 2, 4, 16)
-BUDGET = 10  # forwards over one position that the timing may take, about
-SHORTEST = 32  # new tokens from which a call pays for it
-COLD = 2.0  # how much longer than the next a first forward takes that compiled or loaded something
+BUDGET = 10  # the time that a measurement takes, about, in forwards over one position
+SHORTEST = 32  # the smallest number of new tokens for which a call measures
+COLD = 2.0  # a first forward that takes this many times as long as the next has compiled or loaded something
+ATTEMPTS = 3  # measurements while positions seem more expensive than by default
 
-ATTEMPTS = 3  # of timing where positions seem dearer than by default
-
-_KNOWN: WeakKeyDictionary = WeakKeyDictionary()  # model -> way of running it -> its curves
+# model -> way of running it -> its curves
+_KNOWN: WeakKeyDictionary[torch.nn.Module, dict[tuple, list[CostCurve]]] = WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def curve_of(step: Step, rows: list[Row], may_measure: bool = True, adapter: bool = False) -> CostCurve:
     """
-    The cost of forwards of a call, as measured for its model, device, dtype, attention, threads and batch size, which
-    is rounded to a power of two.
+    The cost of the forwards of a call, as measured for its model, device, dtype, attention, threads and batch size,
+    which is rounded up to a power of two.
 
-    Short calls, and those beside which another one is being timed, take what is known, else a table of defaults.
+    Short calls, and calls during another measurement, use what is known, else a table of defaults.
 
     Args:
-        step: after the prefill.
-        rows: of the batch.
-        may_measure: whether forwards may be run for it.
+        step: the step, after the prefill.
+        rows: the rows of the batch.
+        may_measure: whether forwards can be run for a measurement.
         adapter: whether half of the positions are a draft-only adapter's.
     """
     model = step.model
@@ -62,8 +63,8 @@ def _dearness(curve: CostCurve) -> float:
 
 def _is_wanting(curves: list[CostCurve], default: CostCurve) -> bool:
     """
-    Whether forwards are to be timed: they were not yet, or other work on the machine may have made positions look
-    dear, which would keep this model from drafting for good.
+    Whether to measure: there was no measurement yet, or other work on the machine may have made positions look
+    expensive, which would keep this model from drafting for good.
     """
     return not curves or (len(curves) < ATTEMPTS and min(map(_dearness, curves)) > _dearness(default))
 
@@ -76,12 +77,12 @@ def _is_long(rows: list[Row]) -> bool:
 
 def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
     """
-    Times forwards over 1, 2, 4, ... positions, written where the next forward writes anyway: nothing reads them after.
+    Times forwards over 1, 2, 4, ... positions, written to the slots that the next forward overwrites.
 
     Args:
-        step: its cache holds all tokens of the rows but the newest.
-        texts: the tokens of each row, the last of which are tried: experts are chosen as for any text.
-        room: how many positions there are from the newest token on.
+        step: its cache holds all tokens of the rows except the newest.
+        texts: the tokens of each row, the last of which are scored, so that experts are chosen as for real text.
+        room: the number of positions from the newest token on.
     """
     widths = sorted({step.shapes.width(width) for width in WIDTHS if width <= room})
     with _timer(step, texts, adapter=False) as clocked:
@@ -103,11 +104,11 @@ def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
 
 def measure_adapter(step: Step, texts: list[list[int]], plain: CostCurve) -> CostCurve:
     """
-    Times forwards in which a draft-only adapter takes part, over one width: what it adds hardly depends on that.
+    Times forwards in which a draft-only adapter takes part, at one width, since what it adds hardly depends on that.
 
     Args:
         step, texts: as for `measure`.
-        plain: what forwards without it cost.
+        plain: the cost of forwards without it.
     """
     chain = step.shapes.width(WIDTHS[-1] // 2)
     with _timer(step, texts, adapter=True) as clocked:
@@ -120,13 +121,13 @@ def measure_adapter(step: Step, texts: list[list[int]], plain: CostCurve) -> Cos
 
 
 @contextmanager
-def _timer(step: Step, texts: list[list[int]], adapter: bool):
-    """Gives a function that runs a forward over so many nodes and returns its seconds; leaves `step` as it was."""
+def _timer(step: Step, texts: list[list[int]], adapter: bool) -> Iterator[Callable[[int], float]]:
+    """Gives a function that runs a forward over a number of nodes and returns its seconds; then restores `step`."""
     starts, clock = [len(text) - 1 for text in texts], _clock(step.device)
 
     def clocked(nodes: int) -> float:
         begin = clock()
-        step([Draft((nodes * text[-nodes:])[-nodes:]) for text in texts], starts)  # which waits for the device
+        step([Draft((nodes * text[-nodes:])[-nodes:]) for text in texts], starts)  # this waits for the device
         return max(clock() - begin, 1e-9)
 
     logits, step.adapter_drafts = step.logits, adapter
@@ -134,8 +135,8 @@ def _timer(step: Step, texts: list[list[int]], adapter: bool):
     step.logits, step.copies = logits, 0
 
 
-def _clock(device: torch.device):
-    """On one thread of a CPU a clock that stands still while other programs run, where there is a fine one."""
+def _clock(device: torch.device) -> Callable[[], float]:
+    """For one thread of a CPU the clock of that thread, which stops while other programs run, if it is precise."""
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     fine = time.get_clock_info("thread_time").resolution < 1e-5
     return time.thread_time if alone and fine else time.perf_counter
