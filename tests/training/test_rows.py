@@ -166,7 +166,7 @@ def test_columns_of_unsigned_numbers_are_looked_at_beside_others(tmp_path):
     kinds = {key: pyarrow.uint64() if key == "twin_ids" else pyarrow.int64() for key in COLUMNS}
     values = {key: [[2**64 - 1] * 9 if key == "twin_ids" else [0] * 9] for key in COLUMNS}
     wide = Dataset(pyarrow.table({key: pyarrow.array(values[key], pyarrow.list_(kinds[key])) for key in COLUMNS}))
-    with pytest.raises(UsageError, match="row 0 of `train_dataset` has twin_ids that are no list of whole numbers"):
+    with pytest.raises(UsageError, match="row 0 of `train_dataset` has twin_ids that are not a list of whole numbers"):
         trainer_of(tiny_model(), tmp_path, data=wide)
 
 
