@@ -117,7 +117,7 @@ def score_function(name: str) -> Score:
 
 def _file(path: Path) -> Any:
     if not path.is_file():
-        raise MissingFile(f"the file {path} of the scoring function does not exist.")
+        raise MissingFile(f"there is no file {path}: a scoring function must be module:function or file.py:function.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
