@@ -186,7 +186,7 @@ class SkippingBrokenSteps(TrainerCallback):
         for one in parameters:
             gradient = one.grad.to_local() if hasattr(one.grad, "to_local") else one.grad
             broken += (~gradient.isfinite().all()).to(broken)
-        if not accelerator.reduce(broken, "sum").item():  # with sharded weights, one process may see it alone
+        if not accelerator.reduce(broken, "sum").item():  # with sharded weights, perhaps one process sees it
             self._in_a_row = 0
             return
         for one in parameters:

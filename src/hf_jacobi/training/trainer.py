@@ -635,7 +635,7 @@ def find_tokenizer(name: str) -> Any:
 
 def load_model(name: str, init_kwargs: dict[str, Any] | None) -> PreTrainedModel:
     """
-    Loads a model, unless `init_kwargs` say otherwise in float32, and with FlexAttention where it can train (on a GPU).
+    Loads a model. Unless `init_kwargs` say otherwise, it is in float32, and uses FlexAttention on a GPU if it can.
 
     Args:
         name: a folder or a Hub id.
