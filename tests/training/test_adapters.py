@@ -153,7 +153,7 @@ def test_an_adapter_that_may_not_be_trained_is_refused(tmp_path):
 def test_the_best_of_an_adapter_of_another_name_is_refused(tmp_path):
     named = peft.get_peft_model(tiny_model(), lora(), adapter_name="mine")
     settings = {"eval_dataset": rows(2), "eval_strategy": "steps", "save_strategy": "steps", "save_steps": 1}
-    with pytest.raises(ValueError, match=r"named 'default' alone, but \['mine'\]"):
+    with pytest.raises(ValueError, match=r"named 'default', but the active ones are \['mine'\]"):
         trainer_of(named, tmp_path, load_best_model_at_end=True, eval_steps=1, **settings)
 
 
@@ -164,7 +164,7 @@ def test_what_peft_cannot_combine_with_a_draft_only_adapter_is_said(tmp_path, se
 
 
 def test_an_activated_adapter_for_all_tokens_is_refused(tmp_path):
-    with pytest.raises(hf_jacobi.UsageError, match="adapter_scope='draft' alone"):
+    with pytest.raises(hf_jacobi.UsageError, match="adapter_scope='draft' only"):
         trainer_of(tiny_model(), tmp_path, peft_config=config(**DRAFT_ONLY))
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 from accelerate import ParallelismConfig
 from models import tiny_model
 from packed_rows import trajectories
-from test_trainer import arguments, rows, trainer_of
+from test_trainer import arguments, lora, rows, trainer_of
+from transformers import Trainer
 
 import hf_jacobi
 from hf_jacobi import JacobiForcingTrainer, UsageError
+from hf_jacobi.training.collator import PackedCollator
 
 
 NAN, INF = float("nan"), float("inf")
@@ -36,10 +40,10 @@ def test_context_and_sequence_parallelism_are_refused(tmp_path, monkeypatch, siz
 
 def test_processes_that_would_wait_for_each_other_are_refused(tmp_path, monkeypatch):
     uneven = arguments(tmp_path, accelerator_config={"even_batches": False})
-    JacobiForcingTrainer(tiny_model(), uneven, rows(2))
+    JacobiForcingTrainer(tiny_model(), uneven, train_dataset=rows(2))
     monkeypatch.setattr(type(uneven), "world_size", 2)
     with pytest.raises(UsageError, match="`even_batches=False` gives some of 2 processes fewer batches"):
-        JacobiForcingTrainer(tiny_model(), uneven, rows(2))
+        JacobiForcingTrainer(tiny_model(), uneven, train_dataset=rows(2))
     with pytest.raises(UsageError, match="`dispatch_batches=True` joins the batches of all processes"):
         trainer_of(tiny_model(), tmp_path, accelerator_config={"dispatch_batches": True})
 
@@ -114,8 +118,8 @@ def test_logits_that_come_to_nan_or_infinity_are_named_as_such(tmp_path):
             {"model_init_kwargs": "not json"},
             "`model_init_kwargs` must be a dictionary, or JSON of one",
         ),
-        ({"model_init_kwargs": "{bad"}, "an argument is no JSON: '{bad'"),
-        ({"jacobi_config": "not json"}, "`jacobi_config` must be"),
+        ({"model_init_kwargs": "{bad"}, "an argument must be JSON, got '{bad'"),
+        ({"jacobi_config": "not json"}, "`jacobi_config` must be a dictionary, or JSON of one, got 'not json'"),
         ({"fp16": True}, "`fp16` needs a GPU"),
         ({"learning_rate": -1}, "`learning_rate` must be from 0 to inf, got -1"),
         ({"learning_rate": "abc"}, "`learning_rate` must be a finite number, got 'abc'"),
@@ -133,7 +137,41 @@ def test_other_arguments_are_refused_in_a_sentence(tmp_path, settings, message):
 
 def test_a_search_for_hyperparameters_is_refused(tmp_path):
     with pytest.raises(UsageError, match="`model_init`, and with it the search for hyperparameters, is not supported"):
-        JacobiForcingTrainer(None, arguments(tmp_path), rows(2), model_init=tiny_model)
+        JacobiForcingTrainer(None, arguments(tmp_path), train_dataset=rows(2), model_init=tiny_model)
+
+
+def test_parameters_are_those_of_trainer_in_its_order():
+    ours, theirs = (list(inspect.signature(one.__init__).parameters) for one in (JacobiForcingTrainer, Trainer))
+    assert ours[: len(theirs)] == theirs and ours[len(theirs) :] == ["peft_config", "eval_score", "refresh"]
+
+
+@pytest.mark.parametrize("name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"])
+def test_functions_that_would_never_be_called_are_refused(tmp_path, name):
+    with pytest.raises(UsageError, match=rf"`{name}` .*omit it"):
+        JacobiForcingTrainer(tiny_model(), arguments(tmp_path), train_dataset=rows(2), **{name: print})
+
+
+def test_an_optimizer_made_before_the_weights_it_should_train_is_refused(tmp_path):
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with pytest.raises(UsageError, match="`optimizers` cannot hold the weights"):
+        trainer_of(model, tmp_path, optimizers=(optimizer, None), peft_config=lora())
+    trainer = trainer_of(model, tmp_path, optimizers=(optimizer, None))
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer
+    settings = {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1e-3}), "peft_config": lora()}
+    trainer = trainer_of(tiny_model(), tmp_path, **settings)
+    trainer.train()
+    assert isinstance(trainer.optimizer.optimizer, torch.optim.SGD)
+
+
+def test_the_training_set_can_be_the_third_argument(tmp_path):
+    """As it was before the order of the parameters was that of `Trainer`."""
+    data = rows(2)
+    trainer = JacobiForcingTrainer(tiny_model(), arguments(tmp_path), data)
+    assert trainer.train_dataset is data and isinstance(trainer.data_collator, PackedCollator)
+    with pytest.raises(UsageError, match=r"`data_collator` must be a function .* by name"):
+        JacobiForcingTrainer(tiny_model(), arguments(tmp_path), data, rows(2))
 
 
 def test_texts_without_a_prompt_are_trained_on_and_passed_over_in_decoding(tmp_path):

@@ -79,7 +79,7 @@ def test_scoring_functions_are_found_by_name(tmp_path, monkeypatch):
     for name in ("own_scores:right", "own_scores.py:right", f"{tmp_path}/own_scores.py:right"):
         assert score_function(name)("a", "a") and not score_function(name)("a", "b")
     for name, message in (
-        ("own_scores", "named as module:function"),
+        ("own_scores", "must be module:function"),
         ("own_scores:wrong", "has no function 'wrong'"),
         ("no_scores:right", "module no_scores cannot be imported"),
         ("no_scores.py:right", "no file no_scores.py"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -82,7 +82,7 @@ def test_the_guard_sees_reads(monkeypatch):
     ],
 )
 def test_a_step_reads_nothing_of_its_device(tmp_path, monkeypatch, settings, attention):
-    """PEFT's own way to apply a draft-only adapter does; the one that compiled layers have does not."""
+    """PEFT's own way to apply a draft-only adapter does; that of `NoisyTokens` does not."""
     settings = dict(settings)
     one_forward = settings.pop("in_one_forward", False)
     adapter = {"peft_config": lora()} if settings.pop("adapter", False) else {}
@@ -91,12 +91,11 @@ def test_a_step_reads_nothing_of_its_device(tmp_path, monkeypatch, settings, att
         trainer.text_once, trainer.planner.text_once = None, False
     trainer.model.train()
     batches, counts = trainer.get_batch_samples(iter([trainer.data_collator(packed(3))]), 1, torch.device("cpu"))
-    with trainer.noisy_tokens.in_one_piece() if trainer.noisy_tokens else nullcontext():
-        with trainer._one_batch(), no_reads(monkeypatch):
-            trainer.compute_loss(trainer.model, batches[0], num_items_in_batch=counts).backward()
-        trainer.model.eval()
-        with trainer._one_batch(), torch.no_grad(), no_reads(monkeypatch):
-            trainer.compute_loss(trainer.model, batches[0])
+    with trainer._one_batch(), no_reads(monkeypatch):
+        trainer.compute_loss(trainer.model, batches[0], num_items_in_batch=counts).backward()
+    trainer.model.eval()
+    with trainer._one_batch(), torch.no_grad(), no_reads(monkeypatch):
+        trainer.compute_loss(trainer.model, batches[0])
 
 
 def test_a_plan_goes_to_the_device_with_its_batch():

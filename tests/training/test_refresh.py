@@ -30,8 +30,8 @@ def trainer_of(folder, seen=None, **settings) -> JacobiForcingTrainer:
     }  # fmt: skip
     refresh = settings.pop("refresh", Refresh(PROMPTS, count=2, max_new_tokens=16, window_size=2))
     trainer = JacobiForcingTrainer(
-        trained_model(), arguments(folder, **defaults | settings), rows(8), processing_class=tiny_tokenizer(),
-        refresh=refresh,
+        trained_model(), arguments(folder, **defaults | settings), train_dataset=rows(8),
+        processing_class=tiny_tokenizer(), refresh=refresh,
     )  # fmt: skip
     if seen is not None:
         collate = trainer.data_collator
@@ -81,7 +81,7 @@ def test_a_training_that_begins_anew_leaves_no_rows_of_the_one_before(tmp_path):
 def test_a_resume_without_its_rows_is_refused(tmp_path):
     trainer_of(tmp_path, max_steps=3).train()
     (tmp_path / "refresh").rename(tmp_path / "elsewhere")
-    with pytest.raises(UsageError, match="from which this training would go on, is not there"):
+    with pytest.raises(UsageError, match="which this training needs to resume, does not exist"):
         trainer_of(tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -64,13 +64,13 @@ EDITS = {
     "blocks in another order": (lambda row: order(row, lambda block: {0: 1, 1: 0}.get(block, block)), "out of order"),
     "noise before text": (lambda row: order(row, lambda block: block < 0), "begins with noise"),
     "empty": (empty, "is empty"),
-    "a column of nothing": (lambda row: row.update(labels=None), "labels that are no list"),
-    "a token of nothing": (put("input_ids", 3, None), "input_ids that are no list"),
-    "a list for a token": (put("input_ids", 3, [3]), "input_ids that are no list"),
-    "a tensor for a twin": (put("twin_ids", -1, torch.tensor([3])), "twin_ids that are no list"),
+    "a column of nothing": (lambda row: row.update(labels=None), "labels that are not a list"),
+    "a token of nothing": (put("input_ids", 3, None), "input_ids that are not a list"),
+    "a list for a token": (put("input_ids", 3, [3]), "input_ids that are not a list"),
+    "a tensor for a twin": (put("twin_ids", -1, torch.tensor([3])), "twin_ids that are not a list"),
     "a twin beyond all numbers": (
         lambda row: row.update(twin_ids=[2**63] * len(row["twin_ids"])),
-        "twin_ids that are no list",
+        "twin_ids that are not a list",
     ),
     "a negative token": (put("input_ids", 3, -1), "holds token -1"),
     "another vocabulary": (put("input_ids", 3, 96), "holds token 96"),
@@ -166,7 +166,7 @@ def test_columns_of_unsigned_numbers_are_looked_at_beside_others(tmp_path):
     kinds = {key: pyarrow.uint64() if key == "twin_ids" else pyarrow.int64() for key in COLUMNS}
     values = {key: [[2**64 - 1] * 9 if key == "twin_ids" else [0] * 9] for key in COLUMNS}
     wide = Dataset(pyarrow.table({key: pyarrow.array(values[key], pyarrow.list_(kinds[key])) for key in COLUMNS}))
-    with pytest.raises(UsageError, match="row 0 of `train_dataset` has twin_ids that are no list of whole numbers"):
+    with pytest.raises(UsageError, match="row 0 of `train_dataset` has twin_ids that are not a list of whole numbers"):
         trainer_of(tiny_model(), tmp_path, data=wide)
 
 
@@ -175,7 +175,7 @@ def test_columns_of_unsigned_numbers_are_looked_at_beside_others(tmp_path):
     [
         ({"data": 5}, "`train_dataset` must be what pack_trajectories returns, got int"),
         ({"processing_class": "name"}, "`processing_class` must be a tokenizer, got 'name'"),
-        ({"peft_config": {"r": 4}}, "`peft_config` must be a configuration of PEFT, got dict"),
+        ({"peft_config": {"r": 4}}, "`peft_config` must be a PEFT configuration, got dict"),
     ],
 )
 def test_arguments_of_another_kind_are_named(tmp_path, arguments, message):

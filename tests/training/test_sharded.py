@@ -227,5 +227,5 @@ def test_fsdp_that_would_be_left_out_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     refuse_without_sharding(trainer)  # of one process there is nothing to shard
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
-    with pytest.raises(ValueError, match="accelerate has none for processes on a cpu"):
+    with pytest.raises(ValueError, match="accelerate does not support FSDP for processes on a cpu"):
         refuse_without_sharding(trainer)

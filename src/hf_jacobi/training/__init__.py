@@ -1,4 +1,4 @@
-"""How a model learns to decode in parallel. Needs what the extra `train` brings."""
+"""Training a model to decode in parallel. Needs the extra `train`."""
 
 from .config import JacobiForcingConfig
 from .refresh import Refresh

@@ -1,15 +1,16 @@
-"""PEFT adapters: for every token, or for drafts alone (activated LoRA on the noisy tokens, which stand last)."""
+"""PEFT adapters: for every token, or for drafts only (an activated LoRA on the noisy tokens, which end each row)."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..decoding.compat import INVOCATION, OFFSETS, VARIANT, decoder_layers, forget_offsets
@@ -21,104 +22,142 @@ from .forward import outside_training
 from .mask import RowTensors
 
 
-PREFIX = "lora_"  # of the modules that PEFT puts a LoRA's weights into
-CHUNK = 1 << 20  # numbers of eight bytes that are summed at a time
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 
-def add_adapter(model, peft_config, args: JacobiForcingConfig):
+PREFIX = "lora_"  # of the modules that hold a LoRA's weights in PEFT
+CHUNK = 1 << 20  # eight-byte numbers summed at a time
+
+
+def add_adapter(model, peft_config: PeftConfig | None, args: JacobiForcingConfig) -> torch.nn.Module:
     """
-    The model with an adapter, if there is to be one.
+    Adds an adapter to a model.
 
     Args:
         model: the model.
-        peft_config: the adapter's configuration; `None` leaves the model as it is.
+        peft_config: the adapter's configuration; `None` returns the model unchanged.
         args: the training arguments.
 
     Raises:
-        `ValueError`: a draft-only adapter is asked for that is no LoRA, or none at all.
+        `ValueError`: the model, `peft_config` and `args.adapter_scope` do not fit together, or a draft-only adapter
+            would change the base model.
     """
-    present = getattr(model, "peft_config", {})
     if any(getattr(module, "merged", False) is True for module in model.modules()):
         raise UsageError(
-            "the model's adapter is merged into the weights, and would not learn: unmerge_adapter() first."
+            "the model's adapter is merged into the weights and would not learn: call unmerge_adapter() first."
         )
     if peft_config is None:
-        drafting = [is_draft_only(config) for config in present.values()]
-        if args.adapter_scope == "draft" and not (drafting and all(drafting)):
-            raise UsageError(
-                "adapter_scope='draft' trains a draft-only adapter: pass a `peft_config`, or a model with such an "
-                "adapter."
-            )
-        if args.adapter_scope != "draft" and any(drafting):
-            raise UsageError("the model carries a draft-only adapter, which learns with adapter_scope='draft' alone.")
-        if args.adapter_scope == "draft":
-            _check_made(model)
+        _check_present(model, args)
         return model
-    from peft import LoraConfig, PeftConfig, get_peft_model, prepare_model_for_kbit_training
-
-    if not isinstance(peft_config, PeftConfig):
-        raise UsageError(f"`peft_config` must be a configuration of PEFT, got {type(peft_config).__name__}.")
-    if present:
-        raise UsageError("the model carries an adapter already: leave `peft_config` out, or pass the base model.")
-    if peft_config.is_prompt_learning:
-        raise UsageError(
-            f"Jacobi Forcing does not support virtual tokens, as of {peft_config.peft_type.value}: use a LoraConfig."
-        )
-    if args.adapter_scope != "draft" and getattr(peft_config, INVOCATION, None):
-        raise UsageError(
-            f"`{INVOCATION}` are of an activated LoRA, which learns with adapter_scope='draft' alone: drop them, or "
-            "pass that."
-        )
-    if args.adapter_scope == "draft":
-        if not isinstance(peft_config, LoraConfig):
-            raise UsageError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
-        _refuse_touching(peft_config)
-        if getattr(peft_config, "target_parameters", None):
-            raise UsageError(
-                "a draft-only adapter cannot be on `target_parameters`, such as the experts of a mixture, which get "
-                "tokens without their rows: name target_modules, such as those of the attention."
-            )
-        peft_config = copy.copy(peft_config)
-        # What makes PEFT apply it to the last tokens of a row. The tokens themselves are never looked for.
-        setattr(peft_config, INVOCATION, list(DRAFT_ONLY))
-        peft_config.task_type = "CAUSAL_LM"
-    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.activation_checkpointing)
-    elif args.activation_checkpointing:
-        model.enable_input_require_grads()
-    before = _checksums(unwrap(model)) if args.adapter_scope == "draft" else {}
-    try:
-        adapted = get_peft_model(model, peft_config)
-    except ValueError as error:  # of PEFT's own checks of the configuration
-        if INVOCATION not in str(error):
-            raise UsageError(str(error)) from error
-        raise UsageError(
-            f"PEFT cannot make a draft-only adapter of this configuration ({error}): use a plain LoraConfig with "
-            "target_modules that are linear layers, such as those of the attention."
-        ) from error
-    if args.adapter_scope == "draft":
+    _check_config(peft_config, getattr(model, "peft_config", {}), args)
+    drafting = args.adapter_scope == "draft"
+    if drafting:
+        peft_config = _draft_only(peft_config)
+    model = _prepare(model, args)
+    before = _checksums(unwrap(model)) if drafting else {}
+    adapted = _make(model, peft_config)
+    if drafting:
         _check_base(adapted, before, peft_config)
         _check_layers(adapted)
     return adapted
 
 
-def _refuse_touching(config) -> None:
+def _check_present(model, args: JacobiForcingConfig) -> None:
+    """Raises `ValueError` if the adapters that a model already has do not fit `adapter_scope`."""
+    drafting = [is_draft_only(config) for config in getattr(model, "peft_config", {}).values()]
+    if args.adapter_scope != "draft":
+        if any(drafting):
+            raise UsageError("the model has a draft-only adapter, which learns with adapter_scope='draft' only.")
+        return
+    if not (drafting and all(drafting)):
+        raise UsageError(
+            "adapter_scope='draft' trains a draft-only adapter: pass a `peft_config`, or a model with such an adapter."
+        )
+    _check_made(model)
+
+
+def _check_config(peft_config: PeftConfig, present: dict[str, PeftConfig], args: JacobiForcingConfig) -> None:
+    """Raises `ValueError` for an adapter that cannot be trained, or not with this `adapter_scope`."""
+    from peft import LoraConfig, PeftConfig, PeftType
+
+    if not isinstance(peft_config, PeftConfig):
+        raise UsageError(f"`peft_config` must be a PEFT configuration, got {type(peft_config).__name__}.")
+    if present:
+        raise UsageError("the model already has an adapter: omit `peft_config`, or pass the base model.")
+    if peft_config.is_prompt_learning:
+        raise UsageError(
+            f"Jacobi Forcing does not support virtual tokens, as {PeftType(peft_config.peft_type).value} adds: use a "
+            "LoraConfig."
+        )
+    if args.adapter_scope != "draft":
+        if getattr(peft_config, INVOCATION, None):
+            raise UsageError(
+                f"`{INVOCATION}` make an activated LoRA, which learns with adapter_scope='draft' only: drop them, or "
+                "set it."
+            )
+        return
+    if not isinstance(peft_config, LoraConfig):
+        raise UsageError(f"adapter_scope='draft' needs a LoraConfig, got {type(peft_config).__name__}.")
+    _refuse_touching(peft_config)
+    if getattr(peft_config, "target_parameters", None):
+        raise UsageError(
+            "a draft-only adapter does not support `target_parameters`, such as the experts of a mixture, which get "
+            "tokens without their rows: use target_modules, such as those of the attention."
+        )
+
+
+def _draft_only(peft_config: PeftConfig) -> PeftConfig:
+    """A copy of a LoRA's configuration for drafts only."""
+    made = copy.copy(peft_config)
+    # With invocation tokens, PEFT applies the adapter to the last tokens of a row. It never looks for these.
+    setattr(made, INVOCATION, list(DRAFT_ONLY))
+    made.task_type = "CAUSAL_LM"
+    return made
+
+
+def _prepare(model, args: JacobiForcingConfig):
+    """The model, ready for an adapter: quantised weights and activation checkpointing need some settings."""
+    from peft import prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=args.activation_checkpointing)
+    if args.activation_checkpointing:
+        model.enable_input_require_grads()
+    return model
+
+
+def _make(model, peft_config: PeftConfig) -> torch.nn.Module:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, peft_config)
+    except ValueError as error:  # PEFT checks the configuration
+        if INVOCATION not in str(error):
+            raise UsageError(str(error)) from error
+        raise UsageError(
+            f"PEFT cannot make a draft-only adapter from this configuration ({error}): use a plain LoraConfig whose "
+            "target_modules are linear layers, such as those of the attention."
+        ) from error
+
+
+def _refuse_touching(config: PeftConfig) -> None:
     """Raises `ValueError` for the configuration of an adapter that changes parts of the base model."""
-    if asked := touching_base(config):
-        raise UsageError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(asked)}.")
+    if touching := touching_base(config):
+        raise UsageError(f"a draft-only adapter must leave the base model as it is: drop {', '.join(touching)}.")
 
 
 def _check_made(model) -> None:
     """
-    Raises `ValueError` for a draft-only adapter that was made elsewhere and is known to have changed its base. What
-    the base was before cannot be seen: only its configuration, its layers, and what is going to be trained.
+    Raises `ValueError` for a draft-only adapter, made elsewhere, that is known to have changed its base model. The
+    earlier state of the base is unknown: only the configuration, the layers and the trainable weights can be checked.
     """
     for config in model.peft_config.values():
         _refuse_touching(config)
         if way := begun_on_other_weights(config):
             raise UsageError(
                 f"a draft-only adapter must leave the base model as it is, but init_lora_weights={way!r} changes it: "
-                "make the adapter anew without it, on a base model that is loaded anew."
+                "reload the base model and make the adapter again without it."
             )
     inner = unwrap(model)
     trained = [name for name, weight in inner.named_parameters() if weight.requires_grad and not _of_adapter(name)]
@@ -131,7 +170,7 @@ def _check_made(model) -> None:
     if layers > named:
         raise UsageError(
             f"a draft-only adapter must leave the base model as it is, but the model has {layers} layers where its "
-            f"configuration says {named}: load the base model anew."
+            f"configuration says {named}: reload the base model."
         )
 
 
@@ -140,10 +179,10 @@ def _of_adapter(name: str) -> bool:
 
 
 @torch.no_grad()
-def _checksums(model) -> dict[str, tuple]:
+def _checksums(model: PreTrainedModel) -> dict[str, tuple]:
     """
-    For each weight and buffer of a model, but not of its adapter, its shape, its dtype and two sums over its bits.
-    They take hardly any memory, where a copy would take as much as the model.
+    The shape and dtype of each weight and buffer of a model, without its adapter, and two sums over its bits. A copy
+    would take as much memory as the model; the sums take almost none.
     """
     tensors = itertools.chain(model.named_parameters(), model.named_buffers())
     return {
@@ -158,38 +197,39 @@ def _sums(tensor: torch.Tensor) -> tuple[int, ...]:
         return ()
     try:
         content = tensor.contiguous().flatten().view(torch.uint8)
-    except (RuntimeError, NotImplementedError):  # quantised in a class of its own
+    except (RuntimeError, NotImplementedError):  # a quantised tensor subclass
         return ()
     whole = len(content) // 8 * 8
     aligned = content if content.storage_offset() % 8 == 0 else content.clone()  # a part of a larger buffer
     flat = aligned[:whole].view(torch.long)
-    place = torch.arange(1, min(CHUNK, len(flat)) + 1, device=flat.device)  # a sum alone would not see an exchange
+    place = torch.arange(1, min(CHUNK, len(flat)) + 1, device=flat.device)  # a plain sum would miss a swap
     sums = torch.zeros(2, dtype=torch.long, device=flat.device)
     for piece in flat.split(CHUNK):
         sums = 31 * sums + torch.stack([piece.sum(), (piece * place[: len(piece)]).sum()])
     return (*sums.tolist(), *content[whole:].tolist())
 
 
-def _check_base(model, before: dict[str, tuple], config) -> None:
-    """Raises `ValueError` where the base model of an adapter is not what it was before the adapter was made."""
+def _check_base(model, before: dict[str, tuple], config: PeftConfig) -> None:
+    """Raises `ValueError` if making an adapter changed the base model."""
     after = _checksums(unwrap(model))
     if after == before:
         return
     changed = next(name for name in [*after, *before] if after.get(name) != before.get(name))
     raise UsageError(
         f"a draft-only adapter must leave the base model as it is, but PEFT changed {changed} with this adapter "
-        f"(init_lora_weights={config.init_lora_weights!r}): load the model anew, and leave out what changes it."
+        f"(init_lora_weights={getattr(config, 'init_lora_weights', None)!r}): reload the model, and drop the setting "
+        "that changes it."
     )
 
 
 @torch.no_grad()
 def _check_layers(model) -> None:
-    """Raises `ValueError` where a layer cannot tell which of its tokens are last in their row."""
+    """Raises `ValueError` if a layer cannot tell which of its tokens come last in their row."""
     flat: list[str] = []
     inner = unwrap(model)
     ends = (inner.get_input_embeddings(), inner.get_output_embeddings())
     if any(hasattr(end, "lora_A") for end in ends):
-        raise UsageError("a draft-only adapter cannot be on the embeddings or the head: name other target_modules.")
+        raise UsageError("a draft-only adapter cannot be on the embeddings or the head: use other target_modules.")
     if is_deepspeed_zero3_enabled():  # no process has the weights
         return
     hooks = [
@@ -207,42 +247,42 @@ def _check_layers(model) -> None:
             hook.remove()
     if flat:
         raise UsageError(
-            f"a draft-only adapter cannot serve {flat[0]}, which gets its tokens without their rows (as the experts "
-            "of a mixture do): name other target_modules, such as those of the attention."
+            f"a draft-only adapter does not support {flat[0]}, which gets its tokens without their rows (as the "
+            "experts of a mixture do): use other target_modules, such as those of the attention."
         )
 
 
 class NoisyTokens:
     """
-    Tells the layers of a draft-only adapter which tokens of a batch it applies to: the noisy ones, which stand last.
+    Tells the layers of a draft-only adapter which tokens of a batch it applies to: the noisy ones, which end each row.
 
-    PEFT's layers are told by hooks, and pick the tokens out of the rows, which falls into many pieces when it is
-    compiled. While `in_one_piece` is open they add to the last tokens of all rows what a mask lets through; while
-    `in_two_forwards` is open, to all tokens of a forward or to none.
+    PEFT tells its layers through hooks, and picks the tokens by boolean indices: each layer then waits for the device
+    and breaks into pieces when compiled. While `in_one_piece` is open, layers compute the adapter's share for the last
+    tokens of all rows and mask it instead. While `in_two_forwards` is open, the adapter applies to whole forwards.
 
     Args:
-        model: with the adapter.
+        model: the model with the adapter.
 
     Attributes:
-        on: whether the adapter applies to the forward that runs, while `in_two_forwards` is open.
+        on: whether the adapter applies to the current forward, while `in_two_forwards` is open.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: torch.nn.Module):
         self.model = model
-        self.mask: torch.Tensor | None = None  # [B, T, 1], true for noisy tokens, T of them in the longest row
+        self.mask: torch.Tensor | None = None  # [B, T, 1], true for noisy tokens; the longest row has T of them
         self.on = False
         self._in_one_piece = self._in_two_forwards = self._in_batch = False
 
     def inputs(self, rows: RowTensors, counts: list[int]) -> dict[str, Any]:
         """
-        What the forward of a batch is given for its adapter.
+        The arguments that a batch's forward needs for the adapter.
 
         Args:
             rows: the tokens.
-            counts: how many of them are noisy in each row.
+            counts: the number of noisy tokens in each row.
         """
         if self._in_two_forwards:
-            return {OFFSETS: []}  # else PEFT looks for them in the text
+            return {OFFSETS: []}  # without it, PEFT searches the text for invocation tokens
         noisy = rows.noisy
         if not (self._in_one_piece and self._in_batch):
             return {OFFSETS: counts}
@@ -251,7 +291,7 @@ class NoisyTokens:
 
     @contextmanager
     def one_batch(self):
-        """While this is open, what the layers were told holds; afterwards they know nothing of it."""
+        """While this is open, the layers keep what `inputs` told them; afterwards they forget it."""
         self._in_batch = True
         try:
             yield
@@ -263,7 +303,10 @@ class NoisyTokens:
 
     @contextmanager
     def in_one_piece(self):
-        """While this is open, the layers of the adapter compute in operations that compile into one graph."""
+        """While this is open, the adapter's layers neither wait for the device nor break a compiled graph."""
+        if self._in_one_piece:
+            yield
+            return
         self._in_one_piece = True
         try:
             with self._with_forwards(self._forward_of_some):
@@ -273,7 +316,7 @@ class NoisyTokens:
 
     @contextmanager
     def in_two_forwards(self):
-        """While this is open, the layers of the adapter apply it to whole forwards, as `on` says."""
+        """While this is open, the adapter applies to whole forwards, according to `on`."""
         if self._in_two_forwards:
             yield
             return
@@ -285,10 +328,10 @@ class NoisyTokens:
             self._in_two_forwards = False
 
     @contextmanager
-    def _with_forwards(self, make):
-        """While this is open, the layers of the adapter have the forwards that `make(layer, forward)` returns."""
+    def _with_forwards(self, make: Callable[[Any, Callable | None], MethodType]):
+        """While this is open, each layer of the adapter runs the forward that `make(layer, forward)` returns."""
         layers = [module for module in self.model.modules() if getattr(module, VARIANT, None)]
-        before = {layer: vars(layer).get("forward") for layer in layers}
+        before: dict[Any, Callable | None] = {layer: vars(layer).get("forward") for layer in layers}
         for layer, forward in before.items():
             layer.forward = make(layer, forward)
         try:
@@ -299,7 +342,7 @@ class NoisyTokens:
                 if forward is not None:
                     layer.forward = forward
 
-    def _forward_of_all(self, layer, before):
+    def _forward_of_all(self, layer, before: Callable | None) -> MethodType:
         def forward(layer, x, *args, **kwargs):
             kwargs.pop(OFFSETS, None)
             result = layer.base_layer(x, *args, **kwargs)
@@ -311,7 +354,7 @@ class NoisyTokens:
 
         return MethodType(forward, layer)
 
-    def _forward_of_some(self, layer, before):
+    def _forward_of_some(self, layer, before: Callable | None) -> MethodType:
         def forward(layer, x, *args, **kwargs):
             if self.mask is None or layer.disable_adapters:
                 return before(x, *args, **kwargs) if before else type(layer).forward(layer, x, *args, **kwargs)
@@ -327,7 +370,7 @@ class NoisyTokens:
 
 
 def _shares(layer, x: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What each adapter of a layer adds."""
+    """What each adapter of a layer adds to its output."""
     for name in layer.active_adapters:
         if name in layer.lora_A:
             down, up, dropout = (part[name] for part in (layer.lora_A, layer.lora_B, layer.lora_dropout))

@@ -1,10 +1,11 @@
-"""What training looks like from outside: tokens per forward by now, and whether the text is still the same."""
+"""Callbacks of a training: decoding at each evaluation, and skipping steps with broken gradients."""
 
 from __future__ import annotations
 
 import json
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -18,9 +19,14 @@ from .forward import outside_training
 from .rows import iter_rows
 
 
+if TYPE_CHECKING:
+    from .config import JacobiForcingConfig
+    from .trainer import JacobiForcingTrainer
+
+
 logger = logging.get_logger(__name__)
-IN_A_ROW = 10  # steps that may be skipped, less one
-BEFORE = "_texts_before_training.json"  # what begins so is not pushed to the Hub
+IN_A_ROW = 10  # skipped steps that end the training
+BEFORE = "_texts_before_training.json"  # the underscore keeps it off the Hub
 
 
 class DecodingCallback(TrainerCallback):
@@ -29,14 +35,14 @@ class DecodingCallback(TrainerCallback):
 
     Args:
         trainer: the trainer.
-        prompts: what is decoded.
-        before: their texts by the model as it was, where it is that no more.
-        score: says of the text of a prompt and that of its completion whether it is right.
+        prompts: the prompts, as token ids.
+        before: the original model's texts, if an adapter has changed it since.
+        score: tells from the text of a prompt and that of its completion whether the answer is correct.
     """
 
     def __init__(
         self,
-        trainer,
+        trainer: JacobiForcingTrainer,
         prompts: list[list[int]],
         before: list[list[int]] | None = None,
         score: Score | None = None,
@@ -47,12 +53,12 @@ class DecodingCallback(TrainerCallback):
         self.score = score
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Remembers the texts of the model as it is, or as it was before the run that this one resumes."""
+        """Stores the texts of the model before training; a resumed run reads those of the run that it resumes."""
         file = Path(args.output_dir) / BEFORE
         if state.global_step and file.exists():
             known = json.loads(file.read_text())
-            self.before = [known.get(json.dumps(prompt)) for prompt in self.prompts]
-            self.before = None if None in self.before else self.before
+            texts = [known.get(json.dumps(prompt)) for prompt in self.prompts]
+            self.before = None if None in texts else texts
         self._remember()
         if args.should_save and self.before is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -60,12 +66,12 @@ class DecodingCallback(TrainerCallback):
 
     def figures(self) -> dict[str, float]:
         """
-        What `Tally.figures` says, with the settings that the checkpoint will have. Nothing where no process has the
-        whole model.
+        The figures of `Tally.figures`, decoded with the settings that the checkpoint will have. Empty if no process
+        has the whole model.
         """
-        if not self._can_decode():
-            return {}
         self._remember()
+        if self.before is None or not self._can_decode():
+            return {}
         tally = Tally(self.score is not None)
         for prompt, before in zip(self.prompts, self.before):
             output = self._generate(prompt, decoding="jacobi", return_dict_in_generate=True)
@@ -76,7 +82,8 @@ class DecodingCallback(TrainerCallback):
     def _is_right(self, prompt: list[int], text: list[int]) -> bool:
         if self.score is None:
             return False
-        decode = self.trainer.processing_class.decode
+        tokenizer: Any = self.trainer.processing_class  # `check_score` requires one
+        decode = tokenizer.decode
         return bool(self.score(*(decode(tokens, skip_special_tokens=True) for tokens in (prompt, text))))
 
     def _remember(self) -> None:
@@ -89,16 +96,18 @@ class DecodingCallback(TrainerCallback):
     def _text(self, prompt: list[int]) -> list[int]:
         return self._generate(prompt, decoding="ar")[0, len(prompt) :].tolist()
 
-    def _generate(self, prompt: list[int], **settings):
-        """Greedy text."""
+    def _generate(self, prompt: list[int], **settings) -> Any:
         if settings["decoding"] == "jacobi":
             settings["jacobi_config"] = self.trainer.jacobi_config
         with self.trainer.accelerator.autocast():
             return greedy(unwrap(self.trainer.model), prompt, self.trainer.args, **settings)
 
 
-def greedy(model, prompt: list[int], args, **settings):
-    """What `generate` returns for a prompt, as far as the arguments of the training say, and there are positions."""
+def greedy(model, prompt: list[int], args: JacobiForcingConfig, **settings) -> Any:
+    """
+    What `generate` returns for a prompt with greedy decoding. It generates up to `args.eval_max_new_tokens` tokens, or
+    as many as the model has positions for.
+    """
     model = enable(model)
     inputs = torch.tensor([prompt], device=model.device)
     table = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
@@ -114,10 +123,10 @@ def greedy(model, prompt: list[int], args, **settings):
         )
 
 
-def texts_of_base(model, prompts: list[list[int]], args) -> list[list[int]] | None:
+def texts_of_base(model, prompts: list[list[int]], args: JacobiForcingConfig) -> list[list[int]] | None:
     """
-    The texts of a model that an adapter is about to change, in the precision of the training. `None` where one process
-    is not going to have the whole model, and so never decodes.
+    The texts of a model that an adapter is about to change, in the precision of the training. `None` if the adapter
+    leaves texts unchanged, or if no process will have the whole model and be able to decode.
     """
     if args.adapter_scope == "draft" or args.fsdp or args.deepspeed:
         return None
@@ -128,12 +137,12 @@ def texts_of_base(model, prompts: list[list[int]], args) -> list[list[int]] | No
 
 
 def prompts_of(dataset, count: int) -> list[list[int]]:
-    """The first `count` prompts of packed rows, if there are any; a text may do without a prompt."""
+    """The first `count` prompts of packed rows, or fewer: texts without a prompt are passed over."""
     if dataset is None or not count:
         return []
     found = list(islice(filter(None, map(prompt_of, iter_rows(dataset))), count))
     if not found:
-        logger.warning("no row of the evaluation set has a prompt: there is no text to decode during evaluation.")
+        logger.warning("no row of the evaluation set has a prompt: evaluation decodes nothing.")
     return found
 
 
@@ -145,29 +154,30 @@ def prompt_of(row: dict[str, list[int]]) -> list[int]:
 
 class SkippingBrokenSteps(TrainerCallback):
     """
-    Leaves weights and optimizer as they are in a step whose gradients are NaN or infinite, on all processes together.
+    Leaves weights and optimizer unchanged in a step whose gradients are NaN or infinite, on all processes together.
 
-    A gradient scaler (float16) does so by itself, and DeepSpeed takes steps of its own: neither is touched.
+    It does not interfere with a gradient scaler (float16), which does the same, nor with DeepSpeed, which takes its
+    own steps.
 
     Args:
         trainer: the trainer.
 
     Attributes:
-        skipped: how many steps were left out.
+        skipped: the number of skipped steps.
     """
 
-    def __init__(self, trainer):
+    def __init__(self, trainer: JacobiForcingTrainer):
         self.trainer = trainer
         self.skipped = self._in_a_row = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Counts anew, or on from what the run logged that this one resumes."""
+        """Starts counting at 0, or where the run that this one resumes stopped."""
         logged = [line["skipped_steps"] for line in state.log_history if "skipped_steps" in line]
         self.skipped = logged[-1] if state.global_step and logged else 0
         self._in_a_row = 0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        """Takes the gradients away, if they are broken: an optimizer passes over parameters that have none."""
+        """Removes broken gradients: an optimizer skips parameters that have none."""
         accelerator = self.trainer.accelerator
         if accelerator.scaler is not None or self.trainer.is_deepspeed_enabled:
             return
@@ -176,16 +186,16 @@ class SkippingBrokenSteps(TrainerCallback):
         for one in parameters:
             gradient = one.grad.to_local() if hasattr(one.grad, "to_local") else one.grad
             broken += (~gradient.isfinite().all()).to(broken)
-        if not accelerator.reduce(broken, "sum").item():  # with weights spread over processes one alone may see it
+        if not accelerator.reduce(broken, "sum").item():  # with sharded weights, perhaps one process sees it
             self._in_a_row = 0
             return
         for one in parameters:
             one.grad = None
         self.skipped += 1
         self._in_a_row += 1
-        logger.warning(f"step {state.global_step + 1} is skipped: its gradients are not finite.")
+        logger.warning(f"step {state.global_step + 1} was skipped: its gradients are not finite.")
         if self._in_a_row == IN_A_ROW:
             raise UsageError(
                 f"the gradients of {IN_A_ROW} steps in a row are NaN or infinite: lower the learning rate, or train "
-                "in float32; the weights are those before these steps."
+                "in float32; the weights are as they were before these steps."
             )

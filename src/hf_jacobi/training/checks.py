@@ -1,20 +1,26 @@
-"""What cannot be trained on, refused before the training begins, with what to do about it."""
+"""Refuses, before training begins, data and settings that it cannot use, each with the way out."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from ..decoding.errors import UsageError
 from ..trajectories.packing import COLUMNS
+from .config import JacobiForcingConfig
 from .rows import BlockSizes, Flat, block_sizes, find_fault, flat_batches, flat_rows, iter_rows
 
 
-LOOKED_AT = 64  # rows of a stream before the training; the others are looked at as they come
+if TYPE_CHECKING:
+    from .trainer import JacobiForcingTrainer
+
+
+LOOKED_AT = 64  # rows of a stream checked before training; the collator checks the others
 
 
 class RowCheck:
@@ -23,7 +29,7 @@ class RowCheck:
 
     Args:
         model: the causal language model.
-        block_size: what the blocks are expected to have, if anything.
+        block_size: the expected block size; `None` accepts any.
     """
 
     def __init__(self, model, block_size: int | None):
@@ -35,17 +41,17 @@ class RowCheck:
 
     def all(self, name: str, dataset) -> int | None:
         """
-        Looks at all rows of a data set; of a stream, which has no length, at the first ones.
+        Checks all rows of a data set, or the first ones of a stream, which has no length.
 
         Args:
-            name: of the argument, for the message.
+            name: the name of the argument, for messages.
             dataset: the data.
 
         Returns:
-            the length of their blocks, that of the longest.
+            the length of the longest block, in tokens.
 
         Raises:
-            `ValueError`: names the row that is wrong.
+            `ValueError`: a row is wrong; the message names it.
         """
         name = f"`{name}`"
         if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__"):
@@ -62,16 +68,16 @@ class RowCheck:
         return longest or None
 
     def some(self, rows: list[dict[str, Any]]) -> None:
-        """Looks at rows of a stream as they come."""
+        """Checks the rows of a batch, for a stream."""
         self._check("a batch", 0, flat_rows(rows, "a batch"))
 
-    def _check_kind(self, name: str, head: list) -> None:
+    def _check_kind(self, name: str, head: list[Any]) -> None:
         if not head:
-            raise UsageError(f"{name} is empty: collect trajectories and pack them first.")
+            raise UsageError(f"{name} is empty: collect and pack trajectories first.")
         if not hasattr(head[0], "keys"):
             raise UsageError(f"{name} has no rows with columns: pass what pack_trajectories returns.")
         if "trajectories" in head[0]:
-            raise UsageError(f"{name} holds trajectories: pass what pack_trajectories makes of them.")
+            raise UsageError(f"{name} holds trajectories: pack them with pack_trajectories first.")
         if missing := [column for column in COLUMNS if column not in head[0]]:
             raise UsageError(f"{name} lacks the columns {missing}: pass what pack_trajectories returns.")
 
@@ -79,120 +85,170 @@ class RowCheck:
         fault = find_fault(rows, self.vocabulary, self.positions)
         if fault is not None:
             raise UsageError(
-                f"row {first + fault.row} of {name} {fault.what.replace('the model', self.model)}: it was packed "
-                "with another tokenizer or for another model, or changed since; pack the trajectories again."
+                f"row {first + fault.row} of {name} {fault.what.replace('the model', self.model)}: it was packed with "
+                "another tokenizer, for another model, or changed afterwards; pack the trajectories again."
             )
 
     def _check_blocks(self, name: str, found: BlockSizes) -> None:
-        asked = self.block_size
-        if asked is not None and (found.longest > asked or (found.longest < asked and found.several)):
-            raise UsageError(f"{name} has blocks of {found.longest} tokens, but block_size={asked}: make them agree.")
+        size = self.block_size
+        if size is not None and (found.longest > size or (found.longest < size and found.several)):
+            raise UsageError(
+                f"{name} has blocks of {found.longest} tokens, but block_size={size}: they must be equal."
+            )
 
 
 def check_tokenizer(tokenizer: Any, model) -> None:
-    """Raises `ValueError` for a tokenizer of another model: one with many tokens that the model does not have."""
+    """Raises `ValueError` for another model's tokenizer: one with more tokens than the model has."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     if isinstance(tokenizer, str) or not hasattr(tokenizer, "__len__"):
         raise UsageError(f"`processing_class` must be a tokenizer, got {tokenizer!r:.60}.")
-    if len(tokenizer) > vocabulary + 8:  # some models leave out a token or two that their tokenizer has
+    if len(tokenizer) > vocabulary + 8:  # some models lack a token or two of their tokenizer
         raise UsageError(
-            f"the tokenizer makes {len(tokenizer)} tokens, but {type(model).__name__} knows {vocabulary}: pass the "
+            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} has {vocabulary}: pass the "
             "tokenizer of this model."
         )
 
 
-def check_precision(args) -> None:
-    """Raises `ValueError` for float16 on a CPU, which transformers would leave out without a word."""
+def check_arguments(args: Any) -> None:
+    """Raises `ValueError` for training arguments of another trainer, or that this one does not support."""
+    if not isinstance(args, JacobiForcingConfig):
+        raise UsageError(f"`args` must be a JacobiForcingConfig, got {type(args).__name__}.")
+    refuse_split_rows(args)
+    check_precision(args)
+    check_shares(args)
+    never_dispatch(args)
+
+
+def refuse_unsupported(
+    model: Any,
+    model_init: Callable | None,
+    compute_loss_func: Callable | None,
+    compute_metrics: Callable | None,
+    preprocess_logits_for_metrics: Callable | None,
+) -> None:
+    """Raises `ValueError` for parameters of `transformers.Trainer` that this trainer would ignore."""
+    if model is None or model_init is not None:
+        raise UsageError(
+            "`model_init`, and with it the search for hyperparameters, is not supported: pass `model`, and make a "
+            "trainer for each trial."
+        )
+    if compute_loss_func is not None:
+        raise UsageError(
+            "`compute_loss_func` is not supported, as the trainer computes the losses of Jacobi Forcing: omit it, and "
+            "set `consistency_loss` and `ar_loss_weight` in `args`."
+        )
+    for name, function in (
+        ("compute_metrics", compute_metrics),
+        ("preprocess_logits_for_metrics", preprocess_logits_for_metrics),
+    ):
+        if function is not None:
+            raise UsageError(f"`{name}` needs the logits of whole rows, which are never computed: omit it.")
+
+
+def check_optimizer(optimizer: Any, model: Any, peft_config: Any) -> None:
+    """Raises `ValueError` for an optimizer that was made before the weights that it should train."""
+    if optimizer is not None and (isinstance(model, str) or peft_config is not None):
+        raise UsageError(
+            "`optimizers` cannot hold the weights of a model given by name or of an adapter from `peft_config`, which "
+            "the trainer makes later: pass `optimizer_cls_and_kwargs`, or a model that has its adapter."
+        )
+
+
+def check_precision(args: JacobiForcingConfig) -> None:
+    """Raises `ValueError` for float16 on a CPU, which transformers would ignore silently."""
     if args.fp16 and args.device.type == "cpu":
-        raise UsageError("`fp16` needs a GPU: pass bf16=True, or train in float32, on a CPU.")
+        raise UsageError("`fp16` needs a GPU: on a CPU, set bf16=True or train in float32.")
 
 
-def check_score(score, prompts: list[list[int]], tokenizer) -> None:
-    """Raises `ValueError` for a scoring function that cannot be called, or has nothing to score."""
+def check_score(score: Any, prompts: list[list[int]], tokenizer: Any) -> None:
+    """Raises `ValueError` for a scoring function that is not callable, or has nothing to score."""
     if score is None:
         return
     if not callable(score):
         raise UsageError(f"`eval_score` must be a function of a prompt and its completion, got {score!r:.60}.")
     if not prompts:
-        raise UsageError("`eval_score` is for held-out prompts: pass an `eval_dataset`, and eval_prompts above 0.")
+        raise UsageError(
+            "`eval_score` needs held-out prompts: pass an `eval_dataset` with prompts, and eval_prompts above 0."
+        )
     if tokenizer is None:
         raise UsageError("`eval_score` reads text: pass the tokenizer as `processing_class`.")
 
 
-def check_shares(args) -> None:
-    """Raises `ValueError` where processes would get different numbers of batches, and wait for each other."""
+def check_shares(args: JacobiForcingConfig) -> None:
+    """Raises `ValueError` if processes would get different numbers of batches and wait for each other."""
     if args.world_size > 1 and not getattr(args.accelerator_config, "even_batches", True):
         raise UsageError(
-            f"`even_batches=False` gives some of {args.world_size} processes fewer batches, for which others wait: "
-            "leave it out; each row of an evaluation counts once all the same."
+            f"`even_batches=False` gives some of {args.world_size} processes fewer batches, and the others wait: omit "
+            "it; an evaluation counts each row once even so."
         )
 
 
-def never_dispatch(args) -> None:
+def never_dispatch(args: JacobiForcingConfig) -> None:
     """
-    Has each process read a stream by itself and take its rows, where one process would by accelerate's default join
-    batches of different lengths for the others.
+    Makes each process read a stream itself and take its own rows. By accelerate's default, one process would read for
+    all and join batches, whose rows differ in length.
 
     Raises:
-        `ValueError`: that is asked for.
+        `ValueError`: `dispatch_batches=True`.
     """
     if args.world_size == 1:
         return
-    if getattr(args.accelerator_config, "dispatch_batches", None):
+    config: Any = args.accelerator_config  # `TrainingArguments` made it an `AcceleratorConfig`
+    if getattr(config, "dispatch_batches", None):
         raise UsageError(
-            "`dispatch_batches=True` joins the batches of all processes, whose rows differ in length: leave it out."
+            "`dispatch_batches=True` joins the batches of all processes, whose rows differ in length: omit it."
         )
-    args.accelerator_config.dispatch_batches = False
+    config.dispatch_batches = False
 
 
-def check_best_model(model, args) -> None:
-    """Raises `ValueError` for adapters whose best checkpoint transformers would not find again."""
+def check_best_model(model, args: JacobiForcingConfig) -> None:
+    """Raises `ValueError` for adapters whose best checkpoint transformers would not find."""
     names = getattr(model, "active_adapters", ["default"]) if hasattr(model, "peft_config") else ["default"]
     if args.load_best_model_at_end and list(names) != ["default"]:
         raise UsageError(
-            f"`load_best_model_at_end` finds the checkpoint of one adapter named 'default' alone, but {list(names)} "
-            "are active: leave it out, or rename the adapter."
+            "`load_best_model_at_end` finds only the checkpoint of an adapter named 'default', but the active ones "
+            f"are {list(names)}: omit it, or rename the adapter."
         )
 
 
-def refuse_split_rows(args, config=None) -> None:
+def refuse_split_rows(args: JacobiForcingConfig, config: Any = None) -> None:
     """
-    Raises `ValueError` for context and sequence parallelism, which give each process a part of every row and a causal
-    mask for it, whatever mask there was.
+    Raises `ValueError` for context and sequence parallelism, which give each process a part of every row and replace
+    its mask by a causal one.
 
     Args:
         args: the training arguments.
-        config: accelerate's `ParallelismConfig`, if there is one already.
+        config: accelerate's `ParallelismConfig`, if it exists already.
     """
-    sizes = {}
+    sizes: dict[str, int] = {}
     for found in (config, getattr(args, "parallelism_config", None)):
         for name in ("cp_size", "sp_size"):
             size = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
             sizes[name] = max(sizes.get(name, 1), size or 1)
-    for name in ("cp_size", "sp_size"):  # of `accelerate launch`
+    for name in ("cp_size", "sp_size"):  # `accelerate launch` sets variables
         given = os.environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "")
         sizes[name] = max(sizes[name], int(given) if given.isdigit() else 1)
     deepspeed = getattr(getattr(args, "hf_deepspeed_config", None), "config", None) or {}
     sizes["sequence_parallel_size"] = deepspeed.get("sequence_parallel_size") or 1
-    if asked := [f"{name}={size}" for name, size in sizes.items() if size != 1]:
+    if split := [f"{name}={size}" for name, size in sizes.items() if size != 1]:
         raise UsageError(
-            f"context and sequence parallelism ({', '.join(asked)}) would put a causal mask in the place of the one "
-            "that keeps noise out of the text: leave them out, and share the rows among processes instead (DDP, FSDP, "
+            f"context and sequence parallelism ({', '.join(split)}) would put a causal mask in place of the one that "
+            "keeps noise out of the text: omit them, and divide the rows among processes instead (DDP, FSDP, "
             "DeepSpeed ZeRO)."
         )
 
 
-def refuse_without_sharding(trainer) -> None:
-    """Raises `ValueError` where FSDP was asked for, and accelerate, which has it for GPUs alone, would do without."""
-    asked = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if asked and trainer.accelerator.num_processes > 1 and not trainer.is_fsdp_enabled:
+def refuse_without_sharding(trainer: JacobiForcingTrainer) -> None:
+    """Raises `ValueError` if accelerate would ignore a request for FSDP, which it supports on GPUs only."""
+    requested = trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if requested and trainer.accelerator.num_processes > 1 and not trainer.is_fsdp_enabled:
         raise UsageError(
-            f"FSDP was asked for, but accelerate has none for processes on a {trainer.args.device.type}, and would "
-            "copy the whole model to each of them: leave FSDP out, or run on GPUs."
+            f"accelerate does not support FSDP for processes on a {trainer.args.device.type}, and would copy the "
+            "whole model to each of them: omit FSDP, or run on GPUs."
         )
 
 
-def refuse_unsharded(trainer) -> None:
+def refuse_unsharded(trainer: JacobiForcingTrainer) -> None:
     """Raises `ValueError` for an evaluation before FSDP 2 has sharded the model."""
     if getattr(trainer.accelerator, "is_fsdp2", False) and not isinstance(trainer.model, FSDPModule):
         raise UsageError(
@@ -201,21 +257,21 @@ def refuse_unsharded(trainer) -> None:
         )
 
 
-def refuse_prepared(trainer) -> None:
-    """Raises `ValueError` for a training with DeepSpeed after an evaluation or another training, of another engine."""
+def refuse_prepared(trainer: JacobiForcingTrainer) -> None:
+    """Raises `ValueError` for training with DeepSpeed after an evaluation or a training, which has another engine."""
     if trainer.is_deepspeed_enabled and trainer.deepspeed is not None:
         raise UsageError(
-            "with DeepSpeed a trainer trains once, and not after an evaluation: make a trainer anew, and pass "
+            "with DeepSpeed, a trainer trains once, and not after an evaluation: make a new trainer, with "
             "eval_on_start=True to evaluate first."
         )
 
 
-def keep_sums_whole(trainer) -> None:
+def keep_sums_whole(trainer: JacobiForcingTrainer) -> None:
     """
-    Has FSDP 2 leave outputs in their precision. What a forward returns here are sums over thousands of tokens, which
-    accelerate asks for in half precision where the weights are.
+    Keeps FSDP 2 from rounding outputs to half precision, as accelerate requests for half-precision weights: a forward
+    returns sums over thousands of tokens here.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     policy = getattr(plugin, "mixed_precision_policy", None)
-    if isinstance(policy, MixedPrecisionPolicy):
+    if plugin is not None and isinstance(policy, MixedPrecisionPolicy):
         plugin.mixed_precision_policy = replace(policy, output_dtype=None)

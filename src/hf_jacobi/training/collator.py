@@ -1,9 +1,10 @@
-"""Packed rows become batches: padded on the left, so that noise stays last."""
+"""Collates packed rows into batches, padded on the left so that noise stays last."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -14,22 +15,20 @@ from .text_once import Split, split_tokens
 from .windows import segments
 
 
-FILL = {"block_ids": -1, "labels": -100, "seq_ids": -1, "twin_ids": -1}
-
-
-PLAN = "plan"  # the entry of a batch that is no tensor
+FILL = {"block_ids": -1, "labels": -100, "seq_ids": -1, "twin_ids": -1}  # of padding; other columns get 0
+PLAN = "plan"  # the entry of a batch that holds its `Plan`
 
 
 @dataclass
 class Plan:
     """
-    What is read off the columns of a batch once, on the host.
+    What the training needs to know of a batch, read from its columns once, on the host.
 
     Attributes:
-        targets: which tokens the losses read.
-        noisy_tokens: how many noisy tokens each row has.
-        segments: what the windowed attention takes in the place of a mask, if it is to run; stays on the host.
-        split: which tokens go into which forward, where the text is run once for all noise.
+        targets: the tokens that the losses read.
+        noisy_tokens: the number of noisy tokens of each row.
+        segments: what the windowed attention takes in place of a mask, if it runs; stays on the host.
+        split: which tokens go into which forward, if the text runs once for all noise.
     """
 
     targets: Targets
@@ -37,13 +36,13 @@ class Plan:
     segments: torch.Tensor | None = None
     split: Split | None = None
 
-    def to(self, device, **others) -> Plan:
-        """With the tensors that the device reads on it; data loaders call it."""
+    def to(self, device: torch.device | str, **others) -> Plan:
+        """The plan with the tensors that the device reads on it; data loaders call this."""
         split = self.split and self.split.to(device, **others)
         return replace(self, targets=self.targets.to(device, **others), split=split)
 
     def pin_memory(self) -> Plan:
-        """With these tensors in pinned memory; data loaders call it."""
+        """The plan with these tensors in pinned memory; data loaders call this."""
         return replace(self, targets=self.targets.pin_memory(), split=self.split and self.split.pin_memory())
 
 
@@ -54,16 +53,16 @@ class Planner:
 
     Args:
         within_block: see `find_targets`.
-        windowed: whether the windowed attention is going to run.
-        text_once: whether the text is run once for all noise, in a forward of its own.
+        windowed: whether the windowed attention runs.
+        text_once: whether the text runs once for all noise, in a forward of its own.
     """
 
     within_block: bool = False
     windowed: bool = False
     text_once: bool = False
 
-    def __call__(self, batch: dict[str, torch.Tensor]) -> Plan:
-        """Of collated rows, `[B, L]` each."""
+    def __call__(self, batch: dict[str, torch.Tensor | Any]) -> Plan:
+        """The plan of collated rows, `[B, L]` each."""
         rows = RowTensors.of(batch)
         return Plan(
             find_targets(batch, self.within_block),
@@ -79,11 +78,11 @@ class PackedCollator:
     Collates packed rows.
 
     Args:
-        pad_token_id: what fills `input_ids`.
+        pad_token_id: the token that pads `input_ids`.
         multiple: lengths are padded to a multiple of this.
         as_drafts: cut each noisy block down to what a draft-only adapter meets when decoding; see `cut_to_drafts`.
-        check: looks at the rows of a batch, and raises an error for one that is wrong; for data that come as a stream.
-        planner: makes the entry `PLAN` of a batch, in which the training finds what would else be read off its device.
+        check: raises an error if one of the rows of a batch is wrong; for data read from a stream.
+        planner: makes the entry `PLAN` of a batch, without which the training would read from its device.
 
     Example:
 
@@ -99,15 +98,15 @@ class PackedCollator:
     check: Callable[[list[dict]], None] | None = None
     planner: Planner | None = None
 
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """A batch: for each of the columns of `pack_trajectories` an integer tensor `[B, L]`."""
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor | Any]:
+        """A batch: an integer tensor `[B, L]` for each column of `pack_trajectories`, and the plan."""
         if self.check is not None:
             self.check(rows)
         if self.as_drafts:
             rows = [cut_to_drafts(row) for row in rows]
         length = max(len(row["input_ids"]) for row in rows)
         length = -(-length // self.multiple) * self.multiple
-        batch = {}
+        batch: dict[str, torch.Tensor | Any] = {}
         for column in COLUMNS:
             fill = self.pad_token_id if column == "input_ids" else FILL.get(column, 0)
             padded = [[fill] * (length - len(row[column])) + list(row[column]) for row in rows]
@@ -121,10 +120,10 @@ class PackedCollator:
 
 def cut_to_drafts(row: dict[str, list[int]]) -> dict[str, list[int]]:
     """
-    A packed row whose noisy blocks look as drafts do when decoding with a draft-only adapter.
+    A packed row whose noisy blocks look like drafts of a draft-only adapter.
 
-    A block becomes the newest right token and the wrong ones after it, seeing all text before that token as text:
-    when decoding, whatever has converged is committed by the base model. Blocks without a wrong token vanish.
+    A block becomes its last correct token and the wrong ones after it, and sees all text before that token: when
+    decoding, the base model commits whatever has converged. Blocks without a wrong token vanish.
 
     Args:
         row: a row as `pack_trajectories` returns it.
@@ -135,12 +134,12 @@ def cut_to_drafts(row: dict[str, list[int]]) -> dict[str, list[int]]:
     for index, (block, twin) in enumerate(zip(row["block_ids"], row["twin_ids"])):
         if block < 0 or twin < 0:
             continue
-        # A block's wrong tokens follow each other; those of another copy of it do not.
+        # The wrong tokens of a block are adjacent; those of another copy are not.
         here = (row["seq_ids"][index], block, row["position_ids"][index] - index)
         if here != previous:
             previous = here
             newest = twin - 1
-            if row["position_ids"][index] == 0:  # no token before it: a text without a prompt
+            if row["position_ids"][index] == 0:  # no token precedes it: a text without a prompt
                 previous = None
                 continue
             start = row["position_ids"][newest]
@@ -149,7 +148,9 @@ def cut_to_drafts(row: dict[str, list[int]]) -> dict[str, list[int]]:
     return result
 
 
-def _append(row, token: int, position: int, block: int, start: int, sequence: int, twin: int) -> None:
-    """Adds a noisy token; the columns in the order of `COLUMNS`."""
+def _append(
+    row: dict[str, list[int]], token: int, position: int, block: int, start: int, sequence: int, twin: int
+) -> None:
+    """Appends a noisy token to a row."""
     for column, value in zip(COLUMNS, (token, position, block, start, -100, sequence, twin)):
         row[column].append(value)

@@ -1,4 +1,4 @@
-"""What decoding some held-out prompts comes to: speed, right answers, text that is kept, text that goes in circles."""
+"""The figures of decoding held-out prompts: speed, correct answers, agreement with the text before, repetition."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Score = Callable[[Any, str], bool]
 
 def repetition(text: Sequence[int]) -> tuple[int, int]:
     """
-    How many of a text's 4-grams stood in it before, and how many there are.
+    How many of a text's 4-grams occur earlier in it, and how many 4-grams it has.
 
-    A loop is drafted with ease and raises the tokens per forward: a share of repeated 4-grams that grows over a
-    training says that some of its speed is that.
+    Loops are easy to draft and raise the tokens per forward: if the share of repeated 4-grams grows during training,
+    some of the speed comes from loops.
     """
     grams = [tuple(text[place : place + GRAM]) for place in range(len(text) - GRAM + 1)]
     return len(grams) - len(set(grams)), len(grams)
@@ -31,7 +31,7 @@ def repetition(text: Sequence[int]) -> tuple[int, int]:
 
 @dataclass
 class Tally:
-    """Sums over texts, each given to `add`."""
+    """Sums over the texts passed to `add`; `scored` says whether a scoring function judges them."""
 
     scored: bool = False
     texts: int = 0
@@ -47,21 +47,21 @@ class Tally:
 
     def add(
         self,
-        text: Sequence[int],
+        text: list[int],
         forwards: int,
-        plain: Sequence[int],
-        before: Sequence[int],
+        plain: list[int],
+        before: list[int],
         is_right: bool = False,
     ) -> None:
         """
-        Counts a prompt.
+        Adds the text of a prompt.
 
         Args:
-            text: what Jacobi decoding made of it.
-            forwards: in how many forwards.
-            plain: the model's text one token at a time: in half precision Jacobi decoding settles ties otherwise.
-            before: the same by the model as it was before training.
-            is_right: what the scoring function says of `text`.
+            text: the text that Jacobi decoding generated.
+            forwards: the number of its forwards.
+            plain: the model's text one token at a time; Jacobi decoding breaks ties differently in half precision.
+            before: the same, by the model before training.
+            is_right: whether the scoring function accepts `text`.
         """
         repeated, grams = repetition(text)
         counted = {
@@ -81,9 +81,9 @@ class Tally:
 
     def figures(self) -> dict[str, float]:
         """
-        `tokens_per_forward`; `agreement`, the share of tokens that are those of the text before training, up to the
-        first that is not; `repetition`, the share of 4-grams that stood in their text before. With a scoring function
-        also `score`, the share of right answers, and `tokens_per_forward_right`, of these alone, if there are any.
+        `tokens_per_forward`; `agreement`, the share of the text before training that the text repeats, up to the first
+        difference; `repetition`, the share of 4-grams that occur earlier in their text. With a scoring function also
+        `score`, the share of correct answers, and `tokens_per_forward_right`, their speed, if any is correct.
         """
         found = {
             "tokens_per_forward": self.tokens / max(1, self.forwards),
@@ -99,15 +99,15 @@ class Tally:
 
 def score_function(name: str) -> Score:
     """
-    The function that `module:function` or `file.py:function` names; modules are looked for in the working directory,
-    too.
+    The function that `module:function` or `file.py:function` names. Modules are searched for in the working directory
+    first.
 
     Raises:
-        `ValueError`: there is no such module, file or function.
+        `ValueError`: the module, file or function does not exist, or cannot be imported.
     """
     place, colon, function = name.rpartition(":")
     if not colon or not place or not function:
-        raise UsageError(f"a scoring function is named as module:function or file.py:function, got {name!r}.")
+        raise UsageError(f"a scoring function must be module:function or file.py:function, got {name!r}.")
     module = _file(Path(place).expanduser()) if place.endswith(".py") else _module(place)
     found = getattr(module, function, None)
     if not callable(found):
@@ -117,12 +117,13 @@ def score_function(name: str) -> Score:
 
 def _file(path: Path) -> Any:
     if not path.is_file():
-        raise MissingFile(f"there is no file {path} with a scoring function.")
+        raise MissingFile(f"there is no file {path}: a scoring function must be module:function or file.py:function.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # the name ends in .py
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # nothing but the user's file can fail here
+    except Exception as error:  # only the user's file can fail here
         raise UsageError(f"{path} cannot be run: {type(error).__name__}: {error}.") from error
     return module
 
@@ -131,7 +132,7 @@ def _module(name: str) -> Any:
     sys.path.insert(0, "")
     try:
         return importlib.import_module(name)
-    except Exception as error:  # of the user's module, or that there is none
+    except Exception as error:  # the user's module fails, or does not exist
         raise UsageError(f"the module {name} cannot be imported: {type(error).__name__}: {error}.") from error
     finally:
         sys.path.remove("")

@@ -1,4 +1,4 @@
-"""Runs the losses inside a model's own forward, so that every wrapper around it (DDP, FSDP, PEFT) does its part."""
+"""Runs the losses inside a model's own forward, so that every wrapper around it (DDP, FSDP, PEFT) takes part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -28,12 +28,12 @@ from ..decoding.mixin import unwrap
 
 def forward_as(model: nn.Module, method: Callable[..., Any], **inputs) -> Any:
     """
-    Calls `model(**inputs)` with the forward of the causal language model inside it replaced by `method`, once.
+    Calls `model(**inputs)`, with `method` in place of the forward of the causal language model inside it.
 
     Args:
         model: the model, wrapped or not.
         method: called with the causal language model and `inputs`.
-        inputs: what the wrappers see; PEFT takes its own out.
+        inputs: the arguments that the wrappers see; PEFT removes its own.
 
     Returns:
         what `method` returns.
@@ -45,7 +45,7 @@ def forward_as(model: nn.Module, method: Callable[..., Any], **inputs) -> Any:
 
 @contextmanager
 def redirected(module: nn.Module, method: Callable[..., Any]):
-    """While this is open, the next call of `module` runs `method` in the place of its forward."""
+    """While this is open, the next call of `module` runs `method` in place of its forward."""
     original = module.__dict__.get("forward")
 
     def restore() -> None:
@@ -65,20 +65,20 @@ def redirected(module: nn.Module, method: Callable[..., Any]):
         restore()
 
 
-def run_decoder(model: PreTrainedModel, **inputs):
-    """The output of the decoder without the head; its `last_hidden_state`, `[B, L, H]`, is what the head reads."""
-    decoder = model.get_decoder()
-    if decoder is model:  # Llama 4 does not know its own
+def run_decoder(model: PreTrainedModel, **inputs) -> Any:
+    """The output of the decoder without the head, which reads its `last_hidden_state`, `[B, L, H]`."""
+    decoder: Any = model.get_decoder()
+    if decoder is model:  # Llama 4 returns itself
         decoder = model.model
     return decoder(**inputs, use_cache=False)
 
 
 def check_compilable(model: PreTrainedModel) -> None:
     """
-    Refuses what `compiled_layers` cannot compile, before any work is done.
+    Refuses, before any work, what `compiled_layers` cannot compile.
 
     Raises:
-        `ValueError`: the model has no layers that are known as such, or a CPU has no C++ compiler.
+        `ValueError`: the model's layers were not found, or training runs on a CPU without a C++ compiler.
     """
     if not decoder_layers(model):
         raise UsageError(f"the layers of {type(model).__name__} were not found: drop `compile_layers`.")
@@ -91,8 +91,8 @@ def compiled_layers(model: PreTrainedModel):
     """
     While this is open, each decoder layer runs compiled, for rows of any length.
 
-    Layer by layer rather than whole: the losses take the place of the model's own forward, and one layer is quickly
-    compiled and serves for all.
+    Compiling layer by layer works although the losses replace the model's own forward, and is quick: all layers share
+    the code of one.
     """
     layers = decoder_layers(model)
     for layer in layers:
@@ -107,14 +107,14 @@ def compiled_layers(model: PreTrainedModel):
 @contextmanager
 def outside_training(model: PreTrainedModel):
     """
-    The model in evaluation mode, nothing of it compiled, and with SDPA in place of FlexAttention, which must be
-    compiled and cannot decode.
+    While this is open, the model is in evaluation mode, runs uncompiled, and uses SDPA in place of FlexAttention,
+    which must be compiled and cannot decode.
     """
     training = model.training
     flex = attention_of(model.config.get_text_config(decoder=True)) == "flex_attention"
     model.eval()
     try:
-        # Decoding would compile anew for each kind of cache and mask.
+        # Compiled layers would recompile for each kind of cache and mask.
         with not_compiled(model), attending_by(model, "sdpa") if flex else nullcontext():
             yield
     finally:
@@ -123,13 +123,10 @@ def outside_training(model: PreTrainedModel):
 
 class Head:
     """
-    From hidden states to logits as a model computes them, its scalings and caps included.
+    Computes logits from hidden states as a model does, with its scalings and caps.
 
     Args:
         model: the causal language model.
-
-    Raises:
-        `ValueError`: its logits come about in a way that is not known here.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -144,19 +141,19 @@ class Head:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """`[N, H]` to `[N, V]`."""
-        return self._scaled(self.model.get_output_embeddings()(hidden))
+        return self._scaled(self._embeddings()(hidden))
 
     def in_one_call(self, function: Callable[..., Any], hidden: torch.Tensor) -> Any:
         """
-        Calls `function(head, hidden)` as the forward of the output embeddings, so that FSDP and DeepSpeed, which
-        gather the weights of a module when it is called, gather them once, however often `function` applies `head`,
-        in the backward pass, too.
+        Calls `function(head, hidden)` as the forward of the output embeddings. FSDP and DeepSpeed gather the weights
+        of a module when it is called: so they gather them once, and once for the backward pass, however often
+        `function` applies `head`.
 
         Args:
-            function: what to call; `head` is from hidden states `[N, H]` to logits `[N, V]`.
+            function: its `head` maps hidden states `[N, H]` to logits `[N, V]`.
             hidden: `[B, L, H]`.
         """
-        embeddings = self.model.get_output_embeddings()
+        embeddings = self._embeddings()
         forward = embeddings.forward
 
         def head(hidden: torch.Tensor) -> torch.Tensor:
@@ -164,6 +161,11 @@ class Head:
 
         with redirected(embeddings, partial(function, head)):
             return embeddings(hidden)
+
+    def _embeddings(self) -> nn.Module:
+        embeddings = self.model.get_output_embeddings()
+        assert embeddings is not None  # a causal language model has them
+        return embeddings
 
     def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         if self.factor != 1.0:
@@ -175,10 +177,10 @@ class Head:
     @torch.no_grad()
     def check(self) -> None:
         """
-        Compares with the model's own logits on a few tokens.
+        Compares its logits of a few tokens with the model's own.
 
         Raises:
-            `ValueError`: they differ.
+            `ValueError`: they differ, or are not finite.
         """
         if is_deepspeed_zero3_enabled():  # no process has the weights yet
             return
@@ -187,38 +189,38 @@ class Head:
         with outside_training(model):
             own = model(input_ids=tokens, use_cache=False).logits[0].float()
             ours = self(run_decoder(model, input_ids=tokens).last_hidden_state[0]).float()
-        if not (own < float("inf")).all():  # NaN is not, either
+        if not (own < float("inf")).all():  # NaN fails, too
             raise UsageError(
                 f"the model is broken: the logits of {type(model).__name__} in {model.dtype} are NaN or infinite; "
                 "load it in bfloat16 or float32, or load another checkpoint."
             )
         if not torch.allclose(own, ours, atol=1e-2 * float(own.abs().max() + 1e-6), rtol=1e-2):
             raise UsageError(
-                f"the logits of {type(model).__name__} are not those of its output embeddings applied to its hidden "
-                "states, so that Jacobi Forcing cannot compute them in chunks: please report the model."
+                f"the logits of {type(model).__name__} are not its output embeddings applied to its hidden states, so "
+                "Jacobi Forcing cannot compute them in chunks: please report the model."
             )
 
 
 class RouterLoss:
     """
-    The loss by which a mixture of experts spreads its tokens over the experts, added where the model's configuration
-    asks for it (`output_router_logits`, `router_aux_loss_coef`), by the model's own function.
+    The loss that balances the experts of a mixture, computed by the model's own function. The model's configuration
+    turns it on (`output_router_logits`, `router_aux_loss_coef`).
 
     Args:
         model: the causal language model.
 
     Attributes:
-        weight: what the loss is multiplied by; 0 where it is not asked for.
+        weight: the factor of the loss; 0 if it is off.
 
     Raises:
-        `ValueError`: it is asked for, but comes about in a way that is not known here.
+        `ValueError`: it is on, but this library does not know how the model computes it.
     """
 
     def __init__(self, model: PreTrainedModel):
         config = model.config.get_text_config(decoder=True)
-        asked = getattr(config, "output_router_logits", False)
+        enabled = getattr(config, "output_router_logits", False)
         coefficient = getattr(model, "router_aux_loss_coef", getattr(config, "router_aux_loss_coef", 0.0))
-        self.weight = float(coefficient or 0.0) if asked else 0.0
+        self.weight = float(coefficient or 0.0) if enabled else 0.0
         self.function = router_loss_of(model)
         experts = (
             getattr(part, name, None) for part in (model, config) for name in ("num_experts", "num_local_experts")
@@ -235,26 +237,26 @@ class RouterLoss:
         The loss times the number of tokens, a scalar in float32.
 
         Args:
-            logits: for each layer that has experts `[B * L, experts]`.
-            mask: `[B, L]`, whether a token counts.
-            by_row: whether each row is one mean, so that the sum does not depend on what rows share a batch.
+            logits: `[B * L, experts]` for each layer that has experts.
+            mask: `[B, L]`, the tokens that count.
+            by_row: compute a mean for each row, so that the sum does not depend on which rows share a batch.
         """
+        assert self.function is not None  # `__init__` refuses a model without it
         mask = mask.long()
         if not by_row:
             return self.function(logits, self.experts, self.per_token, mask).float() * mask.sum()
         layers = [layer.view(*mask.shape, -1) for layer in logits]
-        return sum(
-            self.function(
-                tuple(layer[row] for layer in layers), self.experts, self.per_token, mask[row : row + 1]
-            ).float()
-            * mask[row].sum()
-            for row in range(len(mask))
-            if mask[row].any()
-        ) + torch.zeros((), device=mask.device)
+        total = torch.zeros((), device=mask.device)
+        for row in range(len(mask)):
+            if mask[row].any():
+                of_row = tuple(layer[row] for layer in layers)
+                loss = self.function(of_row, self.experts, self.per_token, mask[row : row + 1])
+                total = total + loss.float() * mask[row].sum()
+        return total
 
     @torch.no_grad()
     def _check(self, model: PreTrainedModel) -> None:
-        """Compares with the model's own on a few tokens."""
+        """Compares its loss on a few tokens with the model's own."""
         tokens = torch.arange(8, device=model.device).unsqueeze(0) % model.config.get_text_config().vocab_size
         with outside_training(model):
             own = getattr(model(input_ids=tokens, use_cache=False), "aux_loss", None)
@@ -265,8 +267,8 @@ class RouterLoss:
         if not torch.allclose(own.float(), ours, rtol=1e-2):
             self._refuse(model)
 
-    def _refuse(self, model: PreTrainedModel) -> None:
+    def _refuse(self, model: PreTrainedModel) -> NoReturn:
         raise UsageError(
-            f"the configuration of {type(model).__name__} asks for a router loss that comes about in a way not known "
-            "here: set model.config.output_router_logits = False to train without it."
+            f"the configuration of {type(model).__name__} turns on a router loss that Jacobi Forcing does not "
+            "support: set model.config.output_router_logits = False to train without it."
         )

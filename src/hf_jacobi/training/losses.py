@@ -1,4 +1,4 @@
-"""The losses of Jacobi Forcing: consistency of noisy blocks with the text, and the text (paper, section 3.2)."""
+"""The losses of Jacobi Forcing: consistency of noisy blocks with the text, and AR on the text (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -45,15 +45,15 @@ def _lk(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     return weight * _kl(student, teacher) + (1 - weight) * tv
 
 
-# From log-probabilities `[N, V]` of student and teacher to `[N]`.
+# Each maps log-probabilities `[N, V]` of student and teacher to `[N]`.
 DIVERGENCES = {"soft": _soft, "kl": _kl, "reverse_kl": _reverse_kl, "jsd": _jsd, "tv": _tv, "lk": _lk}
-OF_ACCEPTANCE = ("tv", "lk")  # not weighted by the temperature
+OF_ACCEPTANCE = ("tv", "lk")  # not weighted by the squared temperature
 CONSISTENCY_LOSSES = (*DIVERGENCES, "hard")
 
 
 def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
     """
-    How far predictions made in a noisy block are from those made in the text.
+    The distance of predictions made in noisy blocks from those made in the text.
 
     Args:
         student: `[N, V]` logits at noisy tokens, q.
@@ -65,15 +65,15 @@ def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, te
             - `"reverse_kl"`.
             - `"jsd"`: Jensen-Shannon.
             - `"tv"`: total variation, 1 - alpha, where alpha = sum of min(p, q) is the chance that a token drawn from
-              q is accepted. Its gradient vanishes where q and p have hardly anything in common.
+              q is accepted. Its gradient vanishes where q and p hardly overlap.
             - `"lk"`: the LK loss with adaptive lambda (Samarin et al., arXiv 2602.23881, sections 4.2 and 4.4),
-              lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha), which gets no gradient: KL as long as little is
-              accepted, TV later. Alpha is that of each token; the authors' code takes the mean over a batch, with
-              which micro-batches would no longer add up to one large batch.
+              lambda KL + (1 - lambda) TV with lambda = exp(-3 alpha), which gets no gradient: KL while little is
+              accepted, TV later. Alpha is that of each token; the authors' code takes the mean over a batch, so its
+              micro-batches do not add up to one large batch.
             - `"hard"`: cross-entropy against the teacher's likeliest token; the temperature does not apply.
-        temperature: T, by which both distributions are softened. The loss is weighted by its square, so that the size
-            of the gradient does not depend on it (Hinton et al., arXiv 1503.02531, section 2); but for `"tv"` and
-            `"lk"`, in which T is the temperature that tokens are drawn at, and alpha a probability.
+        temperature: T, which softens both distributions. The loss is multiplied by T squared, so that the size of the
+            gradient does not depend on T (Hinton et al., arXiv 1503.02531, section 2); not for `"tv"` and `"lk"`, in
+            which T is the temperature of sampling, and alpha a probability.
 
     Returns:
         `[N]`, float32; float64 for logits in float64.
@@ -91,18 +91,18 @@ def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, te
 @dataclass
 class Targets:
     """
-    Which tokens of a batch the losses read, as indices into the batch laid out flat (`[B * L]`).
+    The tokens of a batch that the losses read, as indices into the flattened batch (`[B * L]`).
 
     Attributes:
-        clean: `[N]`, tokens of the text whose following token has a label.
-        labels: `[N]`, that following token.
+        clean: `[N]`, tokens of the text whose next token has a label.
+        labels: `[N]`, that next token.
         noisy: `[M]`, noisy tokens with a twin among `clean`, in the order of their twins.
-        twins: `[M]`, the place in `clean` of that twin.
-        blocks: `[M]`, a number for the noisy block, from 0 on.
-        places: `[M]`, how many of `noisy` stand before it in its block.
-        present: `[B, L]`, tokens that are no padding.
-        host_twins: the same as `twins`.
-        counts: tokens of the AR loss, of the consistency loss, and of the router loss of a mixture of experts.
+        twins: `[M]`, the place of that twin in `clean`.
+        blocks: `[M]`, the number of the noisy block, from 0.
+        places: `[M]`, how many of `noisy` precede it in its block.
+        present: `[B, L]`, true for tokens other than padding.
+        host_twins: `twins` on the host.
+        counts: the numbers of tokens of the AR loss, the consistency loss and the router loss.
     """
 
     clean: torch.Tensor
@@ -115,33 +115,40 @@ class Targets:
     host_twins: list[int]
     counts: list[int]
 
-    def to(self, device, **others) -> Targets:
-        """With the tensors on another device."""
+    def to(self, device: torch.device | str, **others) -> Targets:
+        """The targets with their tensors on another device."""
         return self._map(lambda values: values.to(device, **others))
 
     def pin_memory(self) -> Targets:
-        """With the tensors in pinned memory."""
+        """The targets with their tensors in pinned memory."""
         return self._map(torch.Tensor.pin_memory)
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Targets:
-        names = ("clean", "labels", "noisy", "twins", "blocks", "places", "present")
-        return replace(self, **{name: function(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            clean=function(self.clean),
+            labels=function(self.labels),
+            noisy=function(self.noisy),
+            twins=function(self.twins),
+            blocks=function(self.blocks),
+            places=function(self.places),
+            present=function(self.present),
+        )
 
     def chunks(self, size: int) -> Iterator[tuple[slice, slice]]:
-        """Parts of `clean`, `size` each, and those of `noisy` whose twins are in them."""
+        """Slices of `clean`, of `size` tokens each, with those of `noisy` whose twins they hold."""
         for start in range(0, len(self.clean), size):
             first, end = (bisect_left(self.host_twins, bound) for bound in (start, start + size))
             yield slice(start, start + size), slice(first, end)
 
 
-def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> Targets:
+def find_targets(batch: dict[str, Any], within_block: bool = False) -> Targets:
     """
-    The tokens that the losses read. Both read predictions of tokens that the text has: what would follow its end is
-    not known.
+    The tokens that the losses read. Both losses read only predictions of tokens in the text.
 
     Args:
         batch: collated rows, `[B, L]` each.
-        within_block: leave out the last token of each noisy block, which predicts the first token of the next one, as
+        within_block: omit the last token of each noisy block, which predicts the first token of the next block, as
             the authors' code does.
     """
     labels = torch.full_like(batch["labels"], -100)
@@ -171,8 +178,8 @@ def find_targets(batch: dict[str, torch.Tensor], within_block: bool = False) -> 
     return Targets(clean, flat_labels[clean], noisy, twins, blocks, places, present, twins.tolist(), counts)
 
 
-def _begins(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """`[B, L]`, where a run of tokens of one block begins: the same block of another copy is another run."""
+def _begins(batch: dict[str, Any]) -> torch.Tensor:
+    """`[B, L]`, true where a run of tokens of one block begins; each copy of a block is a run of its own."""
     begins = torch.ones_like(batch["seq_ids"], dtype=torch.bool)
     for column, step in (("seq_ids", 0), ("block_ids", 0), ("position_ids", 1)):
         begins[:, 1:] &= batch[column].diff(dim=1) == step
@@ -180,8 +187,8 @@ def _begins(batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return begins
 
 
-def _blocks_of(batch: dict[str, torch.Tensor], noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """For noisy tokens `[M]`, in the order of the batch, the number of their block, and how many stand before them."""
+def _blocks_of(batch: dict[str, Any], noisy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The block number and the place in the block of noisy tokens `[M]`, given in the order of the batch."""
     numbers = _begins(batch).flatten().cumsum(0)[noisy]
     _, blocks, sizes = torch.unique_consecutive(numbers, return_inverse=True, return_counts=True)
     return blocks, torch.arange(len(noisy), device=noisy.device) - (sizes.cumsum(0) - sizes)[blocks]
@@ -189,8 +196,8 @@ def _blocks_of(batch: dict[str, torch.Tensor], noisy: torch.Tensor) -> tuple[tor
 
 def until_failure(right: torch.Tensor, targets: Targets) -> torch.Tensor:
     """
-    Which noisy tokens count where drafting ends with the first failure: those of each block up to the first one whose
-    prediction is wrong, and that one (Spec-AUF, arXiv 2607.01893).
+    The noisy tokens that count if a draft ends with its first failure: those of each block up to and including the
+    first one whose prediction is wrong (Spec-AUF, arXiv 2607.01893).
 
     Args:
         right: `[M]` bool, whether the prediction at a noisy token is the text's next token.
@@ -207,13 +214,13 @@ def until_failure(right: torch.Tensor, targets: Targets) -> torch.Tensor:
 
 class Terms(NamedTuple):
     """
-    Sums over a batch. Divided by counts over all micro-batches and processes, they make the loss of one large batch.
-    A tuple, in which wrappers such as FSDP find the tensors that gradients come from.
+    Sums over a batch. Divided by the counts of all micro-batches and processes, they make the loss of one large batch.
+    A tuple, because wrappers such as FSDP search tuples for the tensors that gradients come from.
 
     Attributes:
         consistency, ar: sums of the two losses; scalars with a gradient.
-        right: noisy tokens whose prediction is the text's next token.
-        router: the router loss of a mixture of experts, times the tokens it is of; 0 without one.
+        right: the number of noisy tokens whose prediction is the text's next token.
+        router: the router loss of a mixture of experts, times its number of tokens; 0 without one.
         uncut: the consistency loss summed over all noisy tokens, each with a weight of 1; no gradient.
     """
 
@@ -237,24 +244,23 @@ def sum_losses(
     place_weight: float = 1.0,
 ) -> Terms:
     """
-    The sums of both losses, with the logits of `chunk_size` tokens in memory at a time.
+    The sums of both losses, with the logits of one chunk of tokens in memory at a time.
 
-    A chunk's logits are dropped after it has been summed and made again in the backward pass.
+    The logits of a chunk are dropped once they are summed, and recomputed in the backward pass.
 
     Args:
-        head: from hidden states `[N, H]` to logits `[N, V]`.
+        head: maps hidden states `[N, H]` to logits `[N, V]`.
         hidden: `[B, L, H]`, the hidden states that the head reads.
-        targets: which of them are read.
+        targets: the tokens that the losses read.
         kind, temperature: see `consistency_loss`.
         label_smoothing: of the AR loss.
-        chunk_size: tokens of the text whose logits, and those of their noisy twins, are held at a time.
+        chunk_size: the number of text tokens in a chunk, to which their noisy twins are added.
         accept_cut: see `until_failure`.
-        place_weight: what each place of a block counts of what the one before it does.
+        place_weight: the weight of each place of a block relative to the one before it.
     """
     flat = hidden.flatten(0, 1)
-    zero = (
-        flat.new_zeros((), dtype=torch.float32) + 0.0 * flat[:1].float().sum()
-    )  # keeps a batch of no targets in step
+    # With a gradient, so that processes whose batch has no targets stay in step.
+    zero = flat.new_zeros((), dtype=torch.float32) + 0.0 * flat[:1].float().sum()
 
     def chunk_losses(clean_hidden, noisy_hidden, labels, places):
         logits = head(clean_hidden)
@@ -278,7 +284,7 @@ def sum_losses(
         ar = ar + text
         losses.append(drafts)
         rights.append(right)
-    # What counts of a block is known when all of it is: a block may lie in several chunks.
+    # A block can lie in several chunks, so its cut is known only now.
     loss, right = torch.cat(losses), torch.cat(rights)
     weights = place_weight**targets.places if place_weight != 1.0 else torch.ones_like(loss)
     if accept_cut:

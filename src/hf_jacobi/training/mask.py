@@ -1,17 +1,18 @@
 """
-The noise-aware attention mask: which token of a packed row may see which (paper, section 3.2, figure 3).
+The noise-aware attention mask: which token of a packed row sees which (paper, section 3.2, figure 3).
 
-One rule, `visible`, says it; FlexAttention compiles that rule, elsewhere it fills a dense mask.
+`visible` states the rule. FlexAttention compiles it; for other attention it fills a dense mask.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..decoding.attention import LAYER_KINDS, AttentionMask
 from ..decoding.compat import attention_of, is_stateful
@@ -19,21 +20,23 @@ from ..decoding.errors import UsageError
 from ..decoding.support import has_own_mask
 
 
-FLEX_MULTIPLE = 128  # rows are padded to it: FlexAttention's backward can return NaN for other lengths
+FLEX_MULTIPLE = 128  # rows are padded to it: for other lengths FlexAttention's backward can return NaN
 
 
 @dataclass
 class RowTensors:
     """
-    What the mask depends on, for each token of a batch of packed rows, `[B, L]` each; see `pack_trajectories`.
+    The properties of each token of a batch of packed rows that the mask depends on, `[B, L]` each.
+
+    See `pack_trajectories`.
 
     Attributes:
-        seq_ids: which sample of the row; -1 for padding.
-        block_ids: -1 for clean tokens, else the block.
-        window_start: for a noisy token the position of its window's first token.
+        seq_ids: the sample within the row; -1 for padding.
+        block_ids: the block of a noisy token; -1 for clean tokens.
+        window_start: for a noisy token, the position of its window's first token.
         position_ids: positions.
-        copy_ids: which of several noisy copies of the same blocks a noisy token belongs to; other copies of other
-            windows may share a number.
+        copy_ids: the noisy copy of its blocks that a noisy token belongs to. It tells copies of one window apart;
+            copies of different windows can share a number.
     """
 
     seq_ids: torch.Tensor
@@ -43,8 +46,8 @@ class RowTensors:
     copy_ids: torch.Tensor
 
     @classmethod
-    def of(cls, batch: dict[str, torch.Tensor]) -> RowTensors:
-        """Out of a collated batch, in which a copy begins where positions do not go on."""
+    def of(cls, batch: dict[str, Any]) -> RowTensors:
+        """The tensors of a collated batch, in which a copy begins where positions stop increasing."""
         positions = batch["position_ids"]
         begins = torch.zeros_like(positions)
         begins[:, 1:] = positions[:, 1:] <= positions[:, :-1]
@@ -52,30 +55,30 @@ class RowTensors:
 
     @property
     def noisy(self) -> torch.Tensor:
-        """`[B, L]`, which tokens are noise."""
+        """`[B, L]`, true for noisy tokens."""
         return self.block_ids >= 0
 
     def take(self, rows: torch.Tensor, tokens: torch.Tensor) -> RowTensors:
         """
-        Other rows, out of tokens of these.
+        New rows made of tokens of these.
 
         Args:
-            rows: `[R, 1]`, the row that each takes its tokens from.
-            tokens: `[R, T]`, their indices; padding where they are negative.
+            rows: `[R, 1]`, the row that each new row takes its tokens from.
+            tokens: `[R, T]`, their indices; negative for padding.
         """
         taken = {name: values[rows, tokens.clamp(min=0)] for name, values in vars(self).items()}
         absent = tokens < 0
         return RowTensors(**taken | {name: taken[name].masked_fill(absent, -1) for name in ("seq_ids", "block_ids")})
 
 
-def visible(rows: RowTensors, batch, query, key) -> torch.Tensor:
+def visible(rows: RowTensors, batch: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """
-    Whether a token sees another one of its row. The only statement of the rule.
+    Whether a token sees another token of its row: the only statement of the rule.
 
     A clean token sees the clean tokens up to itself. A noisy token sees the clean tokens before its window, and the
-    noisy ones of its window up to itself: blocks of a window lie side by side, each position once, so these are the
-    noisy blocks before its own, and its own as far as itself. Samples of a row see nothing of each other, nor do
-    copies of noise. A padding token sees itself, as a softmax needs something to see.
+    noisy tokens of its window up to itself. A window holds each position once, so these are the noisy blocks before
+    its own, and its own block up to itself. Samples of a row do not see each other, nor do noisy copies. A padding
+    token sees itself, because a softmax needs at least one entry.
 
     Args:
         rows: the tokens.
@@ -89,13 +92,15 @@ def visible(rows: RowTensors, batch, query, key) -> torch.Tensor:
     position, key_position = rows.position_ids[batch, query], rows.position_ids[batch, key]
     text = clean_key & torch.where(clean_query, key_position <= position, key_position < window)
     noise = ~clean_query & ~clean_key & (key_window == window) & (key_position <= position)
-    noise = noise & (rows.copy_ids[batch, query] == rows.copy_ids[batch, key])  # in place, FlexAttention cannot
+    noise = noise & (rows.copy_ids[batch, query] == rows.copy_ids[batch, key])  # FlexAttention does not support `&=`
     sequence = rows.seq_ids[batch, query]
     together = (sequence == rows.seq_ids[batch, key]) & (sequence >= 0)
     return (together & (text | noise)) | (query == key)
 
 
-def dense_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype, first: int = 0):
+def dense_mask(
+    rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype, first: int = 0
+) -> torch.Tensor | dict[str, torch.Tensor]:
     """
     The mask for SDPA and eager attention.
 
@@ -103,12 +108,11 @@ def dense_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype, f
         rows: the tokens.
         config: the text configuration of the model; layers with a window or chunks get masks of their own.
         dtype: the dtype that the model computes in.
-        first: the first token whose view is wanted.
+        first: the index of the first query.
 
     Returns:
-        `[B, 1, L - first, L]`, 0 where a token is seen and the lowest number elsewhere, or a dict of them by layer
-        type. It is additive because SDPA would turn a boolean one into that in every layer, and keep each for the
-        backward pass.
+        `[B, 1, L - first, L]`, 0 where a token is seen and the lowest number elsewhere, or a dict of such masks by
+        layer type. SDPA would convert a boolean mask to this in every layer, and keep each for the backward pass.
     """
     length = rows.seq_ids.shape[1]
     device = rows.seq_ids.device
@@ -129,11 +133,11 @@ def flex_mask(rows: RowTensors, config: PreTrainedConfig) -> BlockMask | dict[st
         config: the text configuration of the model.
 
     Returns:
-        A `BlockMask` that all heads share, or a dict of them by layer type.
+        A `BlockMask` that all heads share, or a dict of such masks by layer type.
     """
     sizes, length = rows.seq_ids.shape
     if length % FLEX_MULTIPLE:
-        raise UsageError(f"FlexAttention trains on rows of a multiple of {FLEX_MULTIPLE} tokens, got {length}.")
+        raise UsageError(f"FlexAttention needs rows whose length is a multiple of {FLEX_MULTIPLE}, got {length}.")
     mask = AttentionMask(config, torch.float32, torch.zeros(1, dtype=torch.long))
     kinds = mask.layer_types or [mask.single_kind()]
 
@@ -147,21 +151,23 @@ def flex_mask(rows: RowTensors, config: PreTrainedConfig) -> BlockMask | dict[st
                 return seen & (position // mask.chunk_size == key_position // mask.chunk_size)
             return seen
 
-        # Built in the open: compiling it would cost more than the whole of it does, once per batch.
+        # Not compiled: compilation would cost more than building a mask once per batch.
         return create_block_mask(rule, sizes, None, length, length, device=str(rows.seq_ids.device))
 
     masks = {kind: block_mask(kind) for kind in kinds}
     return masks if mask.layer_types else masks[kinds[0]]
 
 
-def training_mask(rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype):
+def training_mask(
+    rows: RowTensors, config: PreTrainedConfig, dtype: torch.dtype
+) -> torch.Tensor | BlockMask | dict[str, torch.Tensor] | dict[str, BlockMask]:
     """The mask for the attention that `config` names."""
     if attention_of(config) == "flex_attention":
         return flex_mask(rows, config)
     return dense_mask(rows, config, dtype)
 
 
-def refuse_untrainable(model) -> None:
+def refuse_untrainable(model: PreTrainedModel) -> None:
     """
     Raises `ValueError` for a model whose attention cannot keep noise out of the text.
 
@@ -176,19 +182,20 @@ def refuse_untrainable(model) -> None:
     if kinds or is_stateful(model):
         raise UsageError(
             f"Jacobi Forcing needs attention that a mask can restrict, but {name} has layers that carry a state "
-            f"through the row ({', '.join(sorted(kinds)) or 'state-space'}), so noise would leak into the text."
+            f"through the row ({', '.join(sorted(kinds)) or 'state-space'}), through which noise would leak into the "
+            "text: use a model with attention only."
         )
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     if getattr(config, "alibi", False) or has_own_mask(model) or not takes_positions:
         raise UsageError(
-            f"Jacobi Forcing tells each token its position and what it sees, but the attention of {name} counts "
-            "places in the row (ALiBi, or a mask of its own)."
+            f"Jacobi Forcing sets the position of each token and what it sees, but the attention of {name} uses "
+            "places in the row instead (ALiBi, or a mask of its own): use another model."
         )
     attention = attention_of(config)
     if attention not in ("sdpa", "eager", "flex_attention"):
         raise UsageError(
-            f"Jacobi Forcing needs attention that takes a mask of its own, but {name} runs {attention!r}: load it "
-            "with attn_implementation='sdpa' or, on a GPU, 'flex_attention'."
+            f"Jacobi Forcing needs attention that takes any mask, but {name} uses {attention!r}: load it with "
+            "attn_implementation='sdpa' or, on a GPU, 'flex_attention'."
         )
     device = next(model.parameters()).device.type
     if attention == "flex_attention" and device == "cpu":

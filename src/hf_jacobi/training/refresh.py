@@ -1,15 +1,15 @@
-"""Fresh trajectories within a training: every so many steps the model that is being trained writes new ones."""
+"""New trajectories during a training, written by the model in training after every `refresh_steps` steps."""
 
 from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from datasets import Dataset
 from torch.utils.data import Dataset as Rows
 from transformers import TrainerCallback
 
@@ -23,21 +23,26 @@ from ..trajectories.prompts import open_prompts
 from .forward import outside_training
 
 
-FOLDER = "refresh"  # of the training's own folder
+if TYPE_CHECKING:
+    from .config import JacobiForcingConfig
+    from .trainer import JacobiForcingTrainer
+
+
+FOLDER = "refresh"  # in the training's output folder
 
 
 @dataclass(frozen=True)
 class Refresh:
     """
-    Where the rows of a training come from after its first `refresh_steps`: trajectories of the model as it is then.
+    The source of a training's rows after its first `refresh_steps` steps: trajectories of the model at that point.
 
     Args:
-        prompts: as for [`collect_trajectories`]; each refresh takes the next ones, and begins anew at their end.
-        count: prompts of each refresh.
-        max_new_tokens: the longest completion.
-        window_size: w.
-        collect: further arguments of [`collect_trajectories`]; the block size is that of the rows trained on.
-        pack: further arguments of [`pack_trajectories`].
+        prompts: as for [`collect_trajectories`]. Each refresh takes the next prompts, and wraps around at the end.
+        count: the number of prompts of each refresh.
+        max_new_tokens: the length of the longest completion, in tokens.
+        window_size: the window size w, in blocks.
+        collect: other arguments of [`collect_trajectories`]; the block size is that of the training rows.
+        pack: other arguments of [`pack_trajectories`].
 
     Example:
 
@@ -56,62 +61,63 @@ class Refresh:
     collect: dict[str, Any] = field(default_factory=dict)
     pack: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_whole("refresh.count", self.count, 1)
         for name, ours in (
             ("collect", ("block_size", "max_new_tokens", "output_dir", "completions", "dataset", "progress")),
             ("pack", ("window_size", "output_dir", "progress", "trajectories")),
         ):
             if odd := [one for one in getattr(self, name) if one in ours]:
-                raise UsageError(f"refresh.{name} must not hold {odd[0]!r}, which is decided elsewhere.")
+                raise UsageError(f"refresh.{name} must not hold {odd[0]!r}, which the training sets: drop it.")
 
 
-def check_refresh(refresh: Refresh | None, args, tokenizer, rows) -> None:
-    """Raises `ValueError` for a refresh that cannot be had, or would not be the same after an interruption."""
+def check_refresh(refresh: Refresh | None, args: JacobiForcingConfig, tokenizer: Any, rows: Any) -> None:
+    """Raises `ValueError` for a refresh that is impossible, or that a resumed training could not repeat."""
     if (refresh is None) != (args.refresh_steps is None):
-        there, missing = ("refresh_steps", "refresh") if refresh is None else ("refresh", "refresh_steps")
-        raise UsageError(f"`{there}` needs `{missing}` beside it: how often, and from which prompts.")
+        given, missing = ("refresh_steps", "refresh") if refresh is None else ("refresh", "refresh_steps")
+        raise UsageError(f"`{given}` needs `{missing}`: pass both, or neither.")
     if refresh is None:
         return
     if not isinstance(refresh, Refresh):
         raise UsageError(f"`refresh` must be a Refresh, got {type(refresh).__name__}.")
     reasons = {
-        "max_steps above 0, so that it is known when": args.max_steps <= 0,
-        "dataloader_num_workers=0, as others would read ahead": args.dataloader_num_workers > 0,
+        "max_steps above 0": args.max_steps <= 0,
+        "dataloader_num_workers=0, because workers read ahead": args.dataloader_num_workers > 0,
         "ignore_data_skip=False": args.ignore_data_skip,
         "one process": args.world_size > 1,
-        "adapter_scope='all': a draft-only adapter leaves the trajectories as they are": args.adapter_scope != "all",
+        "adapter_scope='all', because a draft-only adapter does not change trajectories": args.adapter_scope != "all",
         "the tokenizer as `processing_class`": tokenizer is None,
-        "a `train_dataset` with a length to begin with": not hasattr(rows, "__len__"),
+        "a `train_dataset` with a length": not hasattr(rows, "__len__"),
     }
-    if asked := [reason for reason, is_wrong in reasons.items() if is_wrong]:
-        raise UsageError(f"`refresh_steps` needs {asked[0]}.")
+    if wrong := [reason for reason, is_wrong in reasons.items() if is_wrong]:
+        raise UsageError(f"`refresh_steps` needs {wrong[0]}.")
 
 
 class RefreshedRows(Rows):
     """
-    The rows of a training in the order in which it takes them: which refresh one belongs to follows from its number,
-    so that a training that is resumed reads the same.
+    The rows of a training in the order in which it reads them. The number of a row determines its refresh, so that a
+    resumed training reads the same rows.
 
     Args:
-        first: the rows before the first refresh.
-        args: the training's arguments.
+        first: the rows before the first refresh; any data set with a length.
+        args: the training arguments.
     """
 
-    def __init__(self, first: Sequence[dict], args):
-        self.pools: dict[int, Sequence[dict]] = {0: first}
+    def __init__(self, first: Any, args: JacobiForcingConfig):
+        assert args.refresh_steps is not None  # `check_refresh` requires it
+        self.pools: dict[int, Any] = {0: first}
         self.seed = args.seed
         self.batch = args.per_device_train_batch_size
         self.per_step = self.batch * args.gradient_accumulation_steps
         self.period = self.per_step * args.refresh_steps
         self.length = self.per_step * args.max_steps
-        self.shuffled: tuple[Any, list[int]] = (None, [])  # the newest order of some rows, and of which
+        self.shuffled: tuple[tuple[int, int] | None, list[int]] = (None, [])  # pool and turn; their order
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, number: int) -> dict:
-        # accelerate reads a batch ahead, so that the first one after a refresh is still of the rows before.
+        # accelerate reads one batch ahead, so the first batch after a refresh still holds old rows.
         pool, place = divmod(max(0, number - self.batch), self.period)
         rows = self.pools[pool]
         turn, place = divmod(place if pool else number, len(rows))
@@ -123,61 +129,67 @@ class RefreshedRows(Rows):
 
 class Refreshing(TrainerCallback):
     """
-    Collects and packs after every `refresh_steps` steps, before the checkpoint of that step is written.
+    Collects and packs trajectories after every `refresh_steps` steps, before that step's checkpoint is written.
 
     Args:
         trainer: the trainer.
-        refresh: from which prompts, and how.
-        rows: what it trains on.
+        refresh: the prompts and the settings.
+        rows: the rows of the training, which it replaces.
     """
 
-    def __init__(self, trainer, refresh: Refresh, rows: RefreshedRows):
+    def __init__(self, trainer: JacobiForcingTrainer, refresh: Refresh, rows: RefreshedRows):
         self.trainer = trainer
         self.refresh = refresh
         self.rows = rows
-        self.prompts = open_prompts(refresh.prompts)
-        if not hasattr(self.prompts, "__len__") or not len(self.prompts):
+        assert trainer.args.refresh_steps is not None  # `check_refresh` requires it
+        self.steps = trainer.args.refresh_steps
+        prompts: Any = open_prompts(refresh.prompts)
+        if not hasattr(prompts, "__len__") or not len(prompts):
             raise UsageError("`refresh.prompts` must have a length, and at least one prompt.")
+        self.prompts = prompts
 
     @property
     def folder(self) -> Path:
-        return Path(self.trainer.args.output_dir) / FOLDER
+        return self.trainer.output_folder / FOLDER
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Takes up the rows of the refreshes before the step that is resumed, and removes those of others after it."""
-        done = state.global_step // args.refresh_steps
+        """Reads the rows that the resumed step needs, and removes the folders of later refreshes."""
+        done = state.global_step // self.steps
         for folder in self.folder.glob("step-*"):
-            if int(folder.name[5:]) > done * args.refresh_steps:
+            if int(folder.name[5:]) > done * self.steps:
                 shutil.rmtree(folder)
         if done:
             folder = self._of(done)
             if not (folder / "packed").exists():
-                raise UsageError(f"{folder}, from which this training would go on, is not there: begin it anew.")
+                raise UsageError(
+                    f"{folder}, which this training needs to resume, does not exist: start the training again."
+                )
             for number in {done - 1, done} - {0}:
                 self.rows.pools[number] = open_prompts(str(self._of(number) / "packed"))
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Makes new rows, if it is time."""
+        """Makes new rows, if they are due."""
         step = state.global_step
-        if step % args.refresh_steps or step >= args.max_steps:
+        if step % self.steps or step >= args.max_steps:
             return
-        number = step // args.refresh_steps
+        number = step // self.steps
         self.rows.pools[number] = self._make(number)
         for old in [one for one in self.rows.pools if one < number - 1]:
             del self.rows.pools[old]
 
     def _of(self, number: int) -> Path:
-        return self.folder / f"step-{number * self.trainer.args.refresh_steps}"
+        return self.folder / f"step-{number * self.steps}"
 
-    def _make(self, number: int):
+    def _make(self, number: int) -> Dataset:
         refresh, trainer, folder = self.refresh, self.trainer, self._of(number)
         first = (number - 1) * refresh.count
         places = [(first + place) % len(self.prompts) for place in range(min(refresh.count, len(self.prompts)))]
         prompts = self.prompts
         chosen = prompts.select(places) if hasattr(prompts, "select") else [prompts[place] for place in places]
         inner = unwrap(trainer.model)
+        assert trainer.block_size is not None  # the rows have blocks
         with (
-            torch.random.fork_rng(),  # what the training draws does not depend on it
+            torch.random.fork_rng(),  # the training's random numbers do not depend on it
             outside_training(inner),
             without_router_logits(inner),
             trainer.accelerator.autocast(),

@@ -1,4 +1,4 @@
-"""Whether packed rows are laid out as `pack_trajectories` lays them out: many rows at once, over flat arrays."""
+"""Checks that rows have the layout of `pack_trajectories`: many rows at once, in flat arrays."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST = np.iinfo(np.int64).max
 
 
 class Fault(NamedTuple):
-    """What is wrong with a row: its number, and a sentence that goes on from "row 3 of the data"."""
+    """The number of a wrong row, and what is wrong: the rest of a sentence that begins "row 3 of the data"."""
 
     row: int
     what: str
@@ -28,11 +28,11 @@ class Fault(NamedTuple):
 
 class Flat(NamedTuple):
     """
-    Some rows, laid out flat.
+    Some rows, flattened.
 
     Attributes:
-        columns: for each of `COLUMNS` the entries of all rows, one after the other, `[T]`.
-        lengths: `[R]`, how many of them each row has.
+        columns: for each of `COLUMNS`, the entries of all rows, one after the other, `[T]`.
+        lengths: `[R]`, the number of entries of each row.
     """
 
     columns: dict[str, np.ndarray]
@@ -40,7 +40,7 @@ class Flat(NamedTuple):
 
 
 class BlockSizes(NamedTuple):
-    """The longest noisy block of some rows, and whether a text has several, of which only the last may be shorter."""
+    """The length of the longest noisy block of some rows, and whether a text has several blocks."""
 
     longest: int
     several: bool
@@ -51,14 +51,14 @@ def flat_batches(dataset: Iterable, name: str) -> Iterator[tuple[int, Flat]]:
     A data set in pieces, each with the number of its first row.
 
     Args:
-        dataset: a `datasets.Dataset`, whose columns are read as they lie in memory, or any rows.
-        name: what the data are called in errors.
+        dataset: a `datasets.Dataset`, whose columns are read without copying them to lists, or any rows.
+        name: the name of the data in errors.
 
     Raises:
-        `ValueError`: a row's columns are not lists of whole numbers of one length.
+        `ValueError`: the columns of a row are not lists of whole numbers of one length.
     """
     first = 0
-    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # which makes rows of its own
+    if isinstance(dataset, Dataset) and dataset.format["type"] != "custom":  # a custom format changes rows
         for table in dataset.select_columns(list(COLUMNS)).with_format("arrow").iter(AT_ONCE):
             yield first, _joined({key: _of_arrow(table.column(key)) for key in COLUMNS}, name, first)
             first += table.num_rows
@@ -69,29 +69,29 @@ def flat_batches(dataset: Iterable, name: str) -> Iterator[tuple[int, Flat]]:
         first += len(some)
 
 
-def iter_rows(dataset) -> Iterator[dict[str, Any]]:
-    """The rows of any data set; one of torch's need not say how to run through it."""
+def iter_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """The rows of any data set; torch's data sets can lack `__iter__`."""
     if hasattr(dataset, "__iter__") or not hasattr(dataset, "__len__"):
         return iter(dataset)
     return (dataset[number] for number in range(len(dataset)))
 
 
 def flat_rows(rows: list[dict[str, Any]], name: str, first: int = 0) -> Flat:
-    """Some rows as `Flat`; errors as of `flat_batches`."""
+    """Some rows as `Flat`, with the errors of `flat_batches`."""
     for number, row in enumerate(rows, start=first):
         if not hasattr(row, "keys"):
-            raise UsageError(f"row {number} of {name} has no columns, it is {row!r:.60}.")
+            raise UsageError(f"row {number} of {name} has no columns: it must map columns to lists, got {row!r:.60}.")
         if missing := [column for column in COLUMNS if column not in row]:
             raise UsageError(f"row {number} of {name} lacks {missing}: pass what pack_trajectories returns.")
     return _joined({key: _of_lists([row[key] for row in rows]) for key in COLUMNS}, name, first)
 
 
 def _of_arrow(column: pyarrow.ChunkedArray) -> list[np.ndarray] | tuple[np.ndarray, np.ndarray]:
-    """Entries and lengths; lists of arrays where they are not plain, so that the row can be found."""
+    """Entries and lengths; or, if the entries are not plain, an array for each row, so that the row can be found."""
     array = column.combine_chunks()
     nested = pyarrow.types.is_list(array.type) or pyarrow.types.is_large_list(array.type)
     plain = nested and not array.null_count and pyarrow.types.is_integer(array.type.value_type)
-    if not plain or pyarrow.types.is_uint64(array.type.value_type):  # which NumPy does not mix with signed numbers
+    if not plain or pyarrow.types.is_uint64(array.type.value_type):  # NumPy does not mix it with signed numbers
         return _of_lists(array.to_pylist())
     values = pyarrow.compute.list_flatten(array)
     if values.null_count:
@@ -126,28 +126,28 @@ def _joined(columns: dict[str, Any], name: str, first: int) -> Flat:
     for key, column in columns.items():
         if isinstance(column, list):
             row = next(number for number, array in enumerate(column) if not _is_plain(array))
-            raise UsageError(f"row {first + row} of {name} has {key} that are no list of whole numbers.")
+            raise UsageError(f"row {first + row} of {name} has {key} that are not a list of whole numbers.")
     lengths = columns["input_ids"][1]
     for key, (_, others) in columns.items():
         if len(odd := np.flatnonzero(others != lengths)):
             row = odd[0]
             raise UsageError(
-                f"row {first + row} of {name} has {others[row]} {key}, but {lengths[row]} input_ids: a token has one "
-                "entry in each column."
+                f"row {first + row} of {name} has {others[row]} {key}, but {lengths[row]} input_ids: each token needs "
+                "one entry in each column."
             )
     if len(odd := np.flatnonzero(lengths == 0)):
-        raise UsageError(f"row {first + odd[0]} of {name} is empty: leave it out.")
+        raise UsageError(f"row {first + odd[0]} of {name} is empty: drop it.")
     return Flat({key: values for key, (values, _) in columns.items()}, lengths)
 
 
 def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | None:
     """
-    The first row that is not laid out as the masks and losses expect it.
+    The first row whose layout is not what the masks and losses expect, or `None`.
 
     Args:
         rows: the rows.
-        vocabulary: how many tokens the model has.
-        positions: how many positions, if there is a limit.
+        vocabulary: the number of tokens of the model.
+        positions: the number of its positions, if it is limited.
     """
     tokens, places, blocks, windows, labels, samples, twins = (rows.columns[key] for key in COLUMNS)
     row = np.repeat(np.arange(len(rows.lengths)), rows.lengths)
@@ -193,13 +193,15 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
     if found is not None:
         return found
 
-    # What follows may rely on the text: sample by sample, positions from 0 on.
+    # From here on, the text is known to be correct: sample by sample, with positions from 0.
     starts = np.flatnonzero(new_sample & ~noisy)
     sizes = np.bincount(np.cumsum(new_sample & ~noisy)[~noisy] - 1)
     counts = np.bincount(row[starts], minlength=len(rows.lengths))
     group = (np.cumsum(counts) - counts)[row] + np.minimum(samples, counts[row] - 1)
-    inside = noisy & after_noise & ~new_sample  # a noisy token after one of its own sample
-    start = np.maximum.accumulate(np.where(noisy & ~inside, np.arange(len(tokens)), 0))  # of the sample's noise
+    inside = noisy & after_noise & ~new_sample  # a noisy token that follows one of its own sample
+    start = np.maximum.accumulate(
+        np.where(noisy & ~inside, np.arange(len(tokens)), 0)
+    )  # where the sample's noise starts
     new_copy = inside & (step(places) < 1) & (places == places[start]) & (blocks == blocks[start])
     new_copy &= windows == windows[start]
     inside &= ~new_copy
@@ -215,7 +217,7 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
         )
         or fault(noisy & ((windows < 0) | (windows > places)), "has window_start {} at position {}", windows, places)
         or fault(
-            inside & ((step(windows) < 0) | (~new_block & (step(windows) != 0))), "has windows that are out of order"
+            inside & ((step(windows) < 0) | (~new_block & (step(windows) != 0))), "has windows out of order"
         )
         or fault(
             np.where(
@@ -224,7 +226,7 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
                 | (places[twin] != places)),
                 twins != -1,
             ),
-            "has twin {} at position {}, where another token stands",
+            "has twin {} at position {}, which is another token",
             twins,
             places,
         )
@@ -232,7 +234,7 @@ def find_fault(rows: Flat, vocabulary: int, positions: int | None) -> Fault | No
 
 
 def block_sizes(rows: Flat) -> BlockSizes:
-    """What blocks rows have that are laid out as they should be."""
+    """The block sizes of rows without faults."""
     blocks, samples = rows.columns["block_ids"], rows.columns["seq_ids"]
     starts = np.ones(len(blocks), dtype=bool)
     starts[1:] = (np.diff(blocks) != 0) | (np.diff(samples) != 0) | (np.diff(rows.columns["position_ids"]) < 1)

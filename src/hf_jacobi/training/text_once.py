@@ -1,15 +1,16 @@
 """
 Draft-only training in two forwards: the text once, without a gradient, then the noise on its keys and values.
 
-A draft-only adapter leaves the text as it is. So the text needs no backward pass, and one forward over it serves all
-noisy copies of its blocks. The noise is cut into groups of a few windows each, the rows of the second forward: tokens
-of other windows see nothing of each other, and a short row wastes little of a dense mask.
+A draft-only adapter does not change the text. The text therefore needs no backward pass, and one forward over it
+serves all noisy copies of its blocks. The noise is cut into groups of a few windows, which become the rows of the
+second forward: tokens of different windows do not see each other, and a dense mask wastes little on short rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,20 +30,20 @@ from .mask import RowTensors, dense_mask, training_mask
 from .windows import attending_by_windows, segments
 
 
-GROUP = 256  # noisy tokens that share a row of the second forward, about
+GROUP = 256  # approximate number of noisy tokens in a row of the second forward
 
 
 class Split(NamedTuple):
     """
-    Which tokens of a batch go into which forward, as indices into its rows, -1 for padding.
+    The tokens of a batch that go into each forward, as indices into its rows; -1 for padding.
 
     Attributes:
         text: `[B, C]`.
         noise: `[R, N]`.
         rows: `[R]`, the row of the batch that each row of `noise` belongs to.
-        from_text, to_text: where a token stands in `text` laid out flat, and where in the batch laid out flat.
+        from_text, to_text: the indices of the text's tokens in the flattened `text` and in the flattened batch.
         from_noise, to_noise: the same for `noise`.
-        segments: what the windowed attention takes in the place of a mask of the text; stays on the host.
+        segments: what the windowed attention takes in place of a mask of the text; stays on the host.
     """
 
     text: torch.Tensor
@@ -54,23 +55,35 @@ class Split(NamedTuple):
     to_noise: torch.Tensor
     segments: torch.Tensor | None = None
 
-    def to(self, device, **others) -> Split:
-        """With the tensors that the device reads on it."""
-        return Split(*(tensor.to(device, **others) for tensor in self[:-1]), self.segments)
+    def to(self, device: torch.device | str, **others) -> Split:
+        """The split with the tensors that the device reads on it."""
+        return self._map(lambda values: values.to(device, **others))
 
     def pin_memory(self) -> Split:
-        """With these tensors in pinned memory."""
-        return Split(*map(torch.Tensor.pin_memory, self[:-1]), self.segments)
+        """The split with these tensors in pinned memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Split:
+        return Split(
+            function(self.text),
+            function(self.noise),
+            function(self.rows),
+            function(self.from_text),
+            function(self.to_text),
+            function(self.from_noise),
+            function(self.to_noise),
+            self.segments,
+        )
 
 
 def split_tokens(rows: RowTensors, group: int = GROUP, windowed: bool = False) -> Split:
     """
-    Parts the text of a batch from its noise, and cuts the noise into rows that keep windows whole; on the host.
+    Separates the text of a batch from its noise, and cuts the noise into rows that keep windows whole; on the host.
 
     Args:
         rows: the tokens.
-        group: how many noisy tokens a row has, about; a longer window has a row of its own.
-        windowed: whether the text is run with the windowed attention.
+        group: the approximate number of noisy tokens in a row; a longer window gets a row of its own.
+        windowed: whether the text runs with the windowed attention.
     """
     keys = torch.stack([rows.seq_ids, rows.noisy.long(), rows.window_start, rows.copy_ids]).cpu().numpy()
     texts, noises, owners = [], [], []
@@ -104,26 +117,29 @@ def split_tokens(rows: RowTensors, group: int = GROUP, windowed: bool = False) -
 
 class TextLayer(DynamicLayer):
     """
-    The keys and values of the text in one layer, which noise sees before its own and leaves as they are.
+    The keys and values of the text in one layer. Noise sees them before its own, and does not change them.
 
     Args:
-        layer: of the cache that the text was run with.
-        rows: `[R]`, whose text each row of noise sees.
+        layer: the layer of the cache that the text ran with.
+        rows: `[R]`, the row whose text each row of noise sees.
     """
 
-    def __init__(self, layer: DynamicLayer, rows: torch.Tensor):
+    def __init__(self, layer: Any, rows: torch.Tensor):
         super().__init__()
-        self.text = (layer.keys[rows], layer.values[rows])
+        self.text: tuple[torch.Tensor, torch.Tensor] = (layer.keys[rows], layer.values[rows])
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        return tuple(torch.cat(pair, 2) for pair in zip(self.text, (key_states, value_states)))
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.text
+        return torch.cat((keys, key_states), 2), torch.cat((values, value_states), 2)
 
     def get_seq_length(self) -> int:
         return self.text[0].shape[2]
 
 
 class TextCache(DynamicCache):
-    """The layers of a text, for rows of noise; see `TextLayer`."""
+    """The layers of a text for rows of noise; see `TextLayer`."""
 
     def __init__(self, cache: DynamicCache, rows: torch.Tensor):
         super().__init__()
@@ -137,13 +153,15 @@ class TextOnce:
     Args:
         model: the causal language model, with the adapter's layers in it.
         noisy_tokens: switches the adapter on and off.
-        windowed: whether the text is run with the windowed attention.
+        windowed: whether the text runs with the windowed attention.
     """
 
     def __init__(self, model: PreTrainedModel, noisy_tokens: NoisyTokens, windowed: bool):
         self.noisy_tokens = noisy_tokens
         self.windowed = windowed
-        self.cache = cache_argument(model)
+        cache = cache_argument(model)
+        assert cache is not None  # see `can_split`
+        self.cache = cache
         self.config = model.config.get_text_config(decoder=True)
 
     def __call__(
@@ -156,13 +174,13 @@ class TextOnce:
         adapted: bool = True,
     ) -> torch.Tensor:
         """
-        The hidden states that the head reads, `[B, L, H]`, with a gradient at noisy tokens alone; 0 at padding.
+        The hidden states that the head reads, `[B, L, H]`, with a gradient at noisy tokens only; 0 at padding.
 
         Args:
             model: the causal language model.
             input_ids: `[B, L]`.
             rows: the tokens.
-            split: which of them go into which forward.
+            split: the tokens of each forward.
             dtype: the dtype that the model computes in.
             adapted: whether the adapter applies to the noise.
         """
@@ -178,7 +196,15 @@ class TextOnce:
         return hidden.view(*input_ids.shape, -1)
 
     @torch.no_grad()
-    def _run_text(self, model, input_ids, rows: RowTensors, of_batch, split: Split, dtype):
+    def _run_text(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        rows: RowTensors,
+        of_batch: torch.Tensor,
+        split: Split,
+        dtype: torch.dtype,
+    ) -> tuple[DynamicCache, torch.Tensor]:
         cache = DynamicCache()
         mask = split.segments if self.windowed else training_mask(rows, self.config, dtype)
         windows = attending_by_windows(model) if self.windowed else nullcontext()
@@ -192,7 +218,15 @@ class TextOnce:
             ).last_hidden_state
         return cache, hidden
 
-    def _run_noise(self, model, input_ids, rows: RowTensors, split: Split, cache: DynamicCache, dtype):
+    def _run_noise(
+        self,
+        model: PreTrainedModel,
+        input_ids: torch.Tensor,
+        rows: RowTensors,
+        split: Split,
+        cache: DynamicCache,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
         owner, first = split.rows.unsqueeze(1), split.text.shape[1]
         seen = rows.take(owner, torch.cat([split.text[split.rows], split.noise], 1))
         with caching_in_checkpoints(model):
@@ -206,7 +240,7 @@ class TextOnce:
 
     @torch.no_grad()
     def check(self, model: PreTrainedModel) -> bool:
-        """Whether a model gives a few tokens the same hidden states in two forwards as in one."""
+        """Whether a model computes the same hidden states for a few tokens in two forwards as in one."""
         tokens = torch.arange(8, device=model.device).unsqueeze(0) % self.config.vocab_size
         places = torch.arange(8, device=model.device).unsqueeze(0)
         noisy = places >= 4
@@ -215,7 +249,7 @@ class TextOnce:
             try:
                 split = split_tokens(rows, windowed=self.windowed).to(model.device)
                 ours = self(model, tokens, rows, split, model.dtype, adapted=False)
-            except Exception:  # whatever a model makes of a cache that it does not know
+            except Exception:  # models fail in various ways with an unknown cache
                 return False
             whole = run_decoder(model, input_ids=tokens).last_hidden_state
         return torch.allclose(ours.float(), whole.float(), atol=1e-2 * float(whole.abs().max()), rtol=1e-2)
@@ -223,11 +257,11 @@ class TextOnce:
 
 def can_split(model: PreTrainedModel, checkpointing: bool) -> bool:
     """
-    Whether a model has the attention and the cache that two forwards need; `TextOnce.check` tries them.
+    Whether a model has the attention and the cache that two forwards need; `TextOnce.check` tests them.
 
     Args:
         model: the causal language model.
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: whether the backward pass recomputes activations.
     """
     plain = attention_of(model.config.get_text_config(decoder=True)) in ("sdpa", "eager")
     cached = cache_argument(model) is not None and (not checkpointing or caches_in_checkpoints(model))

@@ -1,9 +1,9 @@
 """
-Attention over packed rows without a dense mask: one causal call over each text, and one over each window's noise.
+Attention over packed rows without a dense mask: one causal call for each text, and one for each window's noise.
 
-The dense mask scores every pair of tokens of a row. A text of T tokens and its noise make 4 T^2 pairs, of which about
-T^2 are seen; cut at the seams, hardly more than those are scored. Registered with transformers under `WINDOWED`; what
-the mask says otherwise, here a short table of segments says, which travels in the place of the mask.
+A dense mask makes attention score every pair of tokens of a row. A text of T tokens and its noise make 4 T^2 pairs,
+of which about T^2 are visible; calls for each segment score hardly more than those. The attention is registered with
+transformers under `WINDOWED`, and takes a short table of segments in place of the mask.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .mask import RowTensors
 
 
 WINDOWED = "jacobi_windows"
-FIELDS = 5  # row; first and last + 1 of the queries; first and last + 1 of the text that they see before themselves
+FIELDS = 5  # row; start and end of the queries; start and end of the text that they see before themselves
 
 
 def segments(rows: RowTensors) -> torch.Tensor:
@@ -30,11 +30,11 @@ def segments(rows: RowTensors) -> torch.Tensor:
     Cuts rows into segments: the text of each sample, and each window of noise.
 
     Args:
-        rows: the tokens, laid out as `pack_trajectories` does: within a sample text and windows are in one piece each.
+        rows: the tokens, in the layout of `pack_trajectories`: the text and each window of a sample are contiguous.
 
     Returns:
-        `[1, 1, S, 5]`, int64: for each segment its row, where it begins and ends, and where the text that it sees
-        before itself begins and ends (-1 for padding). Four dimensions, as transformers lets masks of four pass.
+        `[1, 1, S, 5]`, int64: for each segment its row, its start and end, and the start and end of the text that it
+        sees before itself (-1 for padding). It has four dimensions because transformers accepts such masks unchanged.
     """
     copies = rows.copy_ids * rows.noisy
     keys = torch.stack([rows.seq_ids, rows.noisy.long(), rows.window_start, copies])
@@ -62,7 +62,7 @@ def segments(rows: RowTensors) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.long).view(1, 1, -1, FIELDS)
 
 
-@torch.compiler.disable  # where it cuts differs from batch to batch
+@torch.compiler.disable  # segments differ from batch to batch
 def windowed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -74,23 +74,23 @@ def windowed_attention(
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
-    Attention as transformers calls it.
+    The attention function, with the parameters that transformers passes.
 
     Args:
         module: the attention module.
-        query, key, value: `[B, heads, L, D]`; fewer heads of key and value if they are shared.
-        attention_mask: what `segments` returned.
+        query, key, value: `[B, heads, L, D]`; key and value have fewer heads with grouped queries.
+        attention_mask: the result of `segments`.
         dropout, scaling: as in SDPA.
 
     Returns:
-        `[B, L, heads, D]`, and `None`. Padding gets zeros.
+        `[B, L, heads, D]`, with zeros at padding, and `None`.
     """
     if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
         raise UsageError(f"the windowed attention does not support {', '.join(unknown)}: use 'eager' attention.")
     grouped = key.shape[1] != query.shape[1]
     outputs = []
     for row, table in _by_row(attention_mask).items():
-        # Cut once, and put together again: every slice would fill a tensor of zeros in the backward pass.
+        # Split once and concatenate: each slice would fill a tensor of zeros in the backward pass.
         queries = query[row].split([end - start for start, end, _, _ in table], dim=1)
         cuts = sorted({point for segment in table for point in segment if point >= 0})
         sizes = [end - start for start, end in pairwise(cuts)]
@@ -106,7 +106,7 @@ def windowed_attention(
                 own_query.unsqueeze(0),
                 torch.cat([keys[index] for index in seen], 1).unsqueeze(0),
                 torch.cat([values[index] for index in seen], 1).unsqueeze(0),
-                attn_mask=_causal_behind(end - start, before, query.device) if before else None,
+                attn_mask=_causal_after(end - start, before, query.device) if before else None,
                 dropout_p=dropout,
                 is_causal=not before,
                 scale=scaling,
@@ -118,7 +118,7 @@ def windowed_attention(
 
 
 def _by_row(table: torch.Tensor) -> dict[int, list[list[int]]]:
-    """The segments of each row, without the number of the row."""
+    """The segments of each row, without the row number."""
     rows: dict[int, list[list[int]]] = {}
     for row, *segment in table.view(-1, FIELDS).tolist():
         rows.setdefault(row, []).append(segment)
@@ -126,15 +126,15 @@ def _by_row(table: torch.Tensor) -> dict[int, list[list[int]]]:
 
 
 @lru_cache(maxsize=64)
-def _causal_behind(queries: int, before: int, device: torch.device) -> torch.Tensor:
-    """`[queries, before + queries]` bool: each query sees what is before all of them, and those up to itself."""
+def _causal_after(queries: int, before: int, device: torch.device) -> torch.Tensor:
+    """`[queries, before + queries]` bool: each query sees the tokens before all queries, and queries up to itself."""
     return torch.ones(queries, before + queries, dtype=torch.bool, device=device).tril(before)
 
 
 def can_be_windowed(model: PreTrainedModel) -> bool:
     """
-    Whether a model that runs SDPA can run this instead: it looks its attention up with transformers, and every layer
-    attends to all that it may see (layers with a window of their own need the dense mask).
+    Whether a model that uses SDPA can use this attention instead: it looks its attention up in transformers' registry,
+    and each of its layers attends to the whole text (a sliding window or chunks need the dense mask).
     """
     config = model.config.get_text_config(decoder=True)
     if attention_of(config) != "sdpa" or not looks_attention_up(model):
@@ -146,7 +146,7 @@ def can_be_windowed(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def attending_by_windows(model: PreTrainedModel):
-    """While this is open, the model runs the windowed attention."""
+    """While this is open, the model uses the windowed attention."""
     with attending_by(model, WINDOWED):
         yield
 
