@@ -344,8 +344,8 @@ def test_a_block_size_that_is_not_the_number_of_drafts_is_warned_of(serve, caplo
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rejection_sample_method": "synthetic"}, "'synthetic' does not keep to the text"),
-        ({"rejection_sample_method": "block"}, "'block' does not keep to the text"),
+        ({"rejection_sample_method": "synthetic"}, "'synthetic' does not preserve the text"),
+        ({"rejection_sample_method": "block"}, "'block' does not preserve the text"),
         ({"stages": 2}, "does not support pipeline_parallel_size=2"),
         ({"jacobi": {"blocksize": 4}}, "unknown settings \\['blocksize'\\]"),
         ({"jacobi": {"block_size": 0}}, "`block_size` must be"),

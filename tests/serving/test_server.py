@@ -286,7 +286,7 @@ MALFORMED = [
     ({"stream": "yes"}, "`stream`"),
     ({"logit_bias": {"x": 1}}, "invalid literal"),
     ({"logit_bias": {"100000": 1}}, "100000"),
-    ({"generation_config": "{"}, "no JSON"),
+    ({"generation_config": "{"}, "not JSON"),
     ({"generation_config": [1]}, "an object"),
     ({"generation_config": {"decoding": "fast"}}, "`decoding` must be one of"),
     ({"generation_config": {"decodin": "jacobi"}}, "decodin"),
@@ -351,7 +351,7 @@ def test_one_model_is_served_and_stays(client, port, texts):
     assert [model.id for model in client.models.list()] == ["miniature"]
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("POST", "/load_model", json.dumps({"model": "another"}), JSON)
-    assert b"serves miniature alone" in connection.getresponse().read()
+    assert b"only serves miniature" in connection.getresponse().read()
     post(port, {}, "/reset")
     assert text_of(ask(client, PROMPTS[0])) == texts[0]
 
@@ -462,9 +462,9 @@ def test_mistakes_are_told_before_a_model_is_loaded(name, capsys, monkeypatch):
     taken = listening.listen("localhost", 0)
     port = str(taken.getsockname()[1])
     assert cli.main([name, "--port", port]) == 2
-    assert f"localhost:{port} cannot be listened on" in capsys.readouterr().err
+    assert f"cannot listen on localhost:{port}" in capsys.readouterr().err
     assert cli.main([name, "--host", "no such host", "--port", "0"]) == 2
-    assert "cannot be listened on" in capsys.readouterr().err
+    assert "cannot listen on" in capsys.readouterr().err
     for odd in ("-1", "70000", "x"):
         with pytest.raises(SystemExit, match="2"):
             cli.main([name, "--port", odd])
@@ -513,4 +513,4 @@ def test_a_taken_port_is_told_before_torch_is_imported():
     code = f"import sys; from hf_jacobi import cli; {run}"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout.split() == ["2", "False"], ended.stderr
-    assert "cannot be listened on" in ended.stderr
+    assert "cannot listen on" in ended.stderr
