@@ -341,9 +341,7 @@ class Refusing:
     """Replaces the handlers for other kinds of models."""
 
     async def handle_request(self, *args):
-        raise UsageError(
-            "this server only generates text: use /v1/chat/completions, /v1/completions or /v1/responses."
-        )
+        raise UsageError("this server generates text: use /v1/chat/completions, /v1/completions or /v1/responses.")
 
 
 def app_of(served: Served) -> Any:

@@ -94,9 +94,7 @@ class Served:
         if config.seed is not None:
             config.jacobi = dataclasses.replace(config.jacobi, seed=config.seed)
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
-            raise UsageError(
-                "this server generates one text per request, without beam search: drop num_beams and num_return_sequences."
-            )
+            raise UsageError("this server generates one text without beams: drop num_beams and num_return_sequences.")
         config.return_dict_in_generate = False
         return config
 

@@ -32,9 +32,8 @@ from .step_times import StepTimes
 
 logger = logging.getLogger(f"vllm.{__name__}")  # a child of vLLM's logger, for its format and level
 
-Scored = tuple[
-    list[int], list[int]
-]  # a draft, and the model's predictions before each of its tokens and after the last
+# A draft, and the model's predictions for each of its tokens and for the token after it.
+Scored = tuple[list[int], list[int]]
 
 # From this number of running requests on -> the most tokens to draft for each (`benchmarks.vllm lengths`).
 DRAFT_LENGTHS = {1: 31, 5: 15, 33: 7, 129: 3}
@@ -267,7 +266,7 @@ class JacobiProposer:
         self._find(sampled_token_ids, lengths, token_ids_cpu)
         if not self.captures:  # assume that the whole draft was scored; no predictions after the text are known
             rows = zip(self.rows, sampled_token_ids)
-            captured = [request and request.assumed(list(new)) for request, new in rows]
+            captured = [None if request is None else request.assumed(list(new)) for request, new in rows]
         positions = len(self.rows) + sum(len(row[0]) for row in captured if row)
         self._time(positions)
         shared = -(-positions // max(1, count))
