@@ -117,7 +117,7 @@ def test_other_adapters_are_not_written_so(tmp_path):
 def test_what_other_engines_may_not_read_is_said(tmp_path):
     said = []
     plain(adapted(rank_pattern={"q_proj": 2}), tmp_path / "pushed", tell=said.append)
-    assert any("may not read rank_pattern" in line for line in said)
+    assert any("may ignore rank_pattern" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +160,9 @@ def weights_of_another(folder):
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is not a JSON file"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
         (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json is not a JSON"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds neither adapter_model.safetensors"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"abc"), "holds no weights that can be"),
-        (weights_of_another, "is not for this LlamaForCausalLM: it has no layer by the name of .*blocks"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "contains neither adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"abc"), "contains no readable weights"),
+        (weights_of_another, "is not for this LlamaForCausalLM, which has no layer for .*blocks"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_line(tmp_path, damage, said):
@@ -171,6 +171,29 @@ def test_a_damaged_folder_is_named_in_one_line(tmp_path, damage, said):
     with pytest.raises(hf_jacobi.UsageError, match=said) as caught:
         hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"subfodler": "draft"},  # PEFT would ignore it, and load another adapter
+        {"device": "cpu"},
+        {"config": peft.LoraConfig()},
+        {"repo_id": "someone/adapter"},
+        {"kwargs": {}},
+    ],
+)
+def test_arguments_that_peft_does_not_have_are_refused(tmp_path, given):
+    plain(adapted(), tmp_path / "pushed")
+    with pytest.raises(hf_jacobi.UsageError, match=f"does not support {next(iter(given))}: pass"):
+        hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed", **given)
+
+
+def test_arguments_of_peft_and_of_its_downloads_reach_it(tmp_path):
+    plain(adapted(), tmp_path / "pushed" / "draft")
+    given = {"subfolder": "draft", "revision": "main", "torch_device": "cpu", "autocast_adapter_dtype": False}
+    given |= {"local_files_only": True, "low_cpu_mem_usage": True, "device_map": "auto"}
+    assert hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed", **given).peft_config
 
 
 @pytest.mark.parametrize("path", ["/nowhere/adapter", "./nowhere", "~/nowhere/a/b", None, 3])
@@ -191,5 +214,5 @@ def test_an_adapter_of_another_model_and_a_folder_without_one_are_refused(tmp_pa
     plain(adapted(), tmp_path / "pushed")
     with pytest.raises(hf_jacobi.UsageError):
         hf_jacobi.load_draft_adapter(tiny_model(hidden_size=64), tmp_path / "pushed")
-    with pytest.raises(hf_jacobi.UsageError, match="holds no adapter_config"):
+    with pytest.raises(hf_jacobi.UsageError, match="contains no adapter_config"):
         hf_jacobi.load_draft_adapter(tiny_model(), tmp_path)

@@ -190,7 +190,7 @@ def test_bad_places_are_refused(tmp_path):
         hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer(), dry_run=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="holds files"):
+    with pytest.raises(ValueError, match="is not empty"):
         publish(tiny_model(), tmp_path / "full")
     with pytest.raises(ValueError, match="no weights"):
         publish(tmp_path / "full", tmp_path / "new")
@@ -280,7 +280,7 @@ def test_a_model_without_a_note_is_not_said_to_be_its_base(tmp_path):
     model = tiny_model()
     model.config._name_or_path = "someone/base"
     publish(model, tmp_path / "pushed")
-    assert "model that comes from [someone/base]" in (tmp_path / "pushed" / "README.md").read_text()
+    assert "model derived from [someone/base]" in (tmp_path / "pushed" / "README.md").read_text()
 
 
 def test_only_code_that_the_model_needs_goes_with_it(tmp_path):
@@ -324,12 +324,12 @@ def test_an_adapter_decodes_with_its_own_settings_not_with_those_of_its_base(tmp
     assert text == plain and "JacobiOutput" in line
 
 
-def test_a_card_tells_that_jacobi_decoding_is_to_be_asked_for(tmp_path):
+def test_a_card_says_that_jacobi_decoding_has_to_be_requested(tmp_path):
     model = tiny_model()
     model.generation_config.decoding = "ar"
     publish(model, tmp_path / "pushed")
     card = (tmp_path / "pushed" / "README.md").read_text()
-    assert "has to be asked for" in card and card.count('decoding="jacobi"') == 2
+    assert "request Jacobi decoding explicitly" in card and card.count('decoding="jacobi"') == 2
 
 
 def test_settings_may_be_a_config_and_an_installed_decoder_takes_the_place_of_the_one_that_came_along(tmp_path):
@@ -482,7 +482,7 @@ def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path
 @pytest.mark.parametrize("given", [{"model": None}, {"model": 5}, {"tokenizer": 5}, {"tokenizer": ["a"]}], ids=str)
 def test_what_is_no_model_or_tokenizer_is_refused_at_once(tmp_path, given):
     given = {"model": tiny_model(), "tokenizer": tiny_tokenizer()} | given
-    with pytest.raises(ValueError, match="must be the name of a folder or what has `save_pretrained`"):
+    with pytest.raises(ValueError, match="must be a name or an object with `save_pretrained`"):
         hf_jacobi.publish(given["model"], "someone/fast", given["tokenizer"], tmp_path / "pushed", dry_run=True)
     assert not list(tmp_path.iterdir())
 
@@ -529,7 +529,7 @@ def test_a_secret_is_not_published_whatever_file_holds_it(tmp_path, secret, name
         change(source / name, hub_token=secret)
     else:
         (source / name).write_text(f"# one\n# {secret}\n")
-    with pytest.raises(ValueError, match=f"{name} holds what looks like an access token"):
+    with pytest.raises(ValueError, match=f"{name} contains what looks like an access token"):
         publish(source, tmp_path / "pushed", tokenizer=None, evaluation=evaluation)
     assert not (tmp_path / "pushed").exists()
 

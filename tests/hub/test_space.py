@@ -31,6 +31,7 @@ def test_what_a_space_holds(written):
     files = files_of(written)
     assert {"app.py", "requirements.txt", "README.md", "Dockerfile", "models/mine/model.safetensors"} <= files
     assert {"hf_jacobi/serving/page/index.html", "hf_jacobi/cli/chat.py", "hf_jacobi/__init__.py"} <= files
+    assert "hf_jacobi/hub/card.md.jinja" in files, "without it, a Space cannot render cards"
     assert not {file for file in files if "checkpoints" in file or "__pycache__" in file}
     header = (written / "README.md").read_text().split("---")[1]
     assert "sdk: docker" in header and "app_port: 7860" in header and "title: mine" in header
@@ -87,7 +88,7 @@ def test_a_model_on_the_hub_and_the_miniature_need_no_folder(tmp_path, model, li
     [
         ({"model": "./no-such-folder"}, "there is no folder"),
         ({"model": ""}, "`model` is empty"),
-        ({"repo_id": "mine"}, "no user or organization"),
+        ({"repo_id": "mine"}, "does not name a user"),
         ({"output_dir": None}, "`output_dir`"),
     ],
 )

@@ -335,7 +335,7 @@ def test_settings_come_from_additional_config_else_from_the_checkpoint(serve):
 def test_a_block_size_that_is_not_the_number_of_drafts_is_warned_of(serve, caplog):
     with caplog.at_level(logging.WARNING, logger="vllm"):
         runner = serve(length=31, jacobi={"draft_lengths": {1: 31}})
-    assert "15 tokens at most" in caplog.text
+    assert "at most 15 tokens" in caplog.text
     runner.add(prompt_of(0), 100)
     runner.run()
     assert runner.most_drafted == 15
@@ -378,7 +378,7 @@ class OtherSampler:
 def test_a_vllm_with_another_sampler_gets_n_grams_alone(serve, monkeypatch, caplog, predict, least):
     with caplog.at_level(logging.WARNING, logger="vllm"):
         runner = serve(predict, sampler=OtherSampler)
-    assert "n-grams of the text alone" in caplog.text
+    assert "n-grams of the text, without" in caplog.text
     runner._sample = lambda counts, tried, logits: Known.forward(counts, tried, logits)
     request = runner.add(prompt_of(0), 120)
     runner.run()

@@ -353,10 +353,10 @@ def app_of(served: Served) -> Any:
     """
     state = State(served)
     manager = Manager(served)
-    handlers = {
+    handlers: dict[str, Any] = {
         name: type(kind.__name__, (Handler, kind), {"prompt": prompt})(manager, state)
         for name, (kind, prompt) in HANDLERS.items()
     }
     taken = inspect.signature(build_server).parameters
-    others = {name: Refusing() for name in taken if "handler" in name and name not in handlers}
+    others: dict[str, Any] = {name: Refusing() for name in taken if "handler" in name and name not in handlers}
     return build_server(manager, **handlers, **others, generation_state=state)
