@@ -1,4 +1,4 @@
-"""What of a folder is published, and what is refused."""
+"""Which files of a folder are published, and which folders are refused."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def publish(source, target, **settings):
 
 
 def published(source, tmp_path) -> set[str]:
-    """The names of what is published, but for what is made anew."""
+    """The names of the published files, without the generated ones."""
     folder = tmp_path / "pushed"
     publish(source, folder)
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
@@ -160,7 +160,9 @@ def test_an_adapter_beside_a_whole_model_is_published_as_an_adapter(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(source)
     names = published(source, tmp_path)
-    assert "adapter_model.safetensors" in names and "model.safetensors" not in names, "as transformers loads it"
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names, (
+        "transformers loads the adapter, too"
+    )
     (source / "adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights of an adapter"):
         choose(source)
@@ -336,7 +338,7 @@ def test_what_only_looks_like_a_snapshot_is_not_followed(tmp_path):
     (blobs / f"{99:040x}").symlink_to("/etc/passwd")
     for target in ("../../blobs/keys", f"../../blobs/{99:040x}", "../../../other/blobs/x", "config.json"):
         (snapshot / "LICENSE").symlink_to(target)
-        if target == "config.json":  # which leads into `blobs`
+        if target == "config.json":  # itself a link into `blobs`
             assert "LICENSE" in choose(snapshot).files
         else:
             with pytest.raises(hf_jacobi.UsageError, match="is a link"):
@@ -345,7 +347,7 @@ def test_what_only_looks_like_a_snapshot_is_not_followed(tmp_path):
 
 
 def with_code(folder, **files):
-    """A checkpoint with code of its own; the modules by name."""
+    """A checkpoint with its own code; the modules by name."""
     checkpoint(folder)
     for name, code in files.items():
         (folder / f"{name}.py").write_text(code)

@@ -1,4 +1,4 @@
-"""Errors of the network and of the Hub end in a sentence."""
+"""Errors of the network and the Hub become one sentence."""
 
 import sys
 
@@ -78,7 +78,7 @@ def test_a_push_that_the_network_breaks_off_ends_in_a_sentence(tmp_path, monkeyp
     monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", hub)
     with pytest.raises(hf_jacobi.UsageError, match="the Hub"):
         hf_jacobi.publish(checkpoint(tmp_path / "out"), "someone/fast", output_dir=tmp_path / "pushed")
-    assert (tmp_path / "pushed").exists() == (call != "whoami"), "before the work where it can be known"
+    assert (tmp_path / "pushed").exists() == (call != "whoami"), "an invalid login is noticed before any work"
 
 
 def test_a_hub_that_does_not_say_who_somebody_is_can_be_pushed_to(tmp_path, monkeypatch):

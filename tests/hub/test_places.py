@@ -1,4 +1,4 @@
-"""Nothing that is published names a place on this machine, and an adapter's base is on the Hub."""
+"""No published file contains a path of this machine, and an adapter's base model is on the Hub."""
 
 import logging
 import os

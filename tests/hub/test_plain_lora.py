@@ -1,4 +1,4 @@
-"""A draft-only adapter as a plain LoRA: what is written, and that it drafts as before when it comes back."""
+"""A draft-only adapter as a plain LoRA: what is written, and that it drafts as before once loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRAFT_ONLY = {"alora_invocation_tokens": [-1]}
 
 
 def adapted(base=trained_model, **settings):
-    """A model with a draft-only adapter whose drafts are accepted often, and are not those of the base."""
+    """A model with a draft-only adapter whose drafts are often accepted and differ from the base's."""
     config = peft.LoraConfig(
         **{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | DRAFT_ONLY | settings
     )
@@ -51,7 +51,7 @@ def test_it_comes_back_with_the_same_text_and_the_same_drafts(tmp_path, settings
     without = hf_jacobi.enable(trained_model()).generate(
         **prompts, **SETTINGS, jacobi_config={"block_size": 6, "pool_size": 0, "seed": 0}
     )
-    assert tokens_per_forward(without) != tokens_per_forward(expected), "the adapter drafts otherwise than the base"
+    assert tokens_per_forward(without) != tokens_per_forward(expected), "the adapter's drafts differ from the base's"
 
 
 def test_what_is_written_is_what_peft_writes_of_a_plain_lora(tmp_path):
@@ -64,7 +64,10 @@ def test_what_is_written_is_what_peft_writes_of_a_plain_lora(tmp_path):
         name: value.shape for name, value in expected.items()
     }
     written, expected = (json.loads((place / "adapter_config.json").read_text()) for place in (ours, theirs))
-    for name in ("alora_invocation_tokens", "base_model_name_or_path"):  # none, and a folder's that is not published
+    for name in (
+        "alora_invocation_tokens",
+        "base_model_name_or_path",
+    ):  # absent, and a local folder, which is not published
         expected.pop(name)
     expected["target_modules"], written["target_modules"] = (
         sorted(config.pop("target_modules")) for config in (expected, written)

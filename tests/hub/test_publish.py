@@ -1,4 +1,4 @@
-"""A published folder, loaded as whoever finds it on the Hub loads it."""
+"""A published folder, loaded as a user of the Hub loads it."""
 
 import json
 import os
@@ -56,9 +56,9 @@ def publish(model, folder, **settings):
 
 def run_without_us(tmp_path, folder, adapter: bool):
     """
-    The text that a process without `hf_jacobi` decodes: by Jacobi decoding, and one token at a time.
+    The text that a process without `hf_jacobi` decodes, with Jacobi decoding and with AR.
 
-    `$PUBLISHED_PYTHON` names the interpreter, for another transformers (scripts/test-published).
+    `$PUBLISHED_PYTHON` selects the interpreter, for another transformers (scripts/test-published).
     """
     script = tmp_path / "use.py"
     call = f'custom_generate="{folder}", trust_remote_code=True' if adapter else ""
@@ -77,7 +77,7 @@ def run_without_us(tmp_path, folder, adapter: bool):
 
 
 def greedy(model, **settings) -> tuple[list[int], int]:
-    """The text that this library decodes, and the number of its forwards."""
+    """The text that this library decodes, and its number of forwards."""
     inputs = torch.tensor(PROMPT)
     output = hf_jacobi.enable(model).generate(
         inputs,
@@ -259,7 +259,7 @@ def test_what_no_push_of_ours_wrote_stays_unless_it_would_be_loaded_before_the_n
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     adapted.peft_config["default"].base_model_name_or_path = "someone/base"
     hf_jacobi.publish(adapted, "someone/fast", tiny_tokenizer())
-    assert hub.deleted == {"adapter_model.bin", *tokenizer}, "a whole model beside an adapter is not loaded"
+    assert hub.deleted == {"adapter_model.bin", *tokenizer}, "a complete model beside an adapter is not loaded"
 
 
 @pytest.mark.parametrize("base", [None, "runs/base/final", "C:\\models\\base"])
@@ -392,7 +392,7 @@ def test_an_adapter_of_another_name_is_refused(tmp_path):
 def test_figures_of_other_settings_are_refused(tmp_path, lying_there):
     source = checkpoint(tmp_path / "out")
     change(source / "generation_config.json", decoding="jacobi", jacobi={"block_size": 8})
-    measured = {"decoding": "jacobi", "jacobi": {"block_size": 8}}  # the others are the default ones
+    measured = {"decoding": "jacobi", "jacobi": {"block_size": 8}}  # the other settings are the defaults
     evaluation = EVALUATION | {"settings": measured}
 
     def dry_run(target):
@@ -463,7 +463,7 @@ def test_a_published_adapter_that_is_tuned_afterwards_decodes_with_the_new_setti
         assert rewrite_settings(folder, settings)
         positions.append(model.generate(inputs, **call).jacobi_stats.positions)
     assert positions[1] < positions[0] / 4
-    assert not rewrite_settings(tmp_path / "base", settings), "it carries no decoder"
+    assert not rewrite_settings(tmp_path / "base", settings), "it contains no decoder"
 
 
 def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path):

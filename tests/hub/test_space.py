@@ -37,7 +37,7 @@ def test_what_a_space_holds(written):
     assert "sdk: docker" in header and "app_port: 7860" in header and "title: mine" in header
     assert json.loads((written / "models/mine/generation_config.json").read_text())["decoding"] == "jacobi"
     text = "".join(file.read_text() for file in written.glob("*") if file.is_file())
-    assert str(written.parent) not in text, "no place of this machine"
+    assert str(written.parent) not in text, "no path of this machine"
 
 
 def test_what_a_space_needs_is_what_the_extra_asks_for():
@@ -47,7 +47,7 @@ def test_what_a_space_needs_is_what_the_extra_asks_for():
 
 @pytest.mark.serve
 def test_the_written_app_runs(written, tmp_path):
-    """With the source in the Space, and nothing else of this package."""
+    """It uses only the package source in the Space."""
     assert find_spec("fastapi")
     probe = "import hf_jacobi; print(hf_jacobi.__file__)"
     environment = os.environ | {"PORT": "0", "PYTHONPATH": os.pathsep.join([str(written), *filter(None, sys.path)])}
@@ -107,7 +107,7 @@ def test_an_adapter_on_a_model_of_this_machine_is_refused(tmp_path):
 
 
 class Spaces(FakeHub):
-    """A Hub that takes Spaces."""
+    """A fake Hub for Spaces."""
 
     def create_repo(self, repo_id, **settings):
         self.made = (repo_id, settings["repo_type"], settings["space_sdk"])

@@ -56,7 +56,7 @@ class Checkpoint:
 
     Attributes:
         source: the folder.
-        chosen: which of its files go.
+        chosen: the files of it that are published.
         adapter: the content of its `adapter_config.json`; `None` for a complete model.
         base: the model that the adapter is for, or that the complete model was trained from, if known.
     """
@@ -106,7 +106,7 @@ def publish(
         private (`bool`, *optional*): whether a new repository is private; by default as the organization sets it.
         token (*optional*): the Hub token; by default that of the login.
         tell (*optional*): called with each line of the report before the push: the files that go, with their sizes,
-            the files that stay, and warnings. By default all of it is logged.
+            the files that stay, and warnings. By default they are logged.
 
     Returns:
         The URL of the commit, or the folder of a dry run.
@@ -341,10 +341,7 @@ def _write_folder(
         _write_json(folder / CONFIG, written)
     else:
         write_decoder(folder / CARRIED, settings, adapter=adapter is not None)
-    for file in filter(Path.exists, (folder / name for name in NAMING_PLACES)):
-        content = read_json(file)
-        if (cleaned := without_local_paths(content, source)) != content:
-            _write_json(file, cleaned)
+    _remove_local_paths(folder, source)
     note = without_local_paths(_note(folder, checkpoint, settings), source)
     if plain:
         note |= {"kind": DRAFTS, "format": "lora"}
@@ -352,6 +349,13 @@ def _write_folder(
     evaluation, doubts = _write_evaluation(folder, evaluation, settings, source)
     (folder / CARD).write_text(render_card(repo_id, note, evaluation, shared=not plain), encoding="utf-8")
     return [*doubts_of(written or {}), *doubts]
+
+
+def _remove_local_paths(folder: Path, source: Path) -> None:
+    for file in filter(Path.exists, (folder / name for name in NAMING_PLACES)):
+        content = read_json(file)
+        if (cleaned := without_local_paths(content, source)) != content:
+            _write_json(file, cleaned)
 
 
 def _write_evaluation(

@@ -21,8 +21,8 @@ from .publish import check_repo, moved, publish, target_of
 
 
 PACKAGE = Path(__file__).parents[1]
-SOURCE = ("*.py", "*.jinja", "page/*")  # the files of this package that go
-MINIATURE = "miniature"  # the only checkpoint of this package that goes, if the Space shows it
+SOURCE = ("*.py", "*.jinja", "page/*")  # the files of this package that are published
+MINIATURE = "miniature"  # the only checkpoint of this package that is published, if the Space shows it
 PORT = 7860
 # As in the extra `serve` of setup.py; `test_space.py` compares the two.
 NEEDED = ("fastapi>=0.110", "starlette>=0.36", "uvicorn>=0.29", "openai>=1.98.0", "pydantic>=2", "peft>=0.19")
