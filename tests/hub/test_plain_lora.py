@@ -67,7 +67,7 @@ def test_what_is_written_is_what_peft_writes_of_a_plain_lora(tmp_path):
     for name in (
         "alora_invocation_tokens",
         "base_model_name_or_path",
-    ):  # absent, and a local folder, which is not published
+    ):  # absent, and a local folder
         expected.pop(name)
     expected["target_modules"], written["target_modules"] = (
         sorted(config.pop("target_modules")) for config in (expected, written)

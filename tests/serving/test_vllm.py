@@ -122,7 +122,7 @@ def tokenizer_of(path):
 
 @pytest.fixture(scope="module")
 def copy_folder(tmp_path_factory):
-    """The permuted-copy fixture as a checkpoint: whole blocks are predicted correctly at once, n-grams rarely repeat."""
+    """The permuted-copy fixture as a checkpoint: whole blocks are predicted at once, n-grams rarely repeat."""
     folder = tmp_path_factory.mktemp("permuted_copy")
     permuted_copy_model().save_pretrained(folder)
     return folder
