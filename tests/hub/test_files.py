@@ -301,7 +301,7 @@ def test_a_name_that_is_no_file_is_refused(tmp_path, name, kind):
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).unlink(missing_ok=True)
     kind(source / name)
-    with pytest.raises(hf_jacobi.UsageError, match="must be a regular file"):
+    with pytest.raises(hf_jacobi.UsageError, match="is not a regular file"):
         choose(source)
 
 

@@ -190,7 +190,7 @@ def test_bad_places_are_refused(tmp_path):
         hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer(), dry_run=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="is not empty"):
+    with pytest.raises(ValueError, match="is not an empty folder"):
         publish(tiny_model(), tmp_path / "full")
     with pytest.raises(ValueError, match="no weights"):
         publish(tmp_path / "full", tmp_path / "new")

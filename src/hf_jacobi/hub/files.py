@@ -165,7 +165,7 @@ def _plain_file(source: Path, name: str) -> Path:
     if stat.S_ISREG(mode):
         return path
     if not stat.S_ISLNK(mode):
-        raise UsageError(f"{path} must be a regular file: move it away.")
+        raise UsageError(f"{path} is not a regular file: move it away.")
     target = Path(os.path.realpath(path))
     cached = source.parent.name == "snapshots" and target.parent == source.parents[1] / "blobs"
     if not cached or not BLOB.fullmatch(target.name) or not target.is_file():
@@ -248,7 +248,7 @@ def _check_content(file: Path) -> None:
 def _templates(source: Path) -> dict[str, Path]:
     folder = source / TEMPLATES
     if folder.is_symlink() or not folder.is_dir():
-        raise UsageError(f"{folder} must be a folder of chat templates: move it away.")
+        raise UsageError(f"{folder} is not a folder of chat templates: move it away.")
     names = [f"{TEMPLATES}/{path.name}" for path in folder.iterdir()]
     return {name: _plain_file(source, name) for name in sorted(names) if is_template(name)}
 

@@ -32,9 +32,9 @@ from .places import is_on_hub
 CONFIG = "adapter_config.json"
 DRAFTS = "draft-only adapter"
 HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
-# What PEFT reads from `**kwargs` and no signature lists; with these, it places the layers of an offloaded model.
+# Arguments that PEFT reads from `**kwargs`, so that no signature lists them.
 UNLISTED = {"device_map", "max_memory", "offload_dir", "offload_folder", "offload_index", "ignore_mismatched_sizes"}
-OURS = {"model", "model_id", "adapter_name", "is_trainable", "config", "repo_id", "filename", "self"}
+OURS = {"model", "model_id", "adapter_name", "is_trainable", "config", "repo_id", "filename", "self", "kwargs"}
 
 
 def is_plain_draft(folder: Path) -> bool:
@@ -137,9 +137,9 @@ def load_draft_adapter(
 
 
 def _refuse_unknown(given: dict[str, Any], *functions: Callable[..., Any]) -> None:
-    """Refuses arguments that none of the functions has: PEFT would ignore them silently, a misspelt name too."""
+    """Refuses arguments that no function has: PEFT would silently ignore them, even if a name is misspelt."""
     known = {name for function in functions for name in inspect.signature(function).parameters} | UNLISTED
-    if unknown := sorted(given.keys() - (known - OURS - {"kwargs"})):
+    if unknown := sorted(given.keys() - (known - OURS)):
         raise UsageError(
             f"load_draft_adapter does not support {', '.join(unknown)}: pass arguments of PeftModel.from_pretrained, "
             "such as subfolder, revision or token."

@@ -173,7 +173,7 @@ def target_of(output_dir: str | Path | None, dry_run: bool) -> Path | None:
         return None
     target = Path(output_dir).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UsageError(f"{output_dir} is not empty: pass a new or empty folder.")
+        raise UsageError(f"{output_dir} is not an empty folder: pass a new or empty one.")
     target.parent.mkdir(parents=True, exist_ok=True)
     return target
 
