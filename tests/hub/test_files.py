@@ -383,7 +383,7 @@ def test_code_outside_the_folder_is_refused(tmp_path, where, reference):
     (source / where).touch()
     reference = reference.format(outside=tmp_path) if isinstance(reference, str) else reference
     (source / where).write_text(json.dumps({"auto_map": {"AutoConfig": reference}}))
-    with pytest.raises(hf_jacobi.UsageError, match=r"no such file beside it|is a link|must hold strings"):
+    with pytest.raises(hf_jacobi.UsageError, match=r"no such file beside it|is a link|must contain strings"):
         publish(source, tmp_path / "pushed")
     assert not (tmp_path / "pushed").exists()
 
