@@ -166,7 +166,7 @@ MISTAKES = {
     IsADirectoryError(errno.EISDIR, "Is a directory", "x"): "x: Is a directory",
     OSError(errno.ENOSPC, "No space left on device"): "No space left on device",
     HfHubHTTPError("503 Server Error", response=SimpleNamespace(status_code=503, headers={}, request=None)): "the Hub",
-    ConnectionError("[Errno -2] Name or service not known"): "no way to the Hub",
+    ConnectionError("[Errno -2] Name or service not known"): "cannot reach the Hub",
 }
 
 

@@ -58,7 +58,7 @@ def test_a_dry_run_of_an_adapter_on_a_folder_says_that_a_push_would_be_refused(t
         (["nowhere", "someone/fast"], "there is no folder nowhere"),
         (["MODEL", "someone/fast", "--evaluation", "nowhere.json"], "there is no file nowhere.json"),
         (["MODEL", "someone/fast", "--evaluation", "MODEL/broken.json"], "broken.json is not a JSON file"),
-        (["MODEL", "someone/fast", "--tokenizer", "MODEL/broken"], "gives no tokenizer"),
+        (["MODEL", "someone/fast", "--tokenizer", "MODEL/broken"], "no tokenizer can be loaded from"),
     ],
 )
 def test_mistakes_end_in_a_sentence_before_the_network_is_asked(tmp_path, capsys, typed, said):

@@ -1,4 +1,4 @@
-"""Checkpoints on disk, and a Hub that takes them."""
+"""Checkpoints on disk, and a fake Hub to push them to."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def adapter(folder: Path, base) -> Path:
 
 
 def change(file: Path, **values) -> None:
-    """Puts values into a JSON file, which is made if it is not there."""
+    """Updates values in a JSON file, which is created if necessary."""
     content = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(content | values))
 
@@ -38,7 +38,7 @@ def files_of(folder) -> set[str]:
 
 
 def answer(status: int, kind=HfHubHTTPError):
-    """The Hub's answer as huggingface_hub raises it."""
+    """An error response of the Hub, as huggingface_hub raises it."""
     return kind(
         f"{status} for url https://huggingface.co",
         response=SimpleNamespace(status_code=status, headers={}, request=None),
@@ -46,7 +46,7 @@ def answer(status: int, kind=HfHubHTTPError):
 
 
 class FakeHub:
-    """What `publish` asks of the Hub."""
+    """The part of the Hub's API that `publish` uses."""
 
     def __init__(self, files=(), models=("someone/base",)):
         self.files, self.deleted, self.models = list(files), None, models

@@ -1,4 +1,4 @@
-"""What of a folder is published, and what is refused."""
+"""Which files of a folder are published, and which folders are refused."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def publish(source, target, **settings):
 
 
 def published(source, tmp_path) -> set[str]:
-    """The names of what is published, but for what is made anew."""
+    """The names of the published files, without the generated ones."""
     folder = tmp_path / "pushed"
     publish(source, folder)
     names = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
@@ -160,9 +160,11 @@ def test_an_adapter_beside_a_whole_model_is_published_as_an_adapter(tmp_path):
     model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     model.save_pretrained(source)
     names = published(source, tmp_path)
-    assert "adapter_model.safetensors" in names and "model.safetensors" not in names, "as transformers loads it"
+    assert "adapter_model.safetensors" in names and "model.safetensors" not in names, (
+        "transformers loads the adapter, too"
+    )
     (source / "adapter_model.safetensors").unlink()
-    with pytest.raises(ValueError, match="no weights of the adapter"):
+    with pytest.raises(ValueError, match="no weights of an adapter"):
         choose(source)
 
 
@@ -199,11 +201,11 @@ def junk(file):
     ("name", "damage", "message"),
     [
         ("model.safetensors", pointer, "git lfs pull"),
-        ("model.safetensors", cut, "holds no weights that can be read"),
-        ("model.safetensors", add, "holds no weights that can be read"),
-        ("model.safetensors", junk, "holds no weights that can be read"),
+        ("model.safetensors", cut, "contains no readable weights"),
+        ("model.safetensors", add, "contains no readable weights"),
+        ("model.safetensors", junk, "contains no readable weights"),
         ("model.safetensors", empty, "is empty"),
-        ("model.safetensors", lambda file: save_file({}, file), "holds no weights at all"),
+        ("model.safetensors", lambda file: save_file({}, file), "contains no weights at all"),
         ("tokenizer.json", pointer, "git lfs pull"),
         ("tokenizer.json", cut, "tokenizer.json is not a JSON file"),
         ("tokenizer.json", empty, "is empty"),
@@ -217,9 +219,9 @@ def junk(file):
         ("evaluation.json", lambda file: file.write_text("{}"), "evaluation.json: an evaluation has"),
         ("jacobi_forcing.json", lambda file: file.write_text("{"), "jacobi_forcing.json is not a JSON file"),
         ("jacobi_forcing.json", lambda file: file.write_text('{"settings": 1}'), "`settings` is 1"),
-        ("jacobi_forcing.json", lambda file: file.write_text('{"figures": {"a": "x"}}'), "should hold numbers"),
+        ("jacobi_forcing.json", lambda file: file.write_text('{"figures": {"a": "x"}}'), "must contain numbers"),
         ("jacobi_forcing.json", lambda file: file.write_text('{"remark": []}'), "`remark` is"),
-        ("tokenizer.json", lambda file: file.write_text("{}"), "the tokenizer does not load"),
+        ("tokenizer.json", lambda file: file.write_text("{}"), "the tokenizer cannot be loaded"),
     ],
 )
 def test_what_is_damaged_is_refused_by_name_and_nothing_is_written(tmp_path, name, damage, message):
@@ -238,7 +240,7 @@ def test_damaged_pickles_are_refused(tmp_path, damage, zipped):
     torch.save(tiny_model().state_dict(), source / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     choose(source)
     damage(source / "pytorch_model.bin")
-    with pytest.raises(hf_jacobi.UsageError, match=r"pytorch_model\.bin (is|holds)"):
+    with pytest.raises(hf_jacobi.UsageError, match=r"pytorch_model\.bin (is|contains)"):
         choose(source)
 
 
@@ -251,7 +253,7 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
             return os.mkdir, (str(tmp_path / "ran"),)
 
     torch.save({"a": Evil()}, source / "pytorch_model.bin")
-    with pytest.raises(hf_jacobi.UsageError, match="no weights that can be read"):
+    with pytest.raises(hf_jacobi.UsageError, match="no readable weights"):
         choose(source)
     assert not (tmp_path / "ran").exists()
 
@@ -262,13 +264,13 @@ def test_a_pickle_that_runs_code_is_refused_and_not_run(tmp_path):
         (None, "has no `weight_map`"),
         ({}, "has no `weight_map`"),
         ({"a": 1}, "has no `weight_map`"),
-        ({"a": "gone.safetensors"}, "gone.safetensors, which is not there"),
-        ({"a": "../other.safetensors"}, "no file of weights"),
-        ({"a": "/etc/passwd"}, "no file of weights"),
-        ({"a": "sub/other.safetensors"}, "no file of weights"),
-        ({"a": ".env"}, "no file of weights"),
-        ({"a": ".hidden.safetensors"}, "no file of weights"),
-        ({"a": "id_rsa"}, "no file of weights"),
+        ({"a": "gone.safetensors"}, "gone.safetensors, which does not exist"),
+        ({"a": "../other.safetensors"}, "not a weights file"),
+        ({"a": "/etc/passwd"}, "not a weights file"),
+        ({"a": "sub/other.safetensors"}, "not a weights file"),
+        ({"a": ".env"}, "not a weights file"),
+        ({"a": ".hidden.safetensors"}, "not a weights file"),
+        ({"a": "id_rsa"}, "not a weights file"),
         ({"no.such.weight": "model-00001-of-00002.safetensors"}, "lacks no.such.weight"),
     ],
 )
@@ -299,7 +301,7 @@ def test_a_name_that_is_no_file_is_refused(tmp_path, name, kind):
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).unlink(missing_ok=True)
     kind(source / name)
-    with pytest.raises(hf_jacobi.UsageError, match="should be a file, and is none"):
+    with pytest.raises(hf_jacobi.UsageError, match="is not a regular file"):
         choose(source)
 
 
@@ -336,7 +338,7 @@ def test_what_only_looks_like_a_snapshot_is_not_followed(tmp_path):
     (blobs / f"{99:040x}").symlink_to("/etc/passwd")
     for target in ("../../blobs/keys", f"../../blobs/{99:040x}", "../../../other/blobs/x", "config.json"):
         (snapshot / "LICENSE").symlink_to(target)
-        if target == "config.json":  # which leads into `blobs`
+        if target == "config.json":  # itself a link into `blobs`
             assert "LICENSE" in choose(snapshot).files
         else:
             with pytest.raises(hf_jacobi.UsageError, match="is a link"):
@@ -345,7 +347,7 @@ def test_what_only_looks_like_a_snapshot_is_not_followed(tmp_path):
 
 
 def with_code(folder, **files):
-    """A checkpoint with code of its own; the modules by name."""
+    """A checkpoint with its own code; the modules by name."""
     checkpoint(folder)
     for name, code in files.items():
         (folder / f"{name}.py").write_text(code)
@@ -381,7 +383,7 @@ def test_code_outside_the_folder_is_refused(tmp_path, where, reference):
     (source / where).touch()
     reference = reference.format(outside=tmp_path) if isinstance(reference, str) else reference
     (source / where).write_text(json.dumps({"auto_map": {"AutoConfig": reference}}))
-    with pytest.raises(hf_jacobi.UsageError, match=r"no file beside it|is a link|should hold texts"):
+    with pytest.raises(hf_jacobi.UsageError, match=r"no such file beside it|is a link|must contain strings"):
         publish(source, tmp_path / "pushed")
     assert not (tmp_path / "pushed").exists()
 
@@ -391,14 +393,14 @@ def test_imports_outside_the_folder_are_refused(tmp_path, line):
     source = with_code(tmp_path / "out", modeling_own=line.format(outside=tmp_path))
     plant(tmp_path, ["keys.py", "out/sub/keys.py", "out/.keys.py"])
     change(source / "config.json", auto_map={"AutoModel": "modeling_own.Own"})
-    with pytest.raises(hf_jacobi.UsageError, match="no file beside it"):
+    with pytest.raises(hf_jacobi.UsageError, match="no such file beside it"):
         choose(source)
 
 
 def test_names_that_differ_in_case_alone_are_refused(tmp_path):
     source = with_code(tmp_path / "out", modeling_own="", Modeling_Own="")
     change(source / "config.json", auto_map={"AutoModel": "modeling_own.A", "AutoConfig": "Modeling_Own.B"})
-    with pytest.raises(hf_jacobi.UsageError, match="where case does not count"):
+    with pytest.raises(hf_jacobi.UsageError, match="ignore case"):
         choose(source)
 
 
@@ -415,7 +417,7 @@ def test_processors_licenses_and_templates_go(tmp_path):
 def test_a_folder_that_is_none_is_named(tmp_path):
     with pytest.raises(hf_jacobi.UsageError, match="there is no folder"):
         choose(tmp_path / "nowhere")
-    with pytest.raises(hf_jacobi.UsageError, match="is empty: give it a name"):
+    with pytest.raises(hf_jacobi.UsageError, match="is empty: pass a name"):
         hf_jacobi.publish("", "someone/fast")
     with pytest.raises(hf_jacobi.UsageError, match="other weights"):
         source = checkpoint(tmp_path / "out")
@@ -437,5 +439,5 @@ def test_code_in_a_place_of_this_machine_is_refused(tmp_path, where, name):
 def test_a_name_of_code_without_a_class_is_told_as_such(tmp_path):
     source = checkpoint(tmp_path / "model")
     change(source / "config.json", auto_map={"AutoConfig": "keys"})
-    with pytest.raises(UsageError, match=r'"MODULE.CLASS", and holds .keys'):
+    with pytest.raises(UsageError, match=r'"MODULE.CLASS", got .keys'):
         choose(source)

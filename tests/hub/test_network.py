@@ -1,4 +1,4 @@
-"""Errors of the network and of the Hub end in a sentence."""
+"""Errors of the network and the Hub become one sentence."""
 
 import sys
 
@@ -19,12 +19,18 @@ NO_WAY = [
     ConnectionResetError(104, "Connection reset by peer"),
     TimeoutError("timed out"),
 ]
-ANSWERS = {401: "log in", 403: "may do this", 429: "too many requests", 500: "try again later", 503: "try again later"}
+ANSWERS = {
+    401: "log in",
+    403: "permission for this",
+    429: "too many requests",
+    500: "try again later",
+    503: "try again later",
+}
 
 
 @pytest.mark.parametrize("error", NO_WAY, ids=lambda error: type(error).__name__)
 def test_no_way_to_the_hub_is_said(error):
-    with pytest.raises(hf_jacobi.UsageError, match="no way to the Hub"), talking_to_the_hub():
+    with pytest.raises(hf_jacobi.UsageError, match="cannot reach the Hub"), talking_to_the_hub():
         raise error
 
 
@@ -72,7 +78,7 @@ def test_a_push_that_the_network_breaks_off_ends_in_a_sentence(tmp_path, monkeyp
     monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", hub)
     with pytest.raises(hf_jacobi.UsageError, match="the Hub"):
         hf_jacobi.publish(checkpoint(tmp_path / "out"), "someone/fast", output_dir=tmp_path / "pushed")
-    assert (tmp_path / "pushed").exists() == (call != "whoami"), "before the work where it can be known"
+    assert (tmp_path / "pushed").exists() == (call != "whoami"), "an invalid login is noticed before any work"
 
 
 def test_a_hub_that_does_not_say_who_somebody_is_can_be_pushed_to(tmp_path, monkeypatch):
@@ -85,5 +91,5 @@ def test_a_hub_that_does_not_say_who_somebody_is_can_be_pushed_to(tmp_path, monk
 def test_the_real_client_without_a_server_ends_in_a_sentence(tmp_path, monkeypatch):
     api = huggingface_hub.HfApi(endpoint="http://127.0.0.1:9", token="hf_none")
     monkeypatch.setattr(sys.modules["hf_jacobi.hub.publish"], "HfApi", lambda token: api)
-    with pytest.raises(hf_jacobi.UsageError, match="no way to the Hub"):
+    with pytest.raises(hf_jacobi.UsageError, match="cannot reach the Hub"):
         hf_jacobi.publish(checkpoint(tmp_path / "out"), "someone/fast")

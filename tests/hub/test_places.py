@@ -1,4 +1,4 @@
-"""Nothing that is published names a place on this machine, and an adapter's base is on the Hub."""
+"""No published file contains a path of this machine, and an adapter's base model is on the Hub."""
 
 import logging
 import os
@@ -71,7 +71,7 @@ def test_a_dry_run_says_what_a_push_would_say_of_the_base(tmp_path, caplog):
             hf_jacobi.publish(adapter(tmp_path / "out", base), "a/b", output_dir=tmp_path / base, dry_run=True)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert "would be refused: others cannot load models/a/tiny" in caplog.messages[0]
-    assert "would look someone/base, which the adapter goes onto, up on the Hub" in caplog.messages[1]
+    assert "would check that someone/base, the adapter's base model, is on the Hub" in caplog.messages[1]
 
 
 def test_no_file_that_goes_names_a_place_on_this_machine(tmp_path):

@@ -1,4 +1,4 @@
-"""A draft-only adapter as a plain LoRA: what is written, and that it drafts as before when it comes back."""
+"""A draft-only adapter as a plain LoRA: what is written, and that it drafts as before once loaded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DRAFT_ONLY = {"alora_invocation_tokens": [-1]}
 
 
 def adapted(base=trained_model, **settings):
-    """A model with a draft-only adapter whose drafts are accepted often, and are not those of the base."""
+    """A model with a draft-only adapter whose drafts are often accepted and differ from the base's."""
     config = peft.LoraConfig(
         **{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | DRAFT_ONLY | settings
     )
@@ -51,7 +51,7 @@ def test_it_comes_back_with_the_same_text_and_the_same_drafts(tmp_path, settings
     without = hf_jacobi.enable(trained_model()).generate(
         **prompts, **SETTINGS, jacobi_config={"block_size": 6, "pool_size": 0, "seed": 0}
     )
-    assert tokens_per_forward(without) != tokens_per_forward(expected), "the adapter drafts otherwise than the base"
+    assert tokens_per_forward(without) != tokens_per_forward(expected), "the adapter's drafts differ from the base's"
 
 
 def test_what_is_written_is_what_peft_writes_of_a_plain_lora(tmp_path):
@@ -64,7 +64,10 @@ def test_what_is_written_is_what_peft_writes_of_a_plain_lora(tmp_path):
         name: value.shape for name, value in expected.items()
     }
     written, expected = (json.loads((place / "adapter_config.json").read_text()) for place in (ours, theirs))
-    for name in ("alora_invocation_tokens", "base_model_name_or_path"):  # none, and a folder's that is not published
+    for name in (
+        "alora_invocation_tokens",
+        "base_model_name_or_path",
+    ):  # absent, and a local folder
         expected.pop(name)
     expected["target_modules"], written["target_modules"] = (
         sorted(config.pop("target_modules")) for config in (expected, written)
@@ -117,7 +120,7 @@ def test_other_adapters_are_not_written_so(tmp_path):
 def test_what_other_engines_may_not_read_is_said(tmp_path):
     said = []
     plain(adapted(rank_pattern={"q_proj": 2}), tmp_path / "pushed", tell=said.append)
-    assert any("may not read rank_pattern" in line for line in said)
+    assert any("may ignore rank_pattern" in line for line in said)
 
 
 @pytest.mark.parametrize(
@@ -160,9 +163,9 @@ def weights_of_another(folder):
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json is not a JSON file"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "must hold a JSON object"),
         (lambda folder: (folder / "generation_config.json").write_text("{"), "generation_config.json is not a JSON"),
-        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "holds neither adapter_model.safetensors"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"abc"), "holds no weights that can be"),
-        (weights_of_another, "is not for this LlamaForCausalLM: it has no layer by the name of .*blocks"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "contains neither adapter_model.safetensors"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"abc"), "contains no readable weights"),
+        (weights_of_another, "is not for this LlamaForCausalLM, which has no layer for .*blocks"),
     ],
 )
 def test_a_damaged_folder_is_named_in_one_line(tmp_path, damage, said):
@@ -171,6 +174,29 @@ def test_a_damaged_folder_is_named_in_one_line(tmp_path, damage, said):
     with pytest.raises(hf_jacobi.UsageError, match=said) as caught:
         hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"subfodler": "draft"},  # PEFT would ignore it, and load another adapter
+        {"device": "cpu"},
+        {"config": peft.LoraConfig()},
+        {"repo_id": "someone/adapter"},
+        {"kwargs": {}},
+    ],
+)
+def test_arguments_that_peft_does_not_have_are_refused(tmp_path, given):
+    plain(adapted(), tmp_path / "pushed")
+    with pytest.raises(hf_jacobi.UsageError, match=f"does not support {next(iter(given))}: pass"):
+        hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed", **given)
+
+
+def test_arguments_of_peft_and_of_its_downloads_reach_it(tmp_path):
+    plain(adapted(), tmp_path / "pushed" / "draft")
+    given = {"subfolder": "draft", "revision": "main", "torch_device": "cpu", "autocast_adapter_dtype": False}
+    given |= {"local_files_only": True, "low_cpu_mem_usage": True, "device_map": "auto"}
+    assert hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed", **given).peft_config
 
 
 @pytest.mark.parametrize("path", ["/nowhere/adapter", "./nowhere", "~/nowhere/a/b", None, 3])
@@ -191,5 +217,5 @@ def test_an_adapter_of_another_model_and_a_folder_without_one_are_refused(tmp_pa
     plain(adapted(), tmp_path / "pushed")
     with pytest.raises(hf_jacobi.UsageError):
         hf_jacobi.load_draft_adapter(tiny_model(hidden_size=64), tmp_path / "pushed")
-    with pytest.raises(hf_jacobi.UsageError, match="holds no adapter_config"):
+    with pytest.raises(hf_jacobi.UsageError, match="contains no adapter_config"):
         hf_jacobi.load_draft_adapter(tiny_model(), tmp_path)

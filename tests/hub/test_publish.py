@@ -1,4 +1,4 @@
-"""A published folder, loaded as whoever finds it on the Hub loads it."""
+"""A published folder, loaded as a user of the Hub loads it."""
 
 import json
 import os
@@ -56,9 +56,9 @@ def publish(model, folder, **settings):
 
 def run_without_us(tmp_path, folder, adapter: bool):
     """
-    The text that a process without `hf_jacobi` decodes: by Jacobi decoding, and one token at a time.
+    The text that a process without `hf_jacobi` decodes, with Jacobi decoding and with AR.
 
-    `$PUBLISHED_PYTHON` names the interpreter, for another transformers (scripts/test-published).
+    `$PUBLISHED_PYTHON` selects the interpreter, for another transformers (scripts/test-published).
     """
     script = tmp_path / "use.py"
     call = f'custom_generate="{folder}", trust_remote_code=True' if adapter else ""
@@ -77,7 +77,7 @@ def run_without_us(tmp_path, folder, adapter: bool):
 
 
 def greedy(model, **settings) -> tuple[list[int], int]:
-    """The text that this library decodes, and the number of its forwards."""
+    """The text that this library decodes, and its number of forwards."""
     inputs = torch.tensor(PROMPT)
     output = hf_jacobi.enable(model).generate(
         inputs,
@@ -190,7 +190,7 @@ def test_bad_places_are_refused(tmp_path):
         hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer(), dry_run=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    with pytest.raises(ValueError, match="holds files"):
+    with pytest.raises(ValueError, match="is not an empty folder"):
         publish(tiny_model(), tmp_path / "full")
     with pytest.raises(ValueError, match="no weights"):
         publish(tmp_path / "full", tmp_path / "new")
@@ -259,7 +259,7 @@ def test_what_no_push_of_ours_wrote_stays_unless_it_would_be_loaded_before_the_n
     adapted = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     adapted.peft_config["default"].base_model_name_or_path = "someone/base"
     hf_jacobi.publish(adapted, "someone/fast", tiny_tokenizer())
-    assert hub.deleted == {"adapter_model.bin", *tokenizer}, "a whole model beside an adapter is not loaded"
+    assert hub.deleted == {"adapter_model.bin", *tokenizer}, "a complete model beside an adapter is not loaded"
 
 
 @pytest.mark.parametrize("base", [None, "runs/base/final", "C:\\models\\base"])
@@ -280,7 +280,7 @@ def test_a_model_without_a_note_is_not_said_to_be_its_base(tmp_path):
     model = tiny_model()
     model.config._name_or_path = "someone/base"
     publish(model, tmp_path / "pushed")
-    assert "model that comes from [someone/base]" in (tmp_path / "pushed" / "README.md").read_text()
+    assert "model derived from [someone/base]" in (tmp_path / "pushed" / "README.md").read_text()
 
 
 def test_only_code_that_the_model_needs_goes_with_it(tmp_path):
@@ -324,12 +324,12 @@ def test_an_adapter_decodes_with_its_own_settings_not_with_those_of_its_base(tmp
     assert text == plain and "JacobiOutput" in line
 
 
-def test_a_card_tells_that_jacobi_decoding_is_to_be_asked_for(tmp_path):
+def test_a_card_says_that_jacobi_decoding_has_to_be_requested(tmp_path):
     model = tiny_model()
     model.generation_config.decoding = "ar"
     publish(model, tmp_path / "pushed")
     card = (tmp_path / "pushed" / "README.md").read_text()
-    assert "has to be asked for" in card and card.count('decoding="jacobi"') == 2
+    assert "request Jacobi decoding explicitly" in card and card.count('decoding="jacobi"') == 2
 
 
 def test_settings_may_be_a_config_and_an_installed_decoder_takes_the_place_of_the_one_that_came_along(tmp_path):
@@ -392,7 +392,7 @@ def test_an_adapter_of_another_name_is_refused(tmp_path):
 def test_figures_of_other_settings_are_refused(tmp_path, lying_there):
     source = checkpoint(tmp_path / "out")
     change(source / "generation_config.json", decoding="jacobi", jacobi={"block_size": 8})
-    measured = {"decoding": "jacobi", "jacobi": {"block_size": 8}}  # the others are the default ones
+    measured = {"decoding": "jacobi", "jacobi": {"block_size": 8}}  # the other settings are the defaults
     evaluation = EVALUATION | {"settings": measured}
 
     def dry_run(target):
@@ -463,7 +463,7 @@ def test_a_published_adapter_that_is_tuned_afterwards_decodes_with_the_new_setti
         assert rewrite_settings(folder, settings)
         positions.append(model.generate(inputs, **call).jacobi_stats.positions)
     assert positions[1] < positions[0] / 4
-    assert not rewrite_settings(tmp_path / "base", settings), "it carries no decoder"
+    assert not rewrite_settings(tmp_path / "base", settings), "it contains no decoder"
 
 
 def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path):
@@ -482,7 +482,7 @@ def test_settings_of_the_carried_decoder_are_not_written_through_a_link(tmp_path
 @pytest.mark.parametrize("given", [{"model": None}, {"model": 5}, {"tokenizer": 5}, {"tokenizer": ["a"]}], ids=str)
 def test_what_is_no_model_or_tokenizer_is_refused_at_once(tmp_path, given):
     given = {"model": tiny_model(), "tokenizer": tiny_tokenizer()} | given
-    with pytest.raises(ValueError, match="must be the name of a folder or what has `save_pretrained`"):
+    with pytest.raises(ValueError, match="must be a name or an object with `save_pretrained`"):
         hf_jacobi.publish(given["model"], "someone/fast", given["tokenizer"], tmp_path / "pushed", dry_run=True)
     assert not list(tmp_path.iterdir())
 
@@ -529,7 +529,7 @@ def test_a_secret_is_not_published_whatever_file_holds_it(tmp_path, secret, name
         change(source / name, hub_token=secret)
     else:
         (source / name).write_text(f"# one\n# {secret}\n")
-    with pytest.raises(ValueError, match=f"{name} holds what looks like an access token"):
+    with pytest.raises(ValueError, match=f"{name} contains what looks like an access token"):
         publish(source, tmp_path / "pushed", tokenizer=None, evaluation=evaluation)
     assert not (tmp_path / "pushed").exists()
 

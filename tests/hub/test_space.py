@@ -31,12 +31,13 @@ def test_what_a_space_holds(written):
     files = files_of(written)
     assert {"app.py", "requirements.txt", "README.md", "Dockerfile", "models/mine/model.safetensors"} <= files
     assert {"hf_jacobi/serving/page/index.html", "hf_jacobi/cli/chat.py", "hf_jacobi/__init__.py"} <= files
+    assert "hf_jacobi/hub/card.md.jinja" in files, "without it, a Space cannot render cards"
     assert not {file for file in files if "checkpoints" in file or "__pycache__" in file}
     header = (written / "README.md").read_text().split("---")[1]
     assert "sdk: docker" in header and "app_port: 7860" in header and "title: mine" in header
     assert json.loads((written / "models/mine/generation_config.json").read_text())["decoding"] == "jacobi"
     text = "".join(file.read_text() for file in written.glob("*") if file.is_file())
-    assert str(written.parent) not in text, "no place of this machine"
+    assert str(written.parent) not in text, "no path of this machine"
 
 
 def test_what_a_space_needs_is_what_the_extra_asks_for():
@@ -46,7 +47,7 @@ def test_what_a_space_needs_is_what_the_extra_asks_for():
 
 @pytest.mark.serve
 def test_the_written_app_runs(written, tmp_path):
-    """With the source in the Space, and nothing else of this package."""
+    """It uses only the package source in the Space."""
     assert find_spec("fastapi")
     probe = "import hf_jacobi; print(hf_jacobi.__file__)"
     environment = os.environ | {"PORT": "0", "PYTHONPATH": os.pathsep.join([str(written), *filter(None, sys.path)])}
@@ -87,7 +88,7 @@ def test_a_model_on_the_hub_and_the_miniature_need_no_folder(tmp_path, model, li
     [
         ({"model": "./no-such-folder"}, "there is no folder"),
         ({"model": ""}, "`model` is empty"),
-        ({"repo_id": "mine"}, "no user or organization"),
+        ({"repo_id": "mine"}, "does not name a user"),
         ({"output_dir": None}, "`output_dir`"),
     ],
 )
@@ -106,7 +107,7 @@ def test_an_adapter_on_a_model_of_this_machine_is_refused(tmp_path):
 
 
 class Spaces(FakeHub):
-    """A Hub that takes Spaces."""
+    """A fake Hub for Spaces."""
 
     def create_repo(self, repo_id, **settings):
         self.made = (repo_id, settings["repo_type"], settings["space_sdk"])

@@ -133,7 +133,7 @@ def test_a_wrong_recipe_is_refused_in_a_sentence(changes, message):
         ({"adapter": {"r": 0, "target_modules": ["q_proj"]}}, "should be a positive integer"),
         (
             {"adapter": {"init_lora_weights": "pissa"}, "train": {"adapter_scope": "draft"}},
-            "the recipe's adapter began with init_lora_weights='pissa'",
+            "the recipe's adapter was initialized with init_lora_weights='pissa'",
         ),
     ],
 )

@@ -1,7 +1,7 @@
 """
-As much of vLLM as a proposer sees: the rejection sampler it wraps, and a runner that calls it and the proposer.
+The part of vLLM that a proposer sees: the rejection sampler that it wraps, and a runner that calls both.
 
-What the runner does was read off vLLM 0.32, `GPUModelRunner.sample_tokens` and `Scheduler`: rows that move when a
+The runner imitates vLLM 0.32, `GPUModelRunner.sample_tokens` and `Scheduler`: rows that move when a
 request ends, prompts read in pieces, requests left out of a step or put off, drafts cut short or replaced by
 placeholders. `test_vllm.py` uses the real one.
 """
@@ -21,13 +21,13 @@ PLACEHOLDER = -1
 
 
 def install(monkeypatch, sampler=None, expand_batch_to_tokens=None) -> type:
-    """Makes `import vllm` find what is here; returns the sampler class."""
+    """Makes `import vllm` find these fakes; returns the sampler class."""
 
     class RejectionSampler:
         def forward(self, metadata, draft_probs, logits, sampling_metadata):
-            """The tokens of each request: drafts while they are what the model says, then what it says."""
+            """The tokens of each request: the drafts that match the model's predictions, then one prediction."""
             best, drafts = logits.argmax(-1).tolist(), metadata.draft_token_ids.tolist()
-            logits.fill_(0.0)  # as the real one may
+            logits.fill_(0.0)  # the real one can do so, too
             sampled = []
             for count in metadata.num_draft_tokens:
                 tried, said = drafts[:count], best[: count + 1]
@@ -49,7 +49,7 @@ def install(monkeypatch, sampler=None, expand_batch_to_tokens=None) -> type:
 
 
 def spread(x, cu_num_tokens, num_tokens, replace_from=0, replace_to=0):
-    """What vLLM's function of that name is to do."""
+    """What vLLM's function of that name should do."""
     values = [replace_to if value == replace_from else value for value in x.tolist()]
     ends = [0, *cu_num_tokens.tolist()]
     spread = [value for value, start, end in zip(values, ends, ends[1:]) for _ in range(start, end)]
@@ -103,7 +103,7 @@ class FakeRunner:
     Serves requests in steps.
 
     Args:
-        proposer: what drafts.
+        proposer: proposes the drafts.
         sampler: the class that `install` returned.
         predict: the model: the token after a text.
         max_model_len: of the model.
@@ -122,24 +122,24 @@ class FakeRunner:
         return self.rows[-1]
 
     def remove(self, request: Served) -> None:
-        """Cancels it, ends it, or leaves it out for a while; the last row takes its place, as in vLLM."""
+        """Cancels, ends or pauses a request; the last row takes its place, as in vLLM."""
         row = next(row for row, other in enumerate(self.rows) if other is request)
         last = self.rows.pop()
         if last is not request:
             self.rows[row] = last
 
     def preempt(self, request: Served) -> None:
-        """Drops what it has computed; it is to be read again from its beginning, text included."""
+        """Discards the computed state of a request; its prompt and text are then processed again."""
         self.remove(request)
         request.read, request.draft = 0, []
 
     def run(self) -> None:
-        """Until all are finished."""
+        """Runs until all requests are finished."""
         while self.rows:
             self.step()
 
     def step(self) -> None:
-        """One forward, and the drafts for the next."""
+        """Runs one forward and proposes the drafts for the next."""
         rows = list(self.rows)
         logits, counts, tried, whole = [], [], [], []
         for request in rows:
@@ -174,7 +174,7 @@ class FakeRunner:
                 self.remove(request)
 
     def _sample(self, counts, tried, logits):
-        if not any(counts):  # as in vLLM, the rejection sampler is not asked then
+        if not any(counts):  # vLLM does not call the rejection sampler then
             return [[token] for token in logits.argmax(-1).tolist()]
         metadata = SimpleNamespace(num_draft_tokens=counts, draft_token_ids=torch.tensor(tried))
         return self.sampler.forward(metadata, None, logits, None)

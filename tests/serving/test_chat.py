@@ -1,4 +1,4 @@
-"""`hf-jacobi chat --terminal`: answers portion by portion, and what it says of them."""
+"""`hf-jacobi chat --terminal`: answers piece by piece, and their figures."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_an_answer_that_is_broken_off_keeps_what_came(served, error):
     found = answer(served, "jacobi", show)
     assert found.text.startswith("".join(said)) and len(found.forwards) == 4 and found.stopped
     whole = answer(served, "jacobi")
-    assert whole.text.startswith(found.text) and not whole.stopped, "and the next one is whole"
+    assert whole.text.startswith(found.text) and not whole.stopped, "the next answer is complete"
     assert "stopped" in _figures([whole, found]) and "text" not in _figures([whole, found])
     assert "same text" in _figures([whole, whole])
 
@@ -101,7 +101,7 @@ def typed(monkeypatch, *lines: str):
 
 
 def test_the_terminal(monkeypatch, capsys):
-    """On the miniature, by its examples; what cannot be answered ends the answer, not the chat."""
+    """With the miniature and its examples; an invalid message ends the answer, not the chat."""
     typed(monkeypatch, "/9", "x " * 3000, "/1", "/clear", PROMPTS[1])
     threads = torch.get_num_threads()
     try:

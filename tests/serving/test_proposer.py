@@ -1,4 +1,4 @@
-"""Jacobi drafts for vLLM, against a fake of what vLLM does with them: no vLLM, no model."""
+"""Jacobi drafts for vLLM, tested against a fake: without vLLM and without a model."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ SHUFFLED = random.Random(7).sample(range(VOCABULARY), VOCABULARY)
 
 
 def copies(tokens: list[int]) -> int:
-    """A model whose every token follows from the one eight before: whole drafts come true, no n-gram repeats soon."""
+    """A model whose every token depends on the one eight before: whole drafts are accepted, n-grams rarely repeat."""
     return SHUFFLED[tokens[-8]] if len(tokens) >= 8 else tokens[-1]
 
 
 def wanders(tokens: list[int]) -> int:
-    """A model that is predicted in parallel by half: some tokens follow from the one before."""
+    """A model that is half predictable in parallel: some tokens depend on the one before."""
     return SHUFFLED[tokens[-8]] if tokens[-8] % 3 else (tokens[-1] * 7 + tokens[-2]) % VOCABULARY
 
 
 def hashes(tokens: list[int]) -> int:
-    """A model that nothing predicts."""
+    """An unpredictable model."""
     return hash(tuple(tokens[-9:])) % VOCABULARY
 
 
 def repeats(tokens: list[int]) -> int:
-    """A model whose text goes round in a circle of twelve."""
+    """A model whose text repeats after twelve tokens."""
     return (tokens[-1] + 1) % 12
 
 
@@ -57,7 +57,7 @@ def plain(predict, prompt: list[int], new_tokens: int) -> list[int]:
 
 
 def forwards_of_the_rule(predict, prompt: list[int], new_tokens: int, config: JacobiConfig) -> int:
-    """How many forwards the draft rule takes without vLLM."""
+    """The number of forwards that the draft rule needs without vLLM."""
     rule = DraftRule(config, prompt, f"{config.seed or 0}/0")
     rule.begin(predict(prompt))
     forwards, text = 1, [predict(prompt)]
@@ -73,7 +73,7 @@ def forwards_of_the_rule(predict, prompt: list[int], new_tokens: int, config: Ja
 
 @pytest.fixture
 def serve(monkeypatch):
-    """A function that makes a runner for a model and a proposer for the runner."""
+    """A function that creates a runner for a model, with a proposer."""
 
     def make(predict=copies, length=15, jacobi=None, runner=None, sampler=None, **config) -> FakeRunner:
         sampler = install(monkeypatch, sampler)
@@ -126,11 +126,11 @@ def test_requests_that_come_and_go_are_told_apart(serve):
     for request in done:
         check(request, wanders)
         expected = forwards_of_the_rule(wanders, request.prompt, request.new_tokens, settings)
-        assert request.steps == expected, "its own rule all the time"
+        assert request.steps == expected, "it keeps its own rule"
 
 
 def test_requests_that_begin_alike_are_told_apart(serve):
-    """Rows change hands while the texts still have the same last tokens and the same length."""
+    """Requests change rows while their texts still have the same length and the same last tokens."""
     runner = serve(wanders)
     prompts = [[number, *prompt_of(0, 30)] for number in range(4)]
     requests = [runner.add(prompt, 60 + 30 * number) for number, prompt in enumerate(prompts)]
@@ -184,7 +184,7 @@ def test_a_draft_that_is_cut_short_keeps_the_models_predictions(serve):
     request = runner.add(prompt_of(1), 200)
     runner.run()
     assert runner.most_drafted == 15
-    assert check(request, copies) > 3, "six tokens, then one, as nothing is predicted beyond what was scored"
+    assert check(request, copies) > 3, "six tokens, then one, because nothing is predicted beyond the scored tokens"
 
 
 def test_a_draft_that_is_not_scored_at_all_costs_nothing(serve):
@@ -236,7 +236,7 @@ def test_what_was_captured_for_another_step_is_not_used(serve):
     first, _ = runner.add(prompt_of(1), 100), runner.add(prompt_of(2), 100)
     for _ in range(3):
         runner.step()
-    runner._sample([3], [1, 2, 3], runner._logits([1] * 9).repeat(4, 1))  # nobody asked for drafts after that
+    runner._sample([3], [1, 2, 3], runner._logits([1] * 9).repeat(4, 1))  # a step after which no drafts were requested
     runner.remove(first)
     runner.add(prompt_of(3), 30)
     runner.rows.append(first)
@@ -335,7 +335,7 @@ def test_settings_come_from_additional_config_else_from_the_checkpoint(serve):
 def test_a_block_size_that_is_not_the_number_of_drafts_is_warned_of(serve, caplog):
     with caplog.at_level(logging.WARNING, logger="vllm"):
         runner = serve(length=31, jacobi={"draft_lengths": {1: 31}})
-    assert "15 tokens at most" in caplog.text
+    assert "at most 15 tokens" in caplog.text
     runner.add(prompt_of(0), 100)
     runner.run()
     assert runner.most_drafted == 15
@@ -344,8 +344,8 @@ def test_a_block_size_that_is_not_the_number_of_drafts_is_warned_of(serve, caplo
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"rejection_sample_method": "synthetic"}, "'synthetic' does not keep to the text"),
-        ({"rejection_sample_method": "block"}, "'block' does not keep to the text"),
+        ({"rejection_sample_method": "synthetic"}, "'synthetic' does not preserve the text"),
+        ({"rejection_sample_method": "block"}, "'block' does not preserve the text"),
         ({"stages": 2}, "does not support pipeline_parallel_size=2"),
         ({"jacobi": {"blocksize": 4}}, "unknown settings \\['blocksize'\\]"),
         ({"jacobi": {"block_size": 0}}, "`block_size` must be"),
@@ -368,7 +368,7 @@ def test_the_standard_acceptance_is_not_refused(serve):
 
 
 class OtherSampler:
-    """Of a vLLM that is not known: other parameters."""
+    """The sampler of an unknown vLLM, with other parameters."""
 
     def forward(self, metadata, logits, sampling_metadata, draft_logits=None):
         raise AssertionError
@@ -378,7 +378,7 @@ class OtherSampler:
 def test_a_vllm_with_another_sampler_gets_n_grams_alone(serve, monkeypatch, caplog, predict, least):
     with caplog.at_level(logging.WARNING, logger="vllm"):
         runner = serve(predict, sampler=OtherSampler)
-    assert "n-grams of the text alone" in caplog.text
+    assert "n-grams of the text, without" in caplog.text
     runner._sample = lambda counts, tried, logits: Known.forward(counts, tried, logits)
     request = runner.add(prompt_of(0), 120)
     runner.run()
@@ -419,7 +419,7 @@ def test_counts(serve):
     assert stats["requests"] == 3
     assert stats["requests"] + stats["drafts"] == sum(request.steps for request in requests)
     assert stats["drafted"] == 15 * stats["drafts"]
-    assert stats["tokens"] > 3 * 37, "the last drafts went beyond the end of the texts"
+    assert stats["tokens"] > 3 * 37, "the last drafts extended beyond the end of the texts"
     assert tokens_per_forward(3 * 37, stats) == 3 * 37 / sum(request.steps for request in requests)
     assert stats["tokens_per_forward"] > tokens_per_forward(3 * 37, stats) > 4
 
@@ -432,7 +432,7 @@ def test_what_the_drafts_brought_is_logged_now_and_then(serve, monkeypatch, capl
         runner.run()
         runner.proposer._log()
     lines = [record.getMessage() for record in caplog.records if "tokens per forward" in record.getMessage()]
-    assert len(lines) == runner.proposer.stats.drafts + 1, "not when there was nothing"
+    assert len(lines) == runner.proposer.stats.drafts + 1, "no line without a step"
     assert lines[0].startswith("Jacobi drafts: 1.00 tokens per forward (1 tokens, 0 drafts, 1 requests)")
 
 
@@ -456,7 +456,7 @@ def test_positions_cost_more_where_more_requests_run():
     for cost in (None, 0.05, [[1, 10], [2, 12], [16, 20]]):
         curves = [serving.curve_of(cost, "cpu", requests) for requests in (1, 2, 8, 64)]
         costs = [curve.cost(4) for curve in curves]
-        assert costs[0] < costs[-1] < 4, "a jump at the second position is paid where two run"
+        assert costs[0] < costs[-1] < 4, "with two requests, the jump at the second position is part of the base cost"
         assert [curve.cost(1) for curve in curves] == [1.0] * 4
     assert serving.curve_of(0.05, "cpu", 1).cost(16) == pytest.approx(1.75)
     assert serving.curve_of(0.05, "cpu", 8).cost(16) == pytest.approx((1 + 0.05 * 127) / (1 + 0.05 * 7))
@@ -478,8 +478,8 @@ def test_fewer_guesses_are_tried_where_more_requests_run(serve):
 
 def timed(monkeypatch, serve, predict, cost, requests=1, **jacobi) -> tuple[float, float]:
     """
-    Serves requests, so many at a time and eight times, in steps that take `cost(positions)`: of the last two times
-    the seconds for each token of one of them, in steps without drafts, and the positions of each in a step.
+    Serves eight batches of requests in steps that take `cost(positions)`. Returns figures of the last two batches: the
+    time per token, in steps without drafts, and the positions of each request per step.
     """
     clock, seconds, positions = [0.0], [], []
     monkeypatch.setattr(serving.time, "perf_counter", lambda: clock[0])
@@ -499,7 +499,7 @@ def timed(monkeypatch, serve, predict, cost, requests=1, **jacobi) -> tuple[floa
 
 @pytest.mark.parametrize("requests", [1, 4])
 def test_what_a_step_costs_is_learned_from_steps(monkeypatch, serve, requests):
-    """Where positions are dear drafts end, whatever the default says; where they cost little they grow."""
+    """Drafts end where positions are expensive, whatever the default curve says, and grow where they are cheap."""
     dear, _ = timed(monkeypatch, serve, wanders, lambda positions: 1.0 + 1.2 * positions, requests)
     cheap, wide = timed(monkeypatch, serve, wanders, lambda positions: 1.0 + 0.001 * positions, requests)
     unknown, _ = timed(monkeypatch, serve, hashes, lambda positions: 1.0 + 1.2 * positions, requests)
@@ -522,7 +522,7 @@ def test_steps_that_waited_for_something_else_do_not_count():
         times.saw(2, 2, 60.0) if len(times.seconds[2, 1]) > 3 else None
     assert [times.curve(2, default).cost(width) for width in (1, 8)] == pytest.approx([1.0, 1.5])
     assert times.curve(2, default).cost(16) == pytest.approx(1.5 * default.cost(16) / default.cost(8))
-    assert times.curve(1, default) is default, "nothing is known of that"
+    assert times.curve(1, default) is default, "no step of that size was timed"
 
 
 def test_first_guesses_may_come_out_of_the_vocabulary(serve):

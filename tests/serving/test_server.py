@@ -1,4 +1,4 @@
-"""`hf-jacobi serve` as its clients see it: the official client of OpenAI, `transformers chat`, and whoever errs."""
+"""`hf-jacobi serve` as seen by clients: the official OpenAI client, `transformers chat`, and invalid requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from hf_jacobi.serving import listening, server  # noqa: E402
 
 PROMPTS = json.loads((MINIATURE / "prompts.json").read_text(encoding="utf-8"))
 AR = {"decoding": "ar"}
-ENDLESS = "a b a b a b"  # which the miniature goes on with for long
+ENDLESS = "a b a b a b"  # the miniature continues this for a long time
 
 
 def load(model=None, **settings):
@@ -44,7 +44,7 @@ def load(model=None, **settings):
 
 @contextmanager
 def running(served, **settings):
-    """The port of a server of its own."""
+    """Runs a server; yields its port."""
     socket = listening.listen("127.0.0.1", 0)
     app = server.application(served, **settings)
     running = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
@@ -77,7 +77,7 @@ def client(port):
 
 @pytest.fixture(scope="module")
 def texts(miniature):
-    """What `generate` writes one token at a time after each prompt."""
+    """The text that `generate` writes with AR for each prompt."""
     found = []
     for prompt in PROMPTS:
         inputs = miniature.tokenizer(prompt, return_tensors="pt")
@@ -87,7 +87,7 @@ def texts(miniature):
 
 
 def ask(client, prompt: str, **settings):
-    """An answer of the chat endpoint; what is not OpenAI's goes into the body by itself."""
+    """An answer of the chat endpoint; arguments that OpenAI does not have are added to the body."""
     extra = {name: settings.pop(name) for name in ("generation_config",) if name in settings}
     messages = [{"role": "user", "content": prompt}]
     return client.chat.completions.create(model="miniature", messages=messages, extra_body=extra, **settings)
@@ -98,7 +98,7 @@ def text_of(answer) -> str:
 
 
 def streamed(stream) -> tuple[str, list[int], object]:
-    """The text of a stream, the tokens that each forward brought, and its last chunk."""
+    """The text of a stream, the number of tokens of each forward, and the last chunk."""
     text, forwards, chunk = "", [], None
     for chunk in stream:
         text += chunk.choices[0].delta.content or ""
@@ -110,7 +110,7 @@ def test_a_whole_answer_is_the_text_of_generate(client, miniature, texts):
     answer = ask(client, PROMPTS[0])
     assert text_of(answer) == texts[0]
     assert answer.choices[0].finish_reason == "stop"
-    count = len(miniature.tokenizer(texts[0])["input_ids"]) + 1  # and the end
+    count = len(miniature.tokenizer(texts[0])["input_ids"]) + 1  # plus the end-of-sequence token
     assert answer.usage.completion_tokens == count
     assert answer.usage.prompt_tokens == len(miniature.tokenizer(PROMPTS[0])["input_ids"])
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + count
@@ -202,7 +202,7 @@ def test_a_cancelled_stream_frees_the_model(client, miniature, texts):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_before_its_answer_frees_the_model(port, miniature, client, texts, stream):
-    """Of an answer that is sent as a whole nothing has come by then; of a queued one not even its turn."""
+    """By then, no part of an unstreamed answer was sent, and a queued one has not even started."""
     body = {"messages": [{"role": "user", "content": ENDLESS}], "max_tokens": 1900, "generation_config": AR}
     connections = []
     for _ in range(2):
@@ -239,7 +239,7 @@ def test_the_other_endpoints_of_text(client, texts):
     pieces = list(client.completions.create(model="miniature", prompt=PROMPTS[0], stream=True))
     assert "".join(piece.choices[0].text for piece in pieces) == texts[0]
     assert pieces[-1].usage.completion_tokens == answer.usage.completion_tokens
-    assert len(pieces) < answer.usage.completion_tokens / 2, "a piece for each forward"
+    assert len(pieces) < answer.usage.completion_tokens / 2, "one piece per forward"
     response = client.responses.create(model="miniature", input=PROMPTS[0], stream=False)
     assert response.output_text == texts[0]
     events = list(client.responses.create(model="miniature", input=PROMPTS[0], stream=True))
@@ -286,7 +286,7 @@ MALFORMED = [
     ({"stream": "yes"}, "`stream`"),
     ({"logit_bias": {"x": 1}}, "invalid literal"),
     ({"logit_bias": {"100000": 1}}, "100000"),
-    ({"generation_config": "{"}, "no JSON"),
+    ({"generation_config": "{"}, "not JSON"),
     ({"generation_config": [1]}, "an object"),
     ({"generation_config": {"decoding": "fast"}}, "`decoding` must be one of"),
     ({"generation_config": {"decodin": "jacobi"}}, "decodin"),
@@ -351,13 +351,13 @@ def test_one_model_is_served_and_stays(client, port, texts):
     assert [model.id for model in client.models.list()] == ["miniature"]
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("POST", "/load_model", json.dumps({"model": "another"}), JSON)
-    assert b"serves miniature alone" in connection.getresponse().read()
+    assert b"only serves miniature" in connection.getresponse().read()
     post(port, {}, "/reset")
     assert text_of(ask(client, PROMPTS[0])) == texts[0]
 
 
 def recorded(miniature, monkeypatch) -> list[str]:
-    """By what each request from now on is decoded."""
+    """Records how each request from now on is decoded."""
     ways, generate = [], miniature.generate
 
     def recording(inputs, config, streamer=None):
@@ -372,7 +372,7 @@ QUESTION = "Question: Grace has 12 plums. Grace finds 7 plums. How many are ther
 
 
 def test_transformers_chat(port, miniature, monkeypatch):
-    """Its own client, word for word."""
+    """With the client itself."""
     inputs = miniature.tokenizer(QUESTION, return_tensors="pt")
     tokens = miniature.model.generate(**inputs, decoding="ar", max_new_tokens=900)
     expected = miniature.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -394,7 +394,7 @@ def test_transformers_chat(port, miniature, monkeypatch):
 
 
 def test_transformers_chat_by_a_generation_config(port, miniature, monkeypatch, tmp_path):
-    """By itself it drops `decoding=`, which `GenerationConfig` lacks; where a file says it, it reaches the server."""
+    """The client drops `decoding=`, which `GenerationConfig` lacks; from a file it reaches the server."""
     chat = pytest.importorskip("transformers.cli.chat")
     ways, rest = recorded(miniature, monkeypatch), iter([QUESTION, "!exit"])
     monkeypatch.setattr("builtins.input", lambda *_: next(rest))
@@ -411,7 +411,7 @@ def test_transformers_chat_by_a_generation_config(port, miniature, monkeypatch, 
 
 @pytest.mark.parametrize("name", ["draft", "full"])
 def test_the_folder_of_an_adapter_is_served_on_its_base(adapters, name):
-    """Of a draft-only adapter the text is the base model's, which alone writes one token at a time."""
+    """With a draft-only adapter the text is the base model's, and AR runs the base model alone."""
     served = load(str(adapters / name))
     assert served.decoding == "jacobi" and served.jacobi.block_size == 6
     assert not any(hasattr(module, "get_base_layer") for module in served.writer.modules())
@@ -462,9 +462,9 @@ def test_mistakes_are_told_before_a_model_is_loaded(name, capsys, monkeypatch):
     taken = listening.listen("localhost", 0)
     port = str(taken.getsockname()[1])
     assert cli.main([name, "--port", port]) == 2
-    assert f"localhost:{port} cannot be listened on" in capsys.readouterr().err
+    assert f"cannot listen on localhost:{port}" in capsys.readouterr().err
     assert cli.main([name, "--host", "no such host", "--port", "0"]) == 2
-    assert "cannot be listened on" in capsys.readouterr().err
+    assert "cannot listen on" in capsys.readouterr().err
     for odd in ("-1", "70000", "x"):
         with pytest.raises(SystemExit, match="2"):
             cli.main([name, "--port", odd])
@@ -513,4 +513,4 @@ def test_a_taken_port_is_told_before_torch_is_imported():
     code = f"import sys; from hf_jacobi import cli; {run}"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout.split() == ["2", "False"], ended.stderr
-    assert "cannot be listened on" in ended.stderr
+    assert "cannot listen on" in ended.stderr

@@ -1,4 +1,4 @@
-"""Jacobi drafts in vLLM itself (`scripts/test-with-vllm`): its text stays its own, and takes fewer forwards."""
+"""Jacobi drafts in vLLM itself (`scripts/test-with-vllm`): the same text in fewer forwards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FIXED = {"block_size": 16, "window": "sliding", "adaptive": False, "pool_size": 
 
 
 class Served:
-    """An engine: what it writes, and how many tokens per forward."""
+    """An engine: its texts, and its tokens per forward."""
 
     def __init__(self, model, **arguments):
         from vllm import LLM
@@ -68,7 +68,7 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served():
-    """A function that starts an engine; engines of the same arguments are one."""
+    """A function that starts an engine, or returns the one with the same arguments."""
     running: dict[str, Served] = {}
 
     def start(model, **arguments) -> Served:
@@ -122,7 +122,7 @@ def tokenizer_of(path):
 
 @pytest.fixture(scope="module")
 def copy_folder(tmp_path_factory):
-    """The permuted-copy fixture as a checkpoint: a whole block comes out right at once, no n-gram repeats."""
+    """The permuted-copy fixture as a checkpoint: whole blocks are predicted at once, n-grams rarely repeat."""
     folder = tmp_path_factory.mktemp("permuted_copy")
     permuted_copy_model().save_pretrained(folder)
     return folder
@@ -202,7 +202,7 @@ def test_chunked_prefill(served, ar):
 
 
 def test_preemption(served, ar):
-    """A cache so small that requests are put off and read again."""
+    """A cache so small that requests are preempted and processed again."""
     engine = served(MINIATURE, **JACOBI, num_gpu_blocks_override=14, enable_prefix_caching=False)
     texts, tpf = engine.counted(PROMPTS * 2, max_tokens=150)
     assert texts == ar.write(PROMPTS * 2, max_tokens=150)
@@ -298,7 +298,7 @@ def test_sampling_without_heat_is_greedy(jacobi, ar):
 
 
 def test_sampled_tokens_are_as_frequent_as_the_model_says(jacobi, ar):
-    """The third token of 400 texts, which drafts are tried for, at a high temperature."""
+    """The third token of 400 texts, for which drafts are verified, at a high temperature."""
     settings = {"temperature": 2.0, "max_tokens": 3, "ignore_eos": True}
     counts = [[0] * 512 for _ in range(2)]
     for engine, count in zip((jacobi, ar), counts):

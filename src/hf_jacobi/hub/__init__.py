@@ -1,4 +1,4 @@
-"""How checkpoints are shared."""
+"""Publishing checkpoints, and loading draft-only adapters."""
 
 from .plain_lora import load_draft_adapter
 from .publish import publish

@@ -1,4 +1,4 @@
-"""The decoder that a published checkpoint carries in its folder `custom_generate`: this package's own source."""
+"""The decoder in the folder `custom_generate` of a published checkpoint: copied from this package's source."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from ..decoding.files import write_whole
 CARRIED = "custom_generate"
 ENTRY = "generate"
 SETTINGS = "settings"
+# Identifies the file, in checkpoints that are published already too: keep the wording.
 ABOUT = '"""How this checkpoint decodes, where neither the call nor the generation config says so."""'
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 
 def write_decoder(folder: Path, settings: dict[str, Any], adapter: bool) -> None:
     """
-    Writes the decoder: the entry, and the modules it needs, directly or not.
+    Writes the decoder: the entry point and every module that it imports, directly or indirectly.
 
     Args:
-        folder: new, `custom_generate` of the checkpoint.
-        settings: its `decoding` and `jacobi`.
-        adapter: whether it is one, so that `settings` count for more than the generation config of its base.
+        folder: `custom_generate` in the checkpoint; must not exist yet.
+        settings: the checkpoint's `decoding` and `jacobi`.
+        adapter: whether the checkpoint is an adapter; its `settings` then override the base's generation config.
     """
     package = resources.files("hf_jacobi")
     sources = {ENTRY: (package / "hub" / "custom_generate.py").read_text(encoding="utf-8")}
@@ -43,14 +44,14 @@ def write_decoder(folder: Path, settings: dict[str, Any], adapter: bool) -> None
 
 def rewrite_settings(folder: Path, settings: dict[str, Any]) -> bool:
     """
-    Tells the decoder that a published checkpoint carries how it decodes by now: an adapter's reads no other file.
+    Updates the settings of the decoder in a published checkpoint; the decoder of an adapter reads no other file.
 
     Args:
-        folder: of a checkpoint, published or not. A link in the place of the file is replaced, not followed.
+        folder: a checkpoint, published or not. If the settings file is a link, it is replaced, not followed.
         settings: what `write_settings` returned.
 
     Returns:
-        Whether there was such a decoder.
+        Whether the checkpoint contains such a decoder.
     """
     file = folder / CARRIED / f"{SETTINGS}.py"
     if not file.exists() or not file.read_text(encoding="utf-8").startswith(ABOUT):
@@ -61,7 +62,7 @@ def rewrite_settings(folder: Path, settings: dict[str, Any]) -> bool:
 
 
 def is_carried(name: str) -> bool:
-    """Whether a name in a repository is one of a decoder that was carried there."""
+    """Whether a name in a repository is that of a file of the decoder."""
     folder, _, name = name.partition("/")
     return folder == CARRIED and "/" not in name and (name.endswith(".py") or name == "requirements.txt")
 

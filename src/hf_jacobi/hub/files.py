@@ -1,7 +1,8 @@
 """
-Which files of a checkpoint are published: an allow-list of exact names, and what its index and its configs name.
+Which files of a checkpoint are published: an allow-list of exact names, and the files that its index and configs name.
 
-Nothing is taken from outside the folder, and what could not be loaded again is refused before anything is written.
+Files outside the folder are never published, and a checkpoint that could not be loaded again is refused before
+anything is written.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .card import EVALUATION, NOTE
 from .places import is_on_hub
 
 
-# In the order in which transformers and PEFT look for them; the first that is there is the one that they load.
+# In the order in which transformers and PEFT look for them; they load the first one that exists.
 MODEL_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -65,7 +66,7 @@ TOKENIZER = (
     "vocab-tgt.json",
     "word_pronunciation.json",
     "word_shape.json",
-    # and those of models that bring their own code
+    # and of models with their own code
     "tokenizer.model.v3",
     "ice_text.model",
     "qwen.tiktoken",
@@ -73,15 +74,15 @@ TOKENIZER = (
     "arcade100k.tiktoken",
     "cl100k_base.tiktoken",
 )
-TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja
-PROCESSOR = (  # of models that see or hear, too
+TEMPLATES = "additional_chat_templates"  # a folder of NAME.jinja files
+PROCESSOR = (  # for multimodal models
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
 )
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
 NAMING_CODE = ("config.json", "tokenizer_config.json", *PROCESSOR)
-NAMING_PLACES = (*CONFIGS, "tokenizer_config.json", *PROCESSOR)  # where a machine's paths may stand
+NAMING_PLACES = (*CONFIGS, "tokenizer_config.json", *PROCESSOR)  # can contain paths of this machine
 BESIDE = {*CONFIGS, *PROCESSOR, NOTE, EVALUATION}
 LICENSES = tuple(name + end for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING") for end in ("", ".txt", ".md")) + (
     "USE_POLICY.md",
@@ -98,11 +99,11 @@ BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # the name of a file in the Hub
 @dataclass(frozen=True)
 class Chosen:
     """
-    What of a folder is published.
+    Which files of a folder are published.
 
     Attributes:
-        files: by their names in the repository, where they are.
-        left: the names of what stays behind.
+        files: from the name in the repository to the file on disk.
+        left: the names that are not published.
     """
 
     files: dict[str, Path]
@@ -111,17 +112,17 @@ class Chosen:
 
 def choose(source: Path, with_tokenizer: bool = True) -> Chosen:
     """
-    What of a checkpoint's folder is published.
+    Chooses the files of a checkpoint to publish.
 
     Args:
-        source: the folder that `save_pretrained` or the trainer wrote, or a snapshot in the Hub's cache.
-        with_tokenizer: whether its tokenizer goes, too.
+        source: a folder that `save_pretrained` or the trainer wrote, or a snapshot in the Hub's cache.
+        with_tokenizer: whether to include its tokenizer.
 
     Raises:
-        `UsageError`: it is no checkpoint, or what would go is damaged, a link, or outside the folder.
+        `UsageError`: it is not a checkpoint, or a file to publish is damaged, a link, or outside the folder.
     """
     if not source.is_dir():
-        raise MissingFile(f"there is no folder {source}: name one that save_pretrained or the trainer wrote.")
+        raise MissingFile(f"there is no folder {source}: pass one that save_pretrained or the trainer wrote.")
     source = source.resolve()
     here = {path.name for path in source.iterdir()}
     weights = _weights(source, here)
@@ -140,54 +141,54 @@ def choose(source: Path, with_tokenizer: bool = True) -> Chosen:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a name in a repository is one that weights have."""
+    """Whether a name in a repository is that of a weights file."""
     return name in MODEL_WEIGHTS + ADAPTER_WEIGHTS or SHARD.fullmatch(name) is not None
 
 
 def is_template(name: str) -> bool:
-    """Whether a name in a repository is one of an additional chat template."""
+    """Whether a name in a repository is that of an additional chat template."""
     folder, _, name = name.partition("/")
     return folder == TEMPLATES and name.endswith(".jinja") and "/" not in name and not name.startswith(".")
 
 
 def _refuse_hollow(file: Path) -> None:
-    """Refuses what stands in for a file, and an empty one where that cannot be meant."""
+    """Refuses a git-lfs pointer, and an empty file where that must be a mistake."""
     refuse_pointer(file)
     if not file.stat().st_size and file.suffix != ".py" and file.name not in LICENSES:
         raise UsageError(f"{file} is empty: copy or save it again.")
 
 
 def _plain_file(source: Path, name: str) -> Path:
-    """A file of the folder, or a link that the Hub's cache made of one."""
+    """A regular file of the folder, or the file that a link in the Hub's cache points to."""
     path = source / name
     mode = path.lstat().st_mode
     if stat.S_ISREG(mode):
         return path
     if not stat.S_ISLNK(mode):
-        raise UsageError(f"{path} should be a file, and is none: move it away.")
+        raise UsageError(f"{path} is not a regular file: move it away.")
     target = Path(os.path.realpath(path))
     cached = source.parent.name == "snapshots" and target.parent == source.parents[1] / "blobs"
     if not cached or not BLOB.fullmatch(target.name) or not target.is_file():
-        raise UsageError(f"{path} is a link, which is not followed: put the file that it stands for in its place.")
+        raise UsageError(f"{path} is a link, which is not followed: replace it with the file it points to.")
     return target
 
 
 def _weights(source: Path, here: set[str]) -> dict[str, Path]:
-    """The weights that transformers or PEFT would load from the folder."""
+    """The weights files that transformers or PEFT would load from the folder."""
     kinds = ADAPTER_WEIGHTS if "adapter_config.json" in here else MODEL_WEIGHTS
     found = next((name for name in kinds if name in here), None)
     if found is None or not here & {"config.json", "adapter_config.json"}:
         beside = "adapter_config.json" in here and here & {*MODEL_WEIGHTS}
         raise UsageError(
-            f"{source} holds no weights of the adapter that adapter_config.json tells of: add them, or move that "
-            "file away to publish the whole model."
+            f"{source} contains adapter_config.json but no weights of an adapter: add them, or move that file away "
+            "to publish the complete model."
             if beside
-            else f"{source} holds no weights or no config: name a folder that save_pretrained or the trainer wrote."
+            else f"{source} contains no weights or no config: pass a folder that save_pretrained or the trainer wrote."
         )
     if "config.json" in here and read_json(_plain_file(source, "config.json")).get("transformers_weights"):
         raise UsageError(
             f"{source / 'config.json'} names other weights (`transformers_weights`), which is not supported: load "
-            "the model and save it with save_pretrained."
+            "the model and save it again with save_pretrained."
         )
     file = _plain_file(source, found)
     _refuse_hollow(file)
@@ -200,23 +201,28 @@ def _weights(source: Path, here: set[str]) -> dict[str, Path]:
 def _shards(source: Path, here: set[str], index: Path, kind: str) -> dict[str, Path]:
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not named or not all(isinstance(shard, str) for shard in named.values()):
-        raise UsageError(f"{index} has no `weight_map`, which names the file of each weight: save the model again.")
+        raise UsageError(f"{index} has no `weight_map` from weights to files: save the model again.")
     shards = {}
     for shard in sorted(set(named.values())):
         if not _is_plain(shard.removesuffix(kind)) or not shard.endswith(kind):
-            raise UsageError(f"{index} names {shard!r}, which is no file of weights (*{kind}) in the same folder.")
+            raise UsageError(
+                f"{index} names {shard!r}, which is not a weights file (*{kind}) in the same folder: save the model "
+                "again."
+            )
         if shard not in here:
-            raise UsageError(f"{index} names {shard}, which is not there: add it, or save the model again.")
+            raise UsageError(f"{index} names {shard}, which does not exist: add it, or save the model again.")
         shards[shard] = _plain_file(source, shard)
         _refuse_hollow(shards[shard])
         held = check_weights(shards[shard], kind == ".safetensors")
         if lacking := sorted({name for name, place in named.items() if place == shard} - held):
-            raise UsageError(f"{shards[shard]} lacks {lacking[0]}, which {index.name} says it holds: save it again.")
+            raise UsageError(
+                f"{shards[shard]} lacks {lacking[0]}, which {index.name} lists for it: save the model again."
+            )
     return shards
 
 
 def check_weights(file: Path, safe: bool) -> set[str]:
-    """The names of the weights in a file; an error if it is cut off or holds something else."""
+    """The names of the weights in a file; `UsageError` if it is truncated or contains something else."""
     try:
         if safe:
             with safe_open(file, framework="pt") as opened:
@@ -225,11 +231,11 @@ def check_weights(file: Path, safe: bool) -> set[str]:
             names = set(torch.load(file, map_location="meta", weights_only=True).keys())
     except PermissionError:
         raise
-    except Exception as error:  # of any kind: nothing but the file can be at fault
+    except Exception as error:  # of any kind: only the file can be the cause
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UsageError(f"{file} holds no weights that can be read ({reason}): copy or save it again.") from error
+        raise UsageError(f"{file} contains no readable weights ({reason}): copy or save it again.") from error
     if not names:
-        raise UsageError(f"{file} holds no weights at all: save the model again.")
+        raise UsageError(f"{file} contains no weights at all: save the model again.")
     return names
 
 
@@ -242,18 +248,18 @@ def _check_content(file: Path) -> None:
 def _templates(source: Path) -> dict[str, Path]:
     folder = source / TEMPLATES
     if folder.is_symlink() or not folder.is_dir():
-        raise UsageError(f"{folder} should be a folder of chat templates, and is none: move it away.")
+        raise UsageError(f"{folder} is not a folder of chat templates: move it away.")
     names = [f"{TEMPLATES}/{path.name}" for path in folder.iterdir()]
     return {name: _plain_file(source, name) for name in sorted(names) if is_template(name)}
 
 
 def _is_plain(name: str) -> bool:
-    """Whether a name without its ending can be that of a file in the folder: no path, no dot file."""
+    """Whether a name without its suffix is that of a file in the folder: no path, no dot file."""
     return re.fullmatch(r"\w[\w.+-]*", name) is not None
 
 
 def _own_code(source: Path, here: set[str], configs: dict[str, dict[str, Any]]) -> dict[str, Path]:
-    """The files of a model's own code: those that its configs name, and what these import beside them."""
+    """The files of a model's own code: the modules that its configs name, and the modules that these import."""
     wanted = {
         module: f"{source / name} names"
         for name, config in configs.items()
@@ -264,7 +270,7 @@ def _own_code(source: Path, here: set[str], configs: dict[str, dict[str, Any]]) 
         module, who = wanted.popitem()
         name = f"{module}.py"
         if not _is_plain(module) or name not in here:
-            raise UsageError(f"{who} {name} for the model's own code, which is no file beside it: put it there.")
+            raise UsageError(f"{who} {name} as the model's own code, but there is no such file beside it: add it.")
         files[name] = _plain_file(source, name)
         _refuse_hollow(files[name])
         code = files[name].read_text(encoding="utf-8", errors="replace")
@@ -274,34 +280,34 @@ def _own_code(source: Path, here: set[str], configs: dict[str, dict[str, Any]]) 
 
 
 def _modules(file: Path, config: dict[str, Any]) -> Iterator[str]:
-    """The modules in a config's `auto_map`, without those of other repositories (`REPOSITORY--MODULE.CLASS`)."""
+    """The modules in a config's `auto_map`, except those of other repositories (`REPOSITORY--MODULE.CLASS`)."""
     named = config.get("auto_map") or {}
     for value in named.values() if isinstance(named, dict) else [named]:
         for reference in [value] if isinstance(value, str) else value if isinstance(value, list) else [0]:
             if reference is not None and not isinstance(reference, str):
-                raise UsageError(f'{file}: `auto_map` should hold texts like "MODULE.CLASS", and holds {value!r}.')
+                raise UsageError(f'{file}: `auto_map` must contain strings like "MODULE.CLASS", got {value!r}.')
             repository, elsewhere, _ = (reference or "").partition("--")
             if elsewhere and not is_on_hub(repository):
                 raise UsageError(
                     f"{file}: `auto_map` names code in {repository!r}, which others cannot load: put the code beside "
-                    'it, and name it "MODULE.CLASS".'
+                    'the config, and name it as "MODULE.CLASS".'
                 )
             if reference and not elsewhere:
                 module, dot, _ = reference.rpartition(".")
                 if not dot:
                     raise UsageError(
-                        f'{file}: `auto_map` should hold texts like "MODULE.CLASS", and holds {reference!r}.'
+                        f'{file}: `auto_map` must contain strings like "MODULE.CLASS", got {reference!r}.'
                     )
                 yield module
 
 
 def refuse_secrets(folder: Path) -> None:
-    """Refuses a folder with a text that holds what opens an account or a machine, wherever it came from."""
+    """Refuses a folder in which a text file contains an access token or a private key."""
     for file in sorted(folder.rglob("*")):
         if (file.suffix in TEXTS or file.name in LICENSES) and (found := SECRET.search(file.read_bytes())):
             raise UsageError(
-                f"{file.relative_to(folder)} holds what looks like an access token or a private key "
-                f"({found[0][:8].decode('ascii')}...): take it out."
+                f"{file.relative_to(folder)} contains what looks like an access token or a private key "
+                f"({found[0][:8].decode('ascii')}...): remove it."
             )
 
 
@@ -309,4 +315,4 @@ def _refuse_same_but_for_case(files: dict[str, Path]) -> None:
     lower: dict[str, str] = {}
     for name in files:
         if (other := lower.setdefault(name.lower(), name)) != name:
-            raise UsageError(f"{other} and {name} are one file where case does not count: rename one of them.")
+            raise UsageError(f"{other} and {name} are the same file on systems that ignore case: rename one of them.")

@@ -1,4 +1,4 @@
-"""Errors of the network and of the Hub, told apart from faults of the program."""
+"""Separates errors of the network and the Hub from bugs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from contextlib import contextmanager
 from ..decoding.errors import UsageError
 
 
-HTTP = {"httpx", "httpx2", "requests", "urllib3"}  # which of them huggingface_hub calls differs between its versions
+HTTP = {"httpx", "httpx2", "requests", "urllib3"}  # huggingface_hub uses one of them, depending on its version
 WAYS_OUT = {
     401: "log in with `hf auth login`, or pass a token that is still valid",
-    403: "use a token that may do this",
-    404: "check the name, and whether your token may see it",
-    429: "these were too many requests, so wait a few minutes",
+    403: "use a token with the permission for this",
+    404: "check the name, and that your token has access to it",
+    429: "too many requests, so wait a few minutes",
 }
 
 
 def is_of_network(error: BaseException) -> bool:
-    """Whether an error, or what it was raised from, came from the network or from the Hub's answers."""
+    """Whether an error, or one of its causes, came from the network or is a response of the Hub."""
     return any(
         _classes(one, HTTP) & {"HTTPError", "InvalidURL"}
         or (isinstance(one, OSError) and _classes(one, HTTP | {"huggingface_hub"}))
@@ -29,23 +29,23 @@ def is_of_network(error: BaseException) -> bool:
 
 
 def sentence_of(error: BaseException) -> str:
-    """What went wrong on the way to the Hub, and the way out, in one sentence."""
+    """What went wrong in talking to the Hub and how to fix it, in one sentence."""
     said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
     causes = list(_causes(error))
     answers = (getattr(getattr(one, "response", None), "status_code", None) for one in causes)
     if (status := next(filter(None, answers), None)) is not None:
-        way_out = WAYS_OUT.get(status, "try again later" if status >= 500 else "see what it said")
+        way_out = WAYS_OUT.get(status, "try again later" if status >= 500 else "see its message")
         return f"the Hub answered {status}: {way_out} ({said})."
     if any("OfflineModeIsEnabled" in _classes(one, {"huggingface_hub"}) for one in causes):
-        return f"{said}: unset HF_HUB_OFFLINE to ask the Hub."
+        return f"{said}: unset HF_HUB_OFFLINE to connect to the Hub."
     if _classes(error, {"huggingface_hub"}):
-        return f"{said}."  # nobody is logged in, for instance: it says so
-    return f"there is no way to the Hub ({said}): check the network, and HF_ENDPOINT if it is set."
+        return f"{said}."  # already a sentence for the user, for instance that nobody is logged in
+    return f"cannot reach the Hub ({said}): check the network, and HF_ENDPOINT if it is set."
 
 
 @contextmanager
 def talking_to_the_hub():
-    """Errors of the network and of the Hub go on as `UsageError`; others are left as they are."""
+    """Converts errors of the network and the Hub to `UsageError`; lets all others pass."""
     try:
         yield
     except UsageError:
@@ -63,5 +63,5 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _classes(error: BaseException, packages: set[str]) -> set[str]:
-    """The names of those classes of an error that come from the packages."""
+    """The names of the classes of an error that are defined in the packages."""
     return {cls.__name__ for cls in type(error).__mro__ if cls.__module__.partition(".")[0] in packages}

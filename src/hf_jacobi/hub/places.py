@@ -1,17 +1,17 @@
-"""Names that mean something on this machine alone: they stay here."""
+"""Paths of this machine, which must not be published."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ..decoding.compat import LOADED_FROM
 
 
-# Two parts at least, so that "/think", a token, is none; nothing before it, so that an address is none.
+# At least two parts, so that the token "/think" does not match; nothing before it, so that a URL does not match.
 LOCAL_PATH = re.compile(
     r"file:/+[^\s\"'`)]+"
     r"|(?<![\w./:~)\]}>*-])~?(?:/[\w.@+~=,-]+){2,}/?"
@@ -30,14 +30,14 @@ AS_THEY_ARE = {
 }
 
 
-def is_on_hub(name: Any, *folders: Path) -> bool:
+def is_on_hub(name: Any, *folders: Path) -> TypeGuard[str]:
     """
-    Whether a name can be one on the Hub, rather than a path.
+    Whether a name can be a Hub id rather than a path.
 
     Args:
-        name: what it may be, if it is a text at all.
-        folders: from where a path may have been meant: there, in the folders above and in the current one nothing of
-            that name may lie.
+        name: any value; only a string can be a Hub id.
+        folders: what a relative path could refer to. If the name exists there, in a parent folder or in the current
+            folder, it is a path.
     """
     try:
         validate_repo_id(name if isinstance(name, str) else "")
@@ -49,8 +49,8 @@ def is_on_hub(name: Any, *folders: Path) -> bool:
 
 def without_local_paths(value: Any, *folders: Path) -> Any:
     """
-    A JSON value as others may read it: where a model or a vocabulary came from is left out unless it is on the Hub,
-    and of other paths of this machine the last part is kept. Tokens and templates are left as they are.
+    A JSON value without the paths of this machine: the source of a model or a vocabulary is dropped unless it is on
+    the Hub, and any other path is shortened to its last part. Tokens and templates stay unchanged.
     """
     if isinstance(value, str):
         return LOCAL_PATH.sub(lambda found: re.split(r"[\\/]", found[0].rstrip("\\/"))[-1], value)

@@ -1,4 +1,4 @@
-"""`publish_space`: a chat page as a Space of the Hub, which runs `hf-jacobi chat`."""
+"""`publish_space`: the chat page as a Space on the Hub, which runs `hf-jacobi chat`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ..decoding.errors import MissingFile, UsageError
 from ..decoding.files import read_json
 from .network import talking_to_the_hub
 from .places import is_on_hub
-from .publish import check_repo, publish, target_of
+from .publish import check_repo, moved, publish, target_of
 
 
 PACKAGE = Path(__file__).parents[1]
-SOURCE = ("*.py", "page/*")  # of this package, what goes
-MINIATURE = "miniature"  # of its checkpoints, the only one that goes, where it is what is shown
+SOURCE = ("*.py", "*.jinja", "page/*")  # the files of this package that are published
+MINIATURE = "miniature"  # the only checkpoint of this package that is published, if the Space shows it
 PORT = 7860
-# As setup.py has them in its extra `serve`; `test_space.py` compares the two.
+# As in the extra `serve` of setup.py; `test_space.py` compares the two.
 NEEDED = ("fastapi>=0.110", "starlette>=0.36", "uvicorn>=0.29", "openai>=1.98.0", "pydantic>=2", "peft>=0.19")
 README = """---
 title: {title}
@@ -35,9 +35,9 @@ sdk: docker
 app_port: {port}
 {models}---
 
-Chat with {shown}, many tokens per forward: the page colours the tokens that came out of the same forward, and writes
-the answer one token at a time beside it on request. `hf-jacobi push --space` wrote this Space; `hf_jacobi/` is the
-source of that package.
+Chat with {shown}, which generates many tokens per forward. The page gives tokens from the same forward one colour and,
+on request, shows autoregressive decoding (one token per forward) beside it. This Space was created by
+`hf-jacobi push --space`; `hf_jacobi/` contains the source of that package.
 """
 DOCKERFILE = """FROM python:3.12-slim
 RUN useradd -m -u 1000 user
@@ -50,12 +50,12 @@ COPY --chown=user . .
 EXPOSE {port}
 CMD ["python", "app.py"]
 """
-REQUIREMENTS = """# torch without CUDA; on a GPU leave this line out
+REQUIREMENTS = """# torch without CUDA; remove this line on a GPU
 --extra-index-url https://download.pytorch.org/whl/cpu
 torch>=2.6
 {needed}
 """
-APP = '''"""A chat page that shows which tokens came out of the same forward."""
+APP = '''"""A chat page that shows which tokens came from the same forward."""
 
 import os
 import sys
@@ -83,23 +83,24 @@ def publish_space(
     tell: Callable[[str], Any] = print,
 ) -> str:
     """
-    Pushes a Space that runs `hf-jacobi chat`: a Docker Space, which holds the source of this package and, unless the
-    model is on the Hub, the model.
+    Pushes a Space that runs `hf-jacobi chat`: a Docker Space with the source of this package and, unless the model is
+    on the Hub, the model.
 
     Args:
-        model (`str` or `Path`): the folder of a model or an adapter, a name on the Hub, or `"miniature"`.
-        repo_id (`str`): `"user/name"` of the Space; made if it is not there.
-        output_dir (*optional*): where the folder that is pushed is written, empty or new. Needed for a dry run.
-        dry_run (`bool`): write `output_dir` and push nothing.
+        model (`str` or `Path`): the folder of a model or an adapter, a Hub id, or `"miniature"`.
+        repo_id (`str`): `"user/name"` of the Space; created if it does not exist.
+        output_dir (*optional*): where to keep the folder that is pushed; a new or empty folder. Required for a dry
+            run.
+        dry_run (`bool`): write `output_dir` without pushing it.
         private (`bool`, *optional*): whether a new Space is private.
-        token (*optional*): for the Hub; the one that is logged in if left out.
-        tell: called with each line of what is to be said before the push.
+        token (*optional*): the Hub token; by default that of the login.
+        tell: called with each line of the report before the push.
 
     Returns:
-        The address of the commit, or for a dry run the folder.
+        The URL of the commit, or the folder of a dry run.
 
     Raises:
-        `ValueError`: what `publish` refuses; a model that is neither here nor can be on the Hub.
+        `ValueError`: `publish` would refuse the model, or it is neither a folder nor a possible Hub id.
     """
     check_repo(repo_id)
     target = target_of(output_dir, dry_run)
@@ -110,20 +111,18 @@ def publish_space(
         if not dry_run:
             _check_model(api, folder, model)
         if target is not None:
-            if target.exists():
-                target.rmdir()
-            folder = folder.rename(target)
+            folder = moved(folder, target)
         return str(folder) if dry_run else _push(api, repo_id, folder, private)
 
 
 def write_space(folder: Path, model: str | Path, repo_id: str, tell: Callable[[str], Any]) -> None:
-    """Writes the files of a Space into a new folder; the arguments are those of `publish_space`."""
+    """Writes the files of a Space to a new folder; the other arguments are those of `publish_space`."""
     name = repo_id.partition("/")[2]
     local = Path(model).expanduser().is_dir()
     if not str(model).strip():
-        raise UsageError("`model` is empty: give it a name (is a variable not set?).")
+        raise UsageError("`model` is empty: pass a name (is a variable unset?).")
     if not local and str(model) != MINIATURE and not is_on_hub(str(model)):
-        raise MissingFile(f"there is no folder {model}, nor can it be a name on the Hub.")
+        raise MissingFile(f"there is no folder {model}, and it is not a Hub id: pass the folder or id of a model.")
     folder.mkdir()
     shown, typed, models = str(model), [str(model)], ""
     if local:
@@ -144,22 +143,22 @@ def write_space(folder: Path, model: str | Path, repo_id: str, tell: Callable[[s
     }
     for file, text in files.items():
         (folder / file).write_text(text, encoding="utf-8")
-    tell(f"the Space {repo_id}: {', '.join(files)}, the source of hf_jacobi, and {_holds(typed, local)}")
+    tell(f"the Space {repo_id}: {', '.join(files)}, the source of hf_jacobi, and {_model_in(typed, local)}")
 
 
-def _holds(typed: list[str], local: bool) -> str:
+def _model_in(typed: list[str], local: bool) -> str:
     if not typed:
         return "the miniature"
-    return typed[0] if local else f"{typed[0]} from the Hub (if that is private, give the Space a secret HF_TOKEN)"
+    return typed[0] if local else f"{typed[0]} from the Hub (if it is private, add the secret HF_TOKEN to the Space)"
 
 
 def _check_base(folder: Path) -> None:
-    """Refuses an adapter on a model that is on this machine alone, whose name `publish` takes out."""
+    """Refuses an adapter whose base model is only on this machine; `publish` has removed its name."""
     file = folder / "adapter_config.json"
     if file.exists() and not read_json(file).get("base_model_name_or_path"):
         raise UsageError(
-            "the adapter goes onto a model that is not on the Hub, where the Space would look for it: publish that "
-            "first, and name its repository in adapter_config.json (`base_model_name_or_path`)."
+            "the adapter's base model is not on the Hub, where the Space would look for it: publish that first, and "
+            "name its repository in adapter_config.json (`base_model_name_or_path`)."
         )
 
 
@@ -174,14 +173,16 @@ def _copy_source(folder: Path, with_miniature: bool) -> None:
 
 
 def _check_model(api: HfApi, folder: Path, model: str | Path) -> None:
-    """Refuses, before the push, a name that the Hub does not know."""
+    """Refuses, before the push, a Hub id that does not exist."""
     if (folder / "models").exists() or str(model) == MINIATURE:
         return
     with talking_to_the_hub():
         try:
             api.model_info(str(model))
         except RepositoryNotFoundError:
-            raise UsageError(f"there is no model {model} on the Hub, or your token may not see it.") from None
+            raise UsageError(
+                f"there is no model {model} on the Hub: check the name, and that your token has access to it."
+            ) from None
 
 
 def _push(api: HfApi, repo_id: str, folder: Path, private: bool | None) -> str:
@@ -193,6 +194,6 @@ def _push(api: HfApi, repo_id: str, folder: Path, private: bool | None) -> str:
                 repo_type="space",
                 folder_path=folder,
                 commit_message="Upload with hf_jacobi",
-                delete_patterns=[f"{PACKAGE.name}/*", "models/*"],  # what an earlier push wrote
+                delete_patterns=[f"{PACKAGE.name}/*", "models/*"],  # written by an earlier push
             )
         )

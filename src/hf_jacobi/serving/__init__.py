@@ -1,1 +1,1 @@
-"""How a model is served to others. Each file needs a package of its own, and imports it when it is used."""
+"""Serving a model to others. Each file needs a different package, and imports it only when it is used."""

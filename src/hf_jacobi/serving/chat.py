@@ -1,4 +1,4 @@
-"""A conversation in the process itself: what `hf-jacobi chat --terminal` shows."""
+"""A conversation with a model in the same process, for `hf-jacobi chat --terminal`."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 
 class Stopped(Exception):
-    """Raised by `show` to break an answer off."""
+    """Raised by `show` to stop an answer."""
 
 
 @dataclass
 class Answer:
     """
-    An answer, whole or broken off.
+    An answer, complete or stopped early.
 
     Attributes:
         decoding: `"ar"` or `"jacobi"`.
-        text: what was written.
-        forwards: how many tokens each forward brought.
-        seconds: how long it took, the prompt included.
-        stopped: whether it was broken off.
+        text: the text so far.
+        forwards: the number of tokens of each forward.
+        seconds: the time it took, including the prompt.
+        stopped: whether it was stopped early.
     """
 
     decoding: str
@@ -52,15 +52,15 @@ class Answer:
 
 class Portions:
     """
-    A streamer that calls `show(text, tokens)` once per forward, with the text that it brought and how many tokens
-    that is. Text of which a part is still to come, such as half a character, comes with a later forward.
+    A streamer that calls `show(text, tokens)` once per forward, with its text and its number of tokens. An incomplete
+    character is shown with a later forward.
     """
 
     def __init__(self, tokenizer, answer: Answer, show: Callable[[str, int], None]):
         self.tokenizer, self.answer, self.show = tokenizer, answer, show
         self.tokens: list[int] = []
         self.prompt_seen = False
-        self.told = 0
+        self.shown = 0
         self.start = time.perf_counter()
 
     def put(self, value) -> None:
@@ -73,14 +73,14 @@ class Portions:
 
     def end_forward(self) -> None:
         text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        self._tell(text.rstrip("\ufffd"))
+        self._show(text.rstrip("\ufffd"))
 
     def end(self) -> None:
-        if len(self.tokens) > self.told:
-            self._tell(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
+        if len(self.tokens) > self.shown:
+            self._show(self.tokenizer.decode(self.tokens, skip_special_tokens=True))
 
-    def _tell(self, text: str) -> None:
-        count, self.told = len(self.tokens) - self.told, len(self.tokens)
+    def _show(self, text: str) -> None:
+        count, self.shown = len(self.tokens) - self.shown, len(self.tokens)
         more = text[len(self.answer.text) :]
         self.answer.forwards.append(count)
         self.answer.text += more
@@ -90,11 +90,11 @@ class Portions:
 
 class Conversation:
     """
-    Messages to a model and its answers.
+    A conversation: messages of the user and answers of the model.
 
     Args:
         served: the model.
-        length: the most tokens of an answer.
+        length: the maximum number of tokens of an answer.
     """
 
     def __init__(self, served: Served, length: int):
@@ -102,11 +102,11 @@ class Conversation:
         self.messages: list[dict[str, str]] = []
 
     def ask(self, text: str) -> None:
-        """Adds a message of the user's."""
+        """Adds a message of the user."""
         self.messages.append({"role": "user", "content": text})
 
     def keep(self, answer: Answer) -> None:
-        """Adds an answer, which the next message is about; without one the message goes, too."""
+        """Adds an answer to the conversation; if it is empty, removes the message that it answers."""
         if answer.text:
             self.messages.append({"role": "assistant", "content": answer.text})
         else:
@@ -114,12 +114,12 @@ class Conversation:
 
     def answer(self, decoding: str, show: Callable[[str, int], None]) -> Answer:
         """
-        Has the model answer.
+        Generates an answer.
 
         Args:
             decoding: `"ar"` or `"jacobi"`.
-            show: called with each portion of text and its number of tokens. Ctrl-C, or `Stopped` raised by it, breaks
-                the answer off.
+            show: called with each piece of text and its number of tokens. Ctrl-C, or `Stopped` raised by `show`, stops
+                the answer.
         """
         answer = Answer(decoding)
         body = {"generation_config": {"decoding": decoding, "max_new_tokens": self.length, "do_sample": False}}

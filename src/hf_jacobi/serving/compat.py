@@ -1,9 +1,9 @@
 """
 What is private to the server of transformers (`transformers serve`), or differs between its versions.
 
-`app_of` makes that server of one loaded model. It differs from `transformers serve` in who loads the model, in that
-text is sent with the number of tokens that each forward brought, and in that a call that cannot be served is refused
-before the first token. `tests/decoding/test_compat.py` asserts that each name is there.
+`app_of` builds that server for one loaded model. Unlike `transformers serve`, it does not load the model itself, sends
+text together with the number of tokens of each forward, and refuses a request that it cannot serve before the first
+token. `tests/decoding/test_compat.py` asserts that each private name exists.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import inspect
 import json
 import time
 from itertools import groupby
+from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
@@ -32,54 +33,61 @@ from transformers.cli.serving.utils import (
 from ..decoding.errors import UsageError
 
 
+if TYPE_CHECKING:
+    from .server import Served
+
+    TextHandler = ChatCompletionHandler  # stands for all of `HANDLERS`: they share the methods that are overridden
+else:
+    TextHandler = object
+
+
 HANDLERS = {
     "chat_handler": (ChatCompletionHandler, "messages"),
     "completion_handler": (CompletionHandler, "prompt"),
     "response_handler": (ResponseHandler, "input"),
 }
-PACE = (
-    0.008  # seconds between two pieces of text, at least: no eye sees more, and sending each costs a small model time
-)
+PACE = 0.008  # seconds between two pieces of text, at least: nobody sees more, and each one slows a small model down
 
 
 class Fault(Exception):
-    """Of the program, while it generated; its cause says which. Errors of the user's are `UsageError`."""
+    """A bug that occurred during generation; its cause is the original error. Users' errors are `UsageError`."""
 
 
 class Text(str):
     """
-    What was written since the last piece of text.
+    The text generated since the last piece.
 
     Attributes:
-        told: what is sent beside it, see `Streamer.send`.
+        report: what is sent beside it, see `Streamer.send`.
     """
 
-    told: dict
+    report: dict[str, Any] | None = None
 
 
 class Thought(ReasoningText):
-    """The same of text that the model thinks."""
+    """The same for reasoning."""
 
-    told: dict
+    report: dict[str, Any] | None = None
 
 
 class Streamer(DirectStreamer):
     """
-    Sends text as forwards bring it, and at the end how long it took.
+    Sends the text of each forward, and at the end how long generation took.
 
     Args:
-        tokenizer: the fast tokenizer's own.
+        tokenizer: the Rust tokenizer inside the fast tokenizer.
         loop: the event loop of the server.
         parser: transformers' parser of answers, or `None`.
         decoding: `"ar"` or `"jacobi"`.
     """
 
-    def __init__(self, tokenizer, loop, parser, decoding: str):
-        self.items: list = []
+    def __init__(self, tokenizer, loop: asyncio.AbstractEventLoop, parser, decoding: str):
+        self.items: list[Any] = []
         self.forwards: list[tuple[int, int]] = []
         self.counted = self.length = 0
-        self.decoding, self.loop, self.queue = decoding, loop, asyncio.Queue()
-        self.began = loop.create_future()  # done with the first token, or the error that came in its place
+        self.decoding, self.loop = decoding, loop
+        self.queue: asyncio.Queue[Any] = asyncio.Queue()
+        self.began = loop.create_future()  # done at the first token, or failed if an error came first
         self.began.add_done_callback(lambda began: began.cancelled() or began.exception())
         self.start, self.due = time.perf_counter(), 0.0
         super().__init__(tokenizer, loop, self.queue, response_parser=parser)
@@ -95,7 +103,7 @@ class Streamer(DirectStreamer):
         self.items.append(item)
 
     def end_forward(self) -> None:
-        """The tokens of one forward are all there."""
+        """Called after the last token of a forward."""
         self.forwards.append((self.total_tokens - self.counted, self.length))
         self.counted, self.length = self.total_tokens, 0
         if (now := time.perf_counter()) >= self.due:
@@ -110,30 +118,29 @@ class Streamer(DirectStreamer):
         self.send({"seconds": time.perf_counter() - self.start})
         self.close(None)
 
-    def send(self, more: dict | None = None) -> None:
+    def send(self, more: dict[str, Any] | None = None) -> None:
         """
-        Sends what there is. Beside its last piece of text goes `decoding`, how it was decoded: `by`, `"ar"` or
-        `"jacobi"`; `forwards`, for each forward how many tokens it brought and how many characters these are; with the
-        last text of all, `seconds`, how long generating took.
+        Sends the collected items. The last piece of text carries a report, the field `decoding` of its event: `by`,
+        `"ar"` or `"jacobi"`; `forwards`, the numbers of tokens and of characters of each forward; and, at the end of
+        the answer, `seconds`, the time that generation took.
         """
-        items = [_joined(kind, list(run)) for kind, run in groupby(self.items, type)]
-        items = [one for run in items for one in run]
+        items = [one for kind, run in groupby(self.items, type) for one in _joined(kind, list(run))]
         if more or items:
             if not items or not isinstance(items[-1], (Text, Thought)):
                 items.append(Text())
-            items[-1].told = {"by": self.decoding, "forwards": self.forwards, **(more or {})}
+            items[-1].report = {"by": self.decoding, "forwards": self.forwards, **(more or {})}
             self.items, self.forwards = [], []
         self.loop.call_soon_threadsafe(self.deliver, items)
 
     def deliver(self, items: list) -> None:
-        """On the event loop: hands items to whoever answers the request."""
+        """On the event loop: passes items to the response."""
         if not self.began.done():
             self.began.set_result(None)
         for item in items:
             self.queue.put_nowait(item)
 
     def close(self, error: Exception | None) -> None:
-        """Says that nothing more will come, for want of more or because of an error."""
+        """Ends the stream, with or without an error."""
         self.loop.call_soon_threadsafe(self.conclude, error)
 
     def conclude(self, error: Exception | None) -> None:
@@ -141,7 +148,7 @@ class Streamer(DirectStreamer):
         if error is not None and not self.began.done():
             self.began.set_exception(error)
         elif error is not None:
-            self.queue.put_nowait(_StreamError(json.dumps(f"{error}")[1:-1]))  # which is put between quotes
+            self.queue.put_nowait(_StreamError(json.dumps(f"{error}")[1:-1]))  # transformers adds the quotes
         self.deliver([None])
 
     @property
@@ -149,15 +156,15 @@ class Streamer(DirectStreamer):
         return self._cancelled.is_set()
 
 
-def _joined(kind: type, items: list) -> list:
-    """Pieces of text of one kind as one piece; other items as they are."""
+def _joined(kind: type, items: list[Any]) -> list[Any]:
+    """Joins pieces of text of one kind; leaves other items unchanged."""
     if not issubclass(kind, str):
         return items
     return [(Thought if issubclass(kind, ReasoningText) else Text)("".join(items))]
 
 
 class Silent:
-    """A streamer for an answer that is sent as a whole: it only breaks off."""
+    """The streamer of an answer that is sent in one piece: it only cancels."""
 
     def __init__(self):
         self.is_cancelled = False
@@ -174,12 +181,12 @@ class Silent:
 
 
 class Runner(GenerateManager):
-    """Generates one answer after another, on one thread, by `served.generate(inputs, config, streamer)`."""
+    """Generates one answer at a time on one thread, with `served.generate(inputs, config, streamer)`."""
 
-    def __init__(self, served):
+    def __init__(self, served: Served) -> None:
         super().__init__()
         self.served = served
-        self.live: set = set()  # streamers of answers that are not done
+        self.live: set[Streamer | Silent] = set()  # of the answers that are not finished
         self.latest: Streamer | None = None
         self.has_ended = False
 
@@ -204,7 +211,7 @@ class Runner(GenerateManager):
         return processor.decode(tokens, skip_special_tokens=True), inputs["input_ids"].shape[-1], tokens
 
     def stream(self, inputs, gen_config, streamer: Streamer) -> None:
-        """On the thread: an answer piece by piece."""
+        """On the thread: generates a streamed answer."""
         streamer.start = time.perf_counter()
         try:
             self.whole(inputs, gen_config, streamer)
@@ -213,8 +220,8 @@ class Runner(GenerateManager):
         except Exception as error:
             streamer.close(error)
 
-    def whole(self, inputs, gen_config, streamer) -> list[int]:
-        """On the thread: the tokens of an answer."""
+    def whole(self, inputs, gen_config, streamer: Streamer | Silent) -> list[int]:
+        """On the thread: generates an answer and returns its tokens."""
         self.live.add(streamer)
         try:
             if streamer.is_cancelled or self.has_ended:
@@ -228,16 +235,16 @@ class Runner(GenerateManager):
             self.live.discard(streamer)
 
     def cancel_all(self) -> None:
-        """Breaks every answer off, those that wait for their turn, too, as the server ends."""
+        """Cancels every answer, including those still waiting, when the server shuts down."""
         self.has_ended = True
         for streamer in list(self.live):
             streamer.cancel()
 
 
 class State(GenerationState):
-    """Hands every request to one `Runner`."""
+    """Passes every request to one `Runner`."""
 
-    def __init__(self, served):
+    def __init__(self, served: Served) -> None:
         super().__init__()
         self.runner = served.runner = Runner(served)
 
@@ -246,9 +253,9 @@ class State(GenerationState):
 
 
 class Manager(ModelManager):
-    """Knows one model, which is loaded and stays so."""
+    """Manages one model, which is already loaded and stays loaded."""
 
-    def __init__(self, served):
+    def __init__(self, served: Served) -> None:
         super().__init__()
         self.served, self.force_model = served, served.name
 
@@ -260,10 +267,10 @@ class Manager(ModelManager):
         return self.served.model, self.served.tokenizer
 
     async def load_model_streaming(self, model_id, gguf_file=None):
-        """What `transformers chat` asks for before its first message."""
+        """The answer to the request that `transformers chat` makes before its first message."""
         found = {"status": "ready", "model": model_id, "cached": True}
         if model_id != self.served.name:
-            found = {"status": "error", "model": model_id, "message": f"this server serves {self.served.name} alone"}
+            found = {"status": "error", "model": model_id, "message": f"this server only serves {self.served.name}"}
         yield f"data: {json.dumps(found)}\n\n"
 
     def list_models(self, cache_dir=None) -> list[dict]:
@@ -280,13 +287,15 @@ class Manager(ModelManager):
     get_gen_models = list_models  # its name before transformers 5.18
 
     def shutdown(self) -> None:
-        """The model stays: a client may ask for this (`/reset`)."""
+        """Keeps the model, because any client can request a shutdown (`/reset`)."""
 
 
-class Handler:
-    """What the three handlers of text have in common beyond transformers' own."""
+class Handler(TextHandler):
+    """What this server adds to the three text handlers of transformers."""
 
     prompt = ""  # the field of the prompt
+    model_manager: Manager
+    generation_state: State
 
     def _validate_request(self, body: dict) -> None:
         super()._validate_request(body)
@@ -303,8 +312,8 @@ class Handler:
         except (HTTPException, UsageError, Fault):
             raise
         except _GenerationCancelled as error:
-            raise HTTPException(503, "the server is ending.") from error
-        except Exception as error:  # of reading the body, as only that is left
+            raise HTTPException(503, "the server is shutting down.") from error
+        except Exception as error:  # only reading the body is left as a cause
             raise UsageError(f"the request cannot be read ({type(error).__name__}: {error}).") from error
         streamer = getattr(response, "streamer", None)
         if streamer is not None:
@@ -323,30 +332,31 @@ class Handler:
     def _build_chunk_sse(self, *args, **settings) -> str:
         line = super()._build_chunk_sse(*args, **settings)
         pieces = (settings.get(name) for name in ("content", "reasoning_content", "text"))
-        told = next((piece.told for piece in pieces if hasattr(piece, "told")), None)
-        return line if told is None else f'{line.rstrip()[:-1]},"decoding":{json.dumps(told)}}}\n\n'
+        reports = (piece.report for piece in pieces if isinstance(piece, (Text, Thought)))
+        report = next(filter(None, reports), None)
+        return line if report is None else f'{line.rstrip()[:-1]},"decoding":{json.dumps(report)}}}\n\n'
 
 
 class Refusing:
-    """In place of handlers of other kinds of models."""
+    """Replaces the handlers for other kinds of models."""
 
     async def handle_request(self, *args):
-        raise UsageError("this server writes text: ask /v1/chat/completions, /v1/completions or /v1/responses.")
+        raise UsageError("this server generates text: use /v1/chat/completions, /v1/completions or /v1/responses.")
 
 
-def app_of(served):
+def app_of(served: Served) -> Any:
     """
-    transformers' server of one model, as a FastAPI application.
+    transformers' server for one model, as a FastAPI application.
 
     Args:
         served: a `hf_jacobi.serving.server.Served`.
     """
     state = State(served)
     manager = Manager(served)
-    handlers = {
+    handlers: dict[str, Any] = {
         name: type(kind.__name__, (Handler, kind), {"prompt": prompt})(manager, state)
         for name, (kind, prompt) in HANDLERS.items()
     }
     taken = inspect.signature(build_server).parameters
-    others = {name: Refusing() for name in taken if "handler" in name and name not in handlers}
+    others: dict[str, Any] = {name: Refusing() for name in taken if "handler" in name and name not in handlers}
     return build_server(manager, **handlers, **others, generation_state=state)

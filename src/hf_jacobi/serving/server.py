@@ -1,4 +1,4 @@
-"""`hf-jacobi serve`: the server of transformers, OpenAI-compatible, with Jacobi decoding for one model."""
+"""`hf-jacobi serve`: the OpenAI-compatible server of transformers for one model, with Jacobi decoding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import logging
 import socket
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
@@ -21,25 +21,36 @@ from .bodies import LENGTHS, check, given_config
 from .listening import refuse_missing_packages
 
 
-LEAST_LENGTH = 1024  # tokens of an answer, where nobody says
-SWITCH = 0.0005  # seconds; Python's 0.005 let text wait, as it is sent by another thread than the one that writes it
+if TYPE_CHECKING:
+    from .compat import Runner
+
+SWITCH = 0.0005  # seconds; with Python's 0.005, text waits for the generating thread before another thread sends it
 PAGE = Path(__file__).parent / "page"
-# For tokenizers without a chat template: a model that was not taught to take turns gets the last message as it is.
+# For tokenizers without a chat template: a model that was not trained on chats gets the last message unchanged.
 PLAIN = "{{ messages[-1]['content'] }}"
 logger = logging.getLogger(__name__)
 
 
+class Settings(GenerationConfig):
+    """The generation config of a request, with the settings of ours that transformers carries along."""
+
+    decoding: str
+    jacobi: JacobiConfig
+    seed: int | None
+
+
 class Served:
     """
-    A model as it is served.
+    A model to serve.
 
     Args:
-        name: what clients call it.
-        model: what decodes by Jacobi decoding.
-        writer: what writes the same text one token at a time, see `fastest_pair`.
-        tokenizer: the tokenizer. Without a chat template it gets one that takes the last message as it is.
-        decoding: `"ar"` or `"jacobi"` for requests that do not say; left out, that of the model's generation config.
-        jacobi: settings of Jacobi decoding likewise.
+        name: the name that clients use.
+        model: decodes with Jacobi decoding.
+        writer: generates the same text one token at a time, see `fastest_pair`.
+        tokenizer: the tokenizer. Without a chat template it gets one that passes the last message on unchanged.
+        decoding: `"ar"` or `"jacobi"`, for requests that do not choose; by default that of the model's generation
+            config.
+        jacobi: settings of Jacobi decoding, likewise.
     """
 
     def __init__(self, name: str, model, writer, tokenizer, decoding: str | None = None, jacobi=None):
@@ -50,26 +61,25 @@ class Served:
         self.takes_turns = bool(tokenizer.chat_template)
         if not self.takes_turns:
             tokenizer.chat_template = ("{{ bos_token }}" if _puts_beginning(tokenizer) else "") + PLAIN
-        self.runner = None  # of the server, once there is one
+        self.runner: Runner | None = None  # set by `application`
         self.known = {*vars(GenerationConfig()), *vars(self.config)}
 
     def check(self, body: dict[str, Any], prompt: str) -> None:
-        """Refuses a request that says what cannot be; `check` of `bodies` describes it."""
+        """Refuses an invalid request; see `check` in `bodies`."""
         check(body, prompt, self.known)
 
-    def prepared(self, body: dict[str, Any]) -> tuple[dict[str, Any], GenerationConfig]:
-        """A request without what is ours to read, and the generation config that it starts from."""
+    def prepared(self, body: dict[str, Any]) -> tuple[dict[str, Any], Settings]:
+        """A request for transformers, without the fields that this class reads, and its initial generation config."""
         given = given_config(body)
-        length = body.get("max_completion_tokens", body.get("max_tokens"))  # transformers 5.16 reads the second alone
+        length = body.get("max_completion_tokens", body.get("max_tokens"))  # transformers 5.16 reads only the second
         rest = {**body, "generation_config": None, "seed": None, "max_tokens": length}
         own = {name: value for name, value in self.config.to_dict().items() if name not in ("decoding", "jacobi")}
         with of_usage(ValueError, TypeError, AttributeError):
-            return rest, GenerationConfig(**(own | given))
+            return rest, Settings(**(own | given))
 
-    def settled(self, body: dict[str, Any], config: GenerationConfig) -> GenerationConfig:
+    def settled(self, body: dict[str, Any], config: Settings) -> Settings:
         """
-        The generation config that transformers made of a request, with what is ours: the length that it names, whether
-        it samples, how it decodes, its seed.
+        Completes the generation config that transformers built for a request: length, sampling, decoding and seed.
         """
         given = given_config(body)
         if not any(body.get(name) for name in LENGTHS) and given.keys() & {"max_new_tokens", "max_length"}:
@@ -78,18 +88,18 @@ class Served:
             config.do_sample = body.get("temperature") != 0
         config.decoding = given.get("decoding") or self.decoding
         if config.decoding == "ar" and given.get("jacobi") is not None:
-            raise UsageError('`jacobi` are settings of Jacobi decoding: give "decoding": "jacobi", too.')
+            raise UsageError('`jacobi` contains settings of Jacobi decoding: set "decoding": "jacobi", too.')
         config.jacobi = JacobiConfig.coerce(given["jacobi"]) if given.get("jacobi") else self.jacobi
         config.seed = body.get("seed")
         if config.seed is not None:
             config.jacobi = dataclasses.replace(config.jacobi, seed=config.seed)
         if (config.num_beams or 1) > 1 or (config.num_return_sequences or 1) > 1:
-            raise UsageError("this server writes one text, token by token: drop num_beams and num_return_sequences.")
+            raise UsageError("this server generates one text without beams: drop num_beams and num_return_sequences.")
         config.return_dict_in_generate = False
         return config
 
-    def fit(self, inputs, config: GenerationConfig) -> None:
-        """Refuses a prompt that is empty or too long, and lowers the length to the positions that the model has."""
+    def fit(self, inputs, config: Settings) -> None:
+        """Refuses an empty or overlong prompt, and limits the length to the positions of the model."""
         length = inputs["input_ids"].shape[-1]
         table = getattr(unwrap(self.model).config.get_text_config(decoder=True), "max_position_embeddings", None)
         if length == 0:
@@ -99,16 +109,16 @@ class Served:
         if table is not None and config.max_new_tokens is not None:
             config.max_new_tokens = min(config.max_new_tokens, table - length)
 
-    def decoding_of(self, config: GenerationConfig) -> str:
-        """How a request is decoded."""
+    def decoding_of(self, config: Settings) -> str:
+        """How a request is decoded: `"ar"` or `"jacobi"`."""
         return config.decoding
 
-    def generate(self, inputs, config: GenerationConfig, streamer=None) -> list[int]:
+    def generate(self, inputs, config: Settings, streamer=None) -> list[int]:
         """
-        The new tokens of a request.
+        Generates the new tokens of a request.
 
         Raises:
-            `UsageError`: what was asked for cannot be had.
+            `UsageError`: the request needs something that is not supported.
         """
         model = self.writer if config.decoding == "ar" else self.model
         inputs = {name: inputs[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -125,7 +135,7 @@ class Served:
         )
 
     def warm_up(self) -> None:
-        """A few tokens, so that the first request does not wait; refuses a model that cannot decode so."""
+        """Generates a few tokens, so that the first request is not slow; refuses a model that is not supported."""
         for decoding in dict.fromkeys((self.decoding, "ar")):
             body = {"generation_config": {"decoding": decoding, "max_new_tokens": 3, "do_sample": False}}
             _, config = self.prepared(body)
@@ -133,13 +143,13 @@ class Served:
 
 
 def _puts_beginning(tokenizer) -> bool:
-    """Whether a tokenizer puts a beginning token before a text."""
+    """Whether a tokenizer adds a beginning-of-sequence token."""
     ids = tokenizer("a")["input_ids"]
     return bool(ids) and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 class EndsWithItsClient:
-    """Breaks off the answer, one that is sent as a whole, too, when its client is gone (ASGI middleware)."""
+    """Cancels an answer, streamed or not, when its client disconnects (ASGI middleware)."""
 
     def __init__(self, app):
         self.app = app
@@ -163,7 +173,7 @@ class EndsWithItsClient:
         try:
             await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if not answering.done():
-                await asyncio.wait({answering}, timeout=0.2)  # an answer in pieces ends by itself
+                await asyncio.wait({answering}, timeout=0.2)  # a streamed answer ends on its own
                 answering.cancel()
             await answering
         except asyncio.CancelledError:
@@ -180,8 +190,8 @@ def application(served: Served, page: dict[str, Any] | None = None, cors: bool =
 
     Args:
         served: the model.
-        page: what the chat page is to know; left out, there is no page.
-        cors: whether pages of any origin may call it.
+        page: the data for the chat page; without it, the page is not served.
+        cors: whether to allow requests from pages of any origin.
     """
     refuse_missing_packages()
     from fastapi.exceptions import RequestValidationError
@@ -211,7 +221,7 @@ def _refusal(status: int, sentence: str):
 
 
 def _sentence(error) -> str:
-    """What is wrong with a body that FastAPI cannot read."""
+    """The error message for a body that FastAPI cannot parse."""
     first = error.errors()[0]
     return f"the body must be a JSON object ({first['msg']}: {first.get('ctx', {}).get('error', first['type'])})."
 
@@ -222,7 +232,7 @@ def _of_fault(request, error):
 
 
 def add_page(app, page: dict[str, Any]) -> None:
-    """Adds the chat page at `/`, and what it asks for: `/page/about`, `/page/chat.js`, `/page/chat.css`."""
+    """Adds the chat page at `/` and what it loads: `/page/about`, `/page/chat.js`, `/page/chat.css`."""
     from fastapi.responses import FileResponse, JSONResponse
 
     def file(name: str):
@@ -235,12 +245,13 @@ def add_page(app, page: dict[str, Any]) -> None:
 
 
 def serve(served: Served, app, listening: socket.socket, log_level: str = "warning") -> None:
-    """Serves until Ctrl-C, which breaks answers off."""
+    """Serves until Ctrl-C, which also cancels running answers."""
     import uvicorn
 
     class Server(uvicorn.Server):
         async def shutdown(self, sockets=None) -> None:
-            served.runner.cancel_all()
+            if served.runner is not None:
+                served.runner.cancel_all()
             await super().shutdown(sockets)
 
     sys.setswitchinterval(SWITCH)
@@ -248,7 +259,7 @@ def serve(served: Served, app, listening: socket.socket, log_level: str = "warni
 
 
 def about(served: Served, examples: list[str], **more) -> dict[str, Any]:
-    """What the chat page is to know: the model, how it decodes by default, prompts to try."""
+    """The data for the chat page: the model, its default decoding, prompts to try."""
     page = {
         "model": served.name,
         "decoding": served.decoding,

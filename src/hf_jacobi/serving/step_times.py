@@ -1,4 +1,4 @@
-"""What the steps of an engine cost by how many positions they score, learned from those that go by. No torch."""
+"""The cost of an engine's steps by the number of positions they score, measured while it runs. Without torch."""
 
 from __future__ import annotations
 
@@ -8,30 +8,31 @@ from statistics import median
 from ..decoding.costs import CostCurve
 
 
-KEPT = 9  # of the newest times of steps that are alike
-ENOUGH = 3  # of them, from which they are believed
-PAUSE = 4.0  # times longer than such steps took so far: the engine waited for something else
+KEPT = 9  # newest times of steps of one size
+ENOUGH = 3  # times from which a median counts
+PAUSE = 4.0  # times the median: a longer step includes a pause of the engine
 
 
 class StepTimes:
     """
-    Times of steps, by the number of requests and of positions, each rounded up to a power of two.
+    Times of steps by size: the number of requests and the number of positions of each, both rounded up to a power of
+    two.
 
-    An engine's steps hold its scheduling and sampling, too, so that they cannot be timed beforehand. The median of the
-    newest steps that are alike counts: other work on the machine slows some of them.
+    A step includes the engine's scheduling and sampling, so it cannot be timed in advance. What counts is the median
+    of the newest steps of one size, because other work on the machine slows some of them down.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.seconds: dict[tuple[int, int], deque[float]] = {}
 
     def saw(self, requests: int, positions: int, seconds: float) -> None:
         """
-        Takes in a step.
+        Records a step.
 
         Args:
-            requests: that it served.
-            positions: that it scored for all of them together.
-            seconds: it took.
+            requests: the number of requests in it.
+            positions: the number of positions that it scored for all of them together.
+            seconds: its duration.
         """
         key = _power_of_two(requests), _power_of_two(-(-positions // requests))
         times = self.seconds.setdefault(key, deque(maxlen=KEPT))
@@ -40,11 +41,11 @@ class StepTimes:
 
     def curve(self, requests: int, default: CostCurve) -> CostCurve:
         """
-        What steps for so many requests cost, by the positions of each.
+        The cost of a step by the number of positions of each request.
 
         Args:
-            requests: how many run.
-            default: counts as long as nothing else is known. Beyond what is known its shape is gone on with.
+            requests: the number of running requests.
+            default: the curve to use until enough steps are timed; beyond the widest of them its shape continues.
         """
         requests = _power_of_two(requests)
         known = {

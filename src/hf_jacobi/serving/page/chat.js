@@ -4,7 +4,7 @@ const $ = (id) => document.getElementById(id);
 const TITLES = { jacobi: "Jacobi decoding", ar: "One token at a time" };
 let about = { model: null, takes_turns: true, examples: [], max_new_tokens: 512 };
 let messages = [];
-let running = null; // the AbortController of the answers that are being written
+let running = null; // the AbortController of the answers in progress
 
 function element(tag, className, text) {
   const made = document.createElement(tag);
@@ -17,7 +17,7 @@ function number(value, digits = 0) {
   return value.toLocaleString("en", { minimumFractionDigits: digits, maximumFractionDigits: digits });
 }
 
-/* One answer on the page: its text, by forwards, and what it took. */
+/* One answer on the page: its text, coloured by forward, and its figures. */
 class Answer {
   constructor(decoding, titled) {
     this.decoding = decoding;
@@ -28,24 +28,24 @@ class Answer {
     this.card = element("article", "answer");
     if (titled) this.card.append(element("h3", "", TITLES[decoding]));
     this.written = element("div", "written waiting");
-    this.figures = element("div", "figures", "waiting …");
+    this.figures = element("div", "figures", "Waiting …");
     this.card.append(this.written, this.figures);
   }
 
-  /* A piece of text, and the tokens and characters that each forward brought. */
-  add(text, told, isThought) {
+  /* Adds a piece of text; the report holds the numbers of tokens and characters of each forward. */
+  add(text, report, isThought) {
     const now = performance.now();
     this.started ??= now;
     this.latest = now;
     const characters = Array.from(text); // as the server counts them
     let from = 0;
-    for (const [tokens, length] of told ? told.forwards : []) {
+    for (const [tokens, length] of report ? report.forwards : []) {
       if (tokens) this.forwards.push(tokens);
       if (length) this.append(characters.slice(from, from + length).join(""), tokens, isThought);
       from += length;
     }
     if (from < characters.length) this.append(characters.slice(from).join(""), 0, isThought);
-    if (told && told.seconds !== undefined) this.seconds = told.seconds;
+    if (report && report.seconds !== undefined) this.seconds = report.seconds;
     if (!isThought) this.text += text;
     this.show();
   }
@@ -53,7 +53,7 @@ class Answer {
   append(text, tokens, isThought) {
     const shade = tokens >= 16 ? 16 : tokens >= 8 ? 8 : tokens >= 4 ? 4 : tokens >= 2 ? 2 : 1;
     const span = element("span", `f${shade}${isThought ? " thought" : ""}`, text);
-    if (tokens) span.title = tokens === 1 ? "one token, one forward" : `${tokens} tokens out of one forward`;
+    if (tokens) span.title = tokens === 1 ? "one token, one forward" : `${tokens} tokens from one forward`;
     this.written.append(span);
   }
 
@@ -71,32 +71,32 @@ class Answer {
   }
 
   show(ending = "") {
-    const tell = (value, unit) => [element("b", "", value), ` ${unit}`];
+    const figure = (value, unit) => [element("b", "", value), ` ${unit}`];
     this.figures.replaceChildren(
-      ...tell(number(this.tokens), "tokens, "),
-      ...tell(number(this.forwards.length), "forwards: "),
-      ...tell(number(this.perForward, 2), "tokens per forward"),
-      ...(this.perSecond ? [", ", ...tell(number(this.perSecond), "tokens a second")] : []),
+      ...figure(number(this.tokens), "tokens, "),
+      ...figure(number(this.forwards.length), "forwards: "),
+      ...figure(number(this.perForward, 2), "tokens per forward"),
+      ...(this.perSecond ? [", ", ...figure(number(this.perSecond), "tokens per second")] : []),
       ending,
     );
   }
 
   end(reason) {
     this.written.classList.remove("waiting");
-    const endings = { length: " (cut at the longest answer)", stopped: " (stopped)" };
+    const endings = { length: " (length limit reached)", stopped: " (stopped)" };
     if (this.forwards.length || reason === "stopped") this.show(endings[reason] ?? "");
   }
 
   fail(sentence) {
     this.written.classList.remove("waiting");
-    const said = element("p", "wrong", sentence);
-    said.setAttribute("role", "alert");
-    this.written.append(said);
+    const message = element("p", "wrong", sentence);
+    message.setAttribute("role", "alert");
+    this.written.append(message);
     if (!this.forwards.length) this.figures.remove();
   }
 }
 
-/* Has the server write one answer; returns whether it came to its end. */
+/* Requests one answer from the server; returns whether it was completed. */
 async function write(answer, signal) {
   const settings = { decoding: answer.decoding, max_new_tokens: lengthAsked(), do_sample: false };
   if (signal.aborted) {
@@ -113,8 +113,8 @@ async function write(answer, signal) {
       signal,
     });
     if (!response.ok) {
-      const said = await response.json().catch(() => null);
-      answer.fail(said?.error?.message ?? `The server answered ${response.status}.`);
+      const body = await response.json().catch(() => null);
+      answer.fail(body?.error?.message ?? `The server responded with status ${response.status}.`);
       return false;
     }
     for await (const event of eventsOf(response)) {
@@ -129,7 +129,7 @@ async function write(answer, signal) {
     }
   } catch (error) {
     if (error.name !== "AbortError") {
-      answer.fail("The server is gone, or cannot be reached: start hf-jacobi chat again.");
+      answer.fail("The server cannot be reached: start hf-jacobi chat again.");
       return false;
     }
     reason = "stopped";
@@ -161,7 +161,7 @@ async function ask(text) {
   $("clear").hidden = false;
   $("send").textContent = "Stop";
   $("send").classList.add("stop");
-  $("status").textContent = "The model is writing.";
+  $("status").textContent = "The model is generating an answer.";
   messages.push({ role: "user", content: text });
   $("log").append(element("div", "mine", text.trimEnd()));
   const ways = $("compare").checked ? ["jacobi", "ar"] : ["jacobi"];
@@ -173,13 +173,13 @@ async function ask(text) {
   follow();
   const asked = messages;
   const ended = [];
-  for (const answer of answers) ended.push(await write(answer, running.signal)); // each has the machine to itself
-  if (asked !== messages) $("log").replaceChildren(); // a new chat was begun meanwhile
+  for (const answer of answers) ended.push(await write(answer, running.signal)); // one after the other, so that neither slows the other down
+  if (asked !== messages) $("log").replaceChildren(); // a new chat was started meanwhile
   else if (answers[0].text) messages.push({ role: "assistant", content: answers[0].text });
   else messages.pop();
   if (answers.length > 1 && ended.every(Boolean)) row.after(verdict(...answers));
   const [first] = answers;
-  $("status").textContent = `The answer is there: ${first.tokens} tokens, ${number(first.perForward, 2)} per forward.`;
+  $("status").textContent = `Answer finished: ${first.tokens} tokens, ${number(first.perForward, 2)} per forward.`;
   running = null;
   $("send").textContent = "Send";
   $("send").classList.remove("stop");
@@ -187,14 +187,15 @@ async function ask(text) {
 }
 
 function verdict(jacobi, ar) {
-  const said = element("p", "verdict");
+  const sentence = element("p", "verdict");
   const times = ar.perSecond ? jacobi.perSecond / ar.perSecond : 0;
   const same = jacobi.text === ar.text ? "and the text is the same" : "and the texts differ";
-  said.append("Jacobi decoding wrote ", element("b", "", `${number(times, 2)} times`), ` as many tokens a second, ${same}.`);
-  return said;
+  const factor = element("b", "", `${number(times, 2)} times`);
+  sentence.append("Jacobi decoding generated ", factor, ` as many tokens per second, ${same}.`);
+  return sentence;
 }
 
-/* Keeps the end in view while the reader is there. */
+/* Scrolls along with new text while the reader is at the end. */
 let atEnd = true;
 function follow() {
   if (atEnd) window.scrollTo({ top: document.body.scrollHeight });
@@ -226,12 +227,12 @@ function clear() {
 function introduce() {
   $("model").textContent = about.model;
   document.title = `${about.model} · hf-jacobi chat`;
-  $("about").textContent = `Many tokens per forward, the same text · ${about.dtype} on ${about.device}`;
+  $("about").textContent = `Many tokens per forward, identical text · ${about.dtype} on ${about.device}`;
   $("compare").checked = about.compare;
   $("length").value = about.max_new_tokens;
   const hints = [];
-  if (about.is_miniature) hints.push("The miniature has 3.5 million parameters and knows two kinds of tasks: sums told as stories, and questions about a table, which it answers with SQL. It knows nothing else.");
-  if (!about.takes_turns) hints.push("It has no chat template, so that it reads each message by itself, as it is typed.");
+  if (about.is_miniature) hints.push("The miniature has 3.5 million parameters and was trained on two tasks only: arithmetic word problems, and questions about a table, which it answers in SQL.");
+  if (!about.takes_turns) hints.push("This model has no chat template, so it reads each message on its own, exactly as typed.");
   $("hint").textContent = hints.join(" ");
   for (const example of about.examples) {
     const button = element("button", "", example.trim());
@@ -266,8 +267,8 @@ $("clear").addEventListener("click", clear);
 
 fetch("page/about")
   .then((response) => response.json())
-  .then((told) => {
-    about = { ...about, ...told };
+  .then((found) => {
+    about = { ...about, ...found };
     introduce();
   })
   .catch(() => {

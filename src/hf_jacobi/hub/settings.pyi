@@ -1,0 +1,7 @@
+# For mypy alone: the module that `carried.py` writes beside the published `custom_generate.py`.
+
+from typing import Any
+
+ADAPTER: bool
+DECODING: str
+JACOBI: dict[str, Any]
