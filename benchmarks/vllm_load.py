@@ -190,7 +190,7 @@ class Load:
         while time.monotonic() < self.end:
             try:
                 await asyncio.wait_for(self.request(session, draw), PATIENCE)
-            except asyncio.TimeoutError:
+            except TimeoutError:
                 self.faults.append("a request took too long")
             except Exception as error:  # whatever it is, the request was lost
                 self.faults.append(f"{type(error).__name__}: {error}"[:300])

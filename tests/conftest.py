@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 
-os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing by more; tests run beside each other instead
+os.environ["OMP_NUM_THREADS"] = "1"  # models this small gain nothing from more threads; tests run in parallel
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from hf_jacobi.decoding.costs import CostCurve
 
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
-# One of them by --hypothesis-profile: what every run tries, what `.ci/run` tries, and what nobody has tried before.
+# `--hypothesis-profile` selects one: `.ci/run` also uses `thorough`, and `search` draws new examples in every run.
 QUIET = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 settings.register_profile("default", max_examples=100, derandomize=True, **QUIET)
 settings.register_profile("thorough", max_examples=500, derandomize=True, **QUIET)
@@ -31,7 +31,7 @@ settings.load_profile("default")
 
 @pytest.fixture(scope="session")
 def permuted_copy():
-    """A model whose text Jacobi decoding guesses well and n-gram look-up does not (see `permuted_copy_model`)."""
+    """A model whose text Jacobi decoding guesses well, while n-gram lookup does not (see `permuted_copy_model`)."""
     return hf_jacobi.enable(permuted_copy_model())
 
 
@@ -43,7 +43,7 @@ def _same_random_numbers_in_every_run():
 
 @pytest.fixture(autouse=True)
 def _same_costs_in_every_run(request, monkeypatch):
-    """What forwards cost here depends on the clock; tests of the timing itself ask for it by the marker `timed`."""
+    """The measured time of a forward varies; only tests with the marker `timed` measure it."""
     if not request.node.get_closest_marker("timed"):
         monkeypatch.setattr(timing, "measure", lambda *call: CostCurve.of(0.01))
 
@@ -57,5 +57,5 @@ def _undo_process_wide_enable():
 
 @pytest.fixture(autouse=True)
 def _own_use_of_deprecated_names_fails(monkeypatch):
-    """What others have deprecated, the package does not call."""
+    """The package must not call what other libraries have deprecated."""
     watch(monkeypatch)

@@ -1,0 +1,57 @@
+"""setup.py declares every package that the library imports."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "hf_jacobi"
+DISTRIBUTIONS = {"yaml": "pyyaml"}  # where it is not the name of the module
+
+
+def declared() -> dict[str, list[str]]:
+    """The requirements of setup.py: those of each extra, and, under `""`, those of every installation."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    values = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS":
+            values = ast.literal_eval(node.value)
+        if isinstance(node, ast.keyword) and node.arg == "install_requires":
+            required = ast.literal_eval(node.value)
+    return values | {"": required}
+
+
+def name_of(requirement: str) -> str:
+    return requirement.replace("_", "-").translate(dict.fromkeys(map(ord, "<>=!~;[ "), "|")).partition("|")[0].lower()
+
+
+def imported(files) -> set[str]:
+    """The distributions of the modules that these files import, the standard library and the package itself aside."""
+    modules = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                modules.add(node.module.partition(".")[0])
+    modules -= {*sys.stdlib_module_names, "hf_jacobi"}
+    return {DISTRIBUTIONS.get(module, module.replace("_", "-")) for module in modules}
+
+
+def test_whatever_is_imported_is_declared():
+    found = imported(SOURCE.rglob("*.py"))
+    assert {"torch", "pyyaml", "lm-eval"} <= found
+    for_users = {extra: names for extra, names in declared().items() if extra not in ("test", "dev", "docs")}
+    assert found <= {name_of(requirement) for names in for_users.values() for requirement in names}
+
+
+@pytest.mark.parametrize(
+    ("room", "extras"),
+    [("decoding", ["flash"]), ("trajectories", ["train"]), ("training", ["train"]), ("serving", ["serve", "vllm"])],
+)
+def test_an_extra_has_what_its_room_imports(room, extras):
+    names = [requirement for extra in ["", *extras] for requirement in declared()[extra]]
+    assert imported((SOURCE / room).rglob("*.py")) <= set(map(name_of, names))
