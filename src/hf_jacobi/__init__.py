@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .trajectories import collect_trajectories, pack_completions, pack_trajectories
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "JacobiConfig",
