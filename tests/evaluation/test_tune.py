@@ -134,7 +134,7 @@ def test_the_plots(report):
 
 
 def test_no_prompts_are_refused():
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="there are no prompts"):
         tune(hf_jacobi.enable(tiny_model()), tiny_tokenizer(), [])
 
 

@@ -109,9 +109,11 @@ def bench(
 
 def check_prompts(prompts: Sequence[Sequence[int]], batch_sizes: Sequence[int] = (1,)) -> None:
     """Raises `UsageError` if a prompt is empty, or if there are too few prompts for a batch."""
+    if not prompts:
+        raise UsageError("there are no prompts: give at least one.")
     if not all(prompts):
         raise UsageError("a prompt is empty: leave it out.")
-    if not prompts or max(batch_sizes) > len(prompts):
+    if max(batch_sizes) > len(prompts):
         raise UsageError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
 
 

@@ -22,9 +22,8 @@ from ..decoding.compat import CACHE, cache_argument, renamed_cache
 from ..decoding.config import JacobiConfig
 from ..decoding.costs import CostCurve
 from ..decoding.draft_adapter import DraftAdapter
-from ..decoding.errors import UsageError
 from ..decoding.mixin import setting_of, unwrap
-from .bench import WORTHWHILE, pad, setup_of
+from .bench import WORTHWHILE, check_prompts, pad, setup_of
 from .measuring import AR, Method, compare, measure, now, race
 from .pairs import fastest_pair
 
@@ -127,15 +126,11 @@ def tune(
     Raises:
         `ValueError`: there are no prompts, or the model has no fast form for AR (`fastest_pair`).
     """
-    if not prompts or not all(prompts):
-        raise UsageError("there are no prompts to tune for." if not prompts else "a prompt is empty: leave it out.")
+    check_prompts(prompts)
     inputs = [pad([prompt], tokenizer, unwrap(model).device) for prompt in prompts]
     model, writer = fastest_pair(model, base)
     measure(writer, inputs[0], AR, 8)  # warm-up
-    curves = {
-        rows: measure_costs(model, [size for size in SIZES if size <= max(16, SIZES[-1] // rows)], rows=rows)
-        for rows in progress(sorted({1, *batch_sizes}), "costs")
-    }
+    curves = _measure_curves(model, progress(sorted({1, *batch_sizes}), "costs"))
     cost = position_cost(curves)
     current = _changed(setting_of("jacobi", None, unwrap(model)) if present is None else present)
     if current is not None and JacobiConfig(**current).adapts:
@@ -162,6 +157,14 @@ def tune(
         "grid": rows,
         "checked": figures,
         "setup": setup_of(model) | {"prompts": len(prompts), "max_new_tokens": max_new_tokens},
+    }
+
+
+def _measure_curves(model, batch_sizes: Iterable[int]) -> dict[int, CostCurve]:
+    """The costs of forwards by batch size; the larger the batch, the fewer tokens per row."""
+    return {
+        rows: measure_costs(model, [size for size in SIZES if size <= max(16, SIZES[-1] // rows)], rows=rows)
+        for rows in batch_sizes
     }
 
 

@@ -103,8 +103,8 @@ class Work:
         check_writable(folder)
         if (count := process_state().num_processes) > 1:
             raise UsageError(
-                f"a recipe runs in one process, not in {count}: run `hf-jacobi collect`, `pack` and `train` one by one "
-                "with `accelerate launch`."
+                f"a recipe runs in one process, not in {count}: run `hf-jacobi collect`, `pack` and `train` one by "
+                "one with `accelerate launch`."
             )
         self.scores = {phase.name: self._score(phase) for phase in recipe.phases}
         self.arguments = {
