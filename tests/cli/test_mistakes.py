@@ -91,7 +91,7 @@ COLLECT = ["collect", "--model", "model", "--dataset", "p.jsonl", "--output-dir"
         ([*GIVEN, "--check"], "need a column `completion`"),
         ([*COLLECT, "t", "--check"], "--check is for --completions"),
         ([*TRAIN[:3], "--model_name_or_path", " ", "--use_cpu"], "name the model"),
-        ([*TRAIN, "--eval_rows", "-1"], "a number of rows is at least 0"),
+        ([*TRAIN, "--eval_rows", "-1"], "the number of rows must be at least 0"),
         ([*TRAIN, "--output_dir", "p.jsonl"], "p.jsonl is a file: name a folder"),
         ([*TRAIN, "--config"], "--config names no file"),
         ([*TRAIN, "--config", ""], "--config names no file"),
