@@ -34,7 +34,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--adapter", help="an adapter for MODEL, a folder or a Hub id; AR runs without PEFT's layers")
     add_prompts(parser, count=16)
     parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows per batch (default: 1)")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, help="most tokens per text (default: 128)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="maximum tokens per text (default: 128)")
     parser.add_argument(
         "--repeats", type=positive, default=1, help="how many times each batch is decoded (default: 1)"
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 PORT = 7860  # the port of Spaces
-LENGTH = 512  # most tokens of an answer
+LENGTH = 512  # maximum tokens of an answer
 SHADES = ((16, "bold black on bright_green"), (8, "black on green"), (4, "bold green"), (2, "green"))
 TITLES = {"ar": "one token at a time", "jacobi": "Jacobi"}
 HELP = (
@@ -42,7 +42,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--terminal", action="store_true", help="chat in the terminal")
     parser.add_argument("--compare", action="store_true", help="also write each answer one token at a time")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=LENGTH, help=f"most tokens per answer (default: {LENGTH})"
+        "--max-new-tokens", type=positive, default=LENGTH, help=f"maximum tokens per answer (default: {LENGTH})"
     )
     parser.add_argument("--no-browser", action="store_true", help="serve the page without opening a browser")
     parser.set_defaults(run=run)

@@ -70,7 +70,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--max-prompt-length", type=positive, help="drop prompts with more tokens than this")
     parser.add_argument("--block-size", type=positive, default=32, help="tokens per block (default: 32)")
     parser.add_argument(
-        "--max-new-tokens", type=positive, default=512, help="most tokens per completion (default: 512)"
+        "--max-new-tokens", type=positive, default=512, help="maximum tokens per completion (default: 512)"
     )
     parser.add_argument("--do-sample", action="store_true", help="sample instead of decoding greedily")
     parser.add_argument("--temperature", type=float, help="sampling temperature (default: the model's)")
@@ -104,7 +104,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--batch-size", type=positive, default=16, help="sequences decoded together (default: 16)")
     parser.add_argument("--shard-size", type=positive, default=128, help="prompts per file (default: 128)")
     parser.add_argument(
-        "--positions-per-forward", type=positive, default=2048, help="most tokens per forward (default: 2048)"
+        "--positions-per-forward", type=positive, default=2048, help="maximum tokens per forward (default: 2048)"
     )
     parser.set_defaults(run=run)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
-LENGTH, MINIATURE_LENGTH = 128, 300  # most tokens of an answer
+LENGTH, MINIATURE_LENGTH = 128, 300  # maximum tokens of an answer
 TITLES = {"ar": "autoregressive", "jacobi": "Jacobi"}
 LITTLE_GAIN = 1.5  # tokens per forward
 SHORT = 32  # tokens
@@ -42,7 +42,7 @@ def add_parser(commands) -> None:
         "--base", action="store_true", help=f"use {DEMO_MODEL}, which was not trained to decode in parallel"
     )
     parser.add_argument(
-        "--max-new-tokens", type=positive, help="most tokens per answer (default: 128; miniature: 300)"
+        "--max-new-tokens", type=positive, help="maximum tokens per answer (default: 128; miniature: 300)"
     )
     add_dtype(parser)
     parser.add_argument("--adapter", help="an adapter for the model, a folder or a Hub id")

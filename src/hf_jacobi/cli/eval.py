@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
     parser.add_argument("--include_path", type=path, help="a folder with your own tasks")
     parser.add_argument("--gen_kwargs", default="", help="such as decoding=jacobi,block_size=32, or decoding=ar")
     parser.add_argument("--num_fewshot", type=int, help="worked examples before each question")
-    parser.add_argument("--limit", type=positive, help="most questions per task")
+    parser.add_argument("--limit", type=positive, help="maximum questions per task")
     parser.add_argument("--batch_size", type=positive, default=1, help="questions answered together (default: 1)")
     parser.add_argument("--apply_chat_template", action="store_true", help="ask each question as a user's message")
     parser.add_argument("--adapter", help="an adapter for MODEL, a folder or a Hub id")

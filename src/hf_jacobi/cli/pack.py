@@ -41,7 +41,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--corrupt-share", type=float, help="with --noise corrupt: the share of the tokens (default: 0.5)"
     )
-    parser.add_argument("--max-length", type=positive, help="most tokens per row; longer samples are cut")
+    parser.add_argument("--max-length", type=positive, help="maximum tokens per row; longer samples are cut")
     parser.add_argument("--pack-samples", action="store_true", help="fill rows with samples, up to --max-length")
     parser.add_argument(
         "--noisy-copies", type=positive, default=1, help="noisy versions of each text in a row (default: 1)"

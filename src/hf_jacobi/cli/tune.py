@@ -34,7 +34,7 @@ def add_parser(commands) -> None:
         "--adapter", help="an adapter for MODEL, a folder or a Hub id; the settings are written into its folder"
     )
     add_prompts(parser, count=6)
-    parser.add_argument("--max-new-tokens", type=positive, default=48, help="most tokens per text (default: 48)")
+    parser.add_argument("--max-new-tokens", type=positive, default=48, help="maximum tokens per text (default: 48)")
     parser.add_argument(
         "--batch-sizes",
         type=positive,
