@@ -1,5 +1,5 @@
 """
-The problems of `benchmarks/miniature` as prompts, and whether an answer is right.
+Writes the problems of `benchmarks/miniature` as prompts, and checks answers to them.
 
     python examples/recipes/miniature_problems.py prompts.jsonl 12300
 """
@@ -19,7 +19,7 @@ from benchmarks.miniature.tasks import is_solved, training_problems
 
 
 def is_right(row: dict, completion: str) -> bool:
-    """Whether a completion solves the problem that a row of prompts holds, by execution."""
+    """Whether a completion solves the problem in a row of prompts; checked by executing it."""
     return is_solved(Problem(**{name: row[name] for name in Problem.__dataclass_fields__}), completion)
 
 

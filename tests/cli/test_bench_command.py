@@ -1,4 +1,4 @@
-"""`hf-jacobi bench` on a tiny checkpoint."""
+"""`hf-jacobi bench` with a tiny checkpoint, and the options that commands share."""
 
 import argparse
 import json
@@ -42,15 +42,15 @@ def test_bad_settings_are_refused_before_the_model_is_loaded(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_what_would_fail_at_the_end_fails_at_once(checkpoint, tmp_path, capsys):
+def test_errors_at_the_end_are_found_at_the_start(checkpoint, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n \n")
     assert cli.main(["bench", checkpoint, "--prompts", str(tmp_path / "prompts.txt")]) == 2
     assert "holds no prompt" in capsys.readouterr().err
     assert cli.main(["bench", checkpoint, "--plot", str(tmp_path / "bench.xyz")]) == 2
-    assert "bench.xyz is no picture" in capsys.readouterr().err
+    assert "bench.xyz does not name a format" in capsys.readouterr().err
 
 
-def test_blank_lines_are_no_prompts_and_text_may_be_a_users_message(tmp_path):
+def test_blank_lines_are_skipped_and_text_can_be_a_users_message(tmp_path):
     (tmp_path / "prompts.txt").write_text("w5 w6\n\nw7\n")
     parser = argparse.ArgumentParser()
     add_prompts(parser, count=4)
@@ -64,8 +64,8 @@ def test_blank_lines_are_no_prompts_and_text_may_be_a_users_message(tmp_path):
     assert chat[1] == list(tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"])
 
 
-def test_the_evaluation_is_what_publish_takes(checkpoint, tmp_path):
-    """The figures of the checkpoint's own settings, and which these are; nothing is typed by hand."""
+def test_publish_accepts_the_evaluation(checkpoint, tmp_path):
+    """It holds the figures of the checkpoint's own settings, and these settings."""
     from hf_jacobi.decoding.config import write_settings
     from hf_jacobi.hub.card import checked, render_card
 
@@ -87,17 +87,19 @@ def test_the_evaluation_is_what_publish_takes(checkpoint, tmp_path):
     note = {"kind": "model", "base_model": None, "settings": {}, "figures": {}, "dataset": None} | settings
     table = render_card("someone/model", note, evaluation).partition("## Measured")[2].partition("##")[0]
     assert table.strip() and table in (target / "README.md").read_text()
-    assert cli.main([*command, "--evaluation", str(file), "--config", "{}"]) == 2, "of other settings"
+    assert cli.main([*command, "--evaluation", str(file), "--config", "{}"]) == 2, (
+        "--config would measure other settings"
+    )
 
 
-def test_without_settings_the_evaluation_is_of_those_that_push_writes(checkpoint, tmp_path):
+def test_without_own_settings_the_evaluation_uses_those_that_push_writes(checkpoint, tmp_path):
     command = ["bench", checkpoint, "--count", "1", "--max-new-tokens", "8", f"--evaluation={tmp_path / 'e.json'}"]
     assert cli.main(command) == 0
     evaluation = json.loads((tmp_path / "e.json").read_text())
     assert evaluation["settings"] == {"decoding": "jacobi", "jacobi": hf_jacobi.JacobiConfig().to_dict()}
 
 
-def test_reports_hold_names_and_no_way_to_a_folder(checkpoint, tmp_path, monkeypatch, capsys):
+def test_reports_contain_names_but_no_paths(checkpoint, tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.txt").write_text("w5 w6\n")
     command = ["bench", checkpoint, "--prompts", str(tmp_path / "prompts.txt"), "--max-new-tokens", "4"]
     files = [tmp_path / name for name in ("bench.json", "evaluation.json")]
@@ -108,7 +110,9 @@ def test_reports_hold_names_and_no_way_to_a_folder(checkpoint, tmp_path, monkeyp
     assert '"model": "model"' in written[0]
 
 
-def test_what_cannot_be_written_or_read_is_told_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
+def test_unreadable_and_unwritable_files_are_reported_before_the_model_is_loaded(
+    checkpoint, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
     (tmp_path / "file").write_text("")
     (tmp_path / "two.txt").write_text("w5\nw6\n")
@@ -129,13 +133,13 @@ def test_what_cannot_be_written_or_read_is_told_before_the_model_is_loaded(check
         assert said in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a place where nobody can write")
-def test_places_are_really_tried():
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
+def test_output_files_are_tried_by_writing():
     with pytest.raises(MissingFile, match="cannot be written"):
         check_places(Path("/proc/x.json"))
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     file = tmp_path / "bench.json"
     for before in (None, "old"):
         if before:
@@ -152,7 +156,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         assert not before or file.read_text() == before
 
 
-def test_what_the_user_named_may_be_a_link_a_pipe_or_a_device(tmp_path, capfd):
+def test_an_output_file_can_be_a_link_a_pipe_or_a_device(tmp_path, capfd):
     (tmp_path / "there").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "there")
     write(tmp_path / "link", "new")
@@ -163,7 +167,7 @@ def test_what_the_user_named_may_be_a_link_a_pipe_or_a_device(tmp_path, capfd):
     assert Path("/dev/null").is_char_device() and capfd.readouterr().out == "{}"
 
 
-def test_a_users_folder_is_meant_by_its_sign_also_behind_an_equals_sign(checkpoint, tmp_path, monkeypatch):
+def test_a_tilde_is_expanded_also_after_an_equals_sign(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     command = ["bench", "~/model", "--count", "1", "--max-new-tokens", "4", "--output=~/x.json", "--plot=~/x.PNG"]
@@ -172,7 +176,7 @@ def test_a_users_folder_is_meant_by_its_sign_also_behind_an_equals_sign(checkpoi
     assert not (tmp_path / "~").exists()
 
 
-def test_fewer_prompts_than_asked_for_are_told(tmp_path, capsys):
+def test_a_note_says_that_there_are_fewer_prompts_than_requested(tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"query": "w5 w6"}\n{"query": "w7"}\n')
     parser = argparse.ArgumentParser()
     add_prompts(parser, count=4)
@@ -189,7 +193,7 @@ def test_fewer_prompts_than_asked_for_are_told(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["bench", "tune", "demo", "collect"])
-def test_options_are_understood_with_hyphens_and_with_underscores(command, capsys):
+def test_options_are_accepted_with_hyphens_and_with_underscores(command, capsys):
     needed = {"collect": ["--dataset", "d", "--output_dir", "o"]}.get(command, [])
     for option in ("--max-new-tokens", "--max_new_tokens", "--max_new", "--max-new"):
         for typed in ([option, "0"], [f"{option}=0"]):
@@ -198,7 +202,7 @@ def test_options_are_understood_with_hyphens_and_with_underscores(command, capsy
             assert "argument --max-new-tokens: must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_options_of_eval_are_understood_with_hyphens(capsys):
+def test_options_of_eval_are_accepted_with_hyphens(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["eval", "model", "--tasks", "gsm8k", "--batch-size", "0"])
     assert "argument --batch_size: must be at least 1" in capsys.readouterr().err

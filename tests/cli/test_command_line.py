@@ -1,4 +1,4 @@
-"""`hf-jacobi` answers what is typed before it imports what takes seconds."""
+"""The command line: answers without slow imports, exit statuses, and errors in one sentence."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ print(json.dumps(sorted(sys.modules)), file=sys.stderr)
 
 
 def modules_after(program: str, *arguments: str) -> tuple[set[str], str]:
-    """What is imported when a program has run, and what it printed."""
+    """The modules that a program imported, and its output."""
     done = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True)
     return set(json.loads(done.stderr.splitlines()[-1])), done.stdout + done.stderr
 
@@ -51,14 +51,14 @@ def modules_after(program: str, *arguments: str) -> tuple[set[str], str]:
     ],
     ids=" ".join,
 )
-def test_an_answer_needs_no_library(typed):
+def test_help_and_usage_errors_import_no_slow_package(typed):
     modules, printed = modules_after(RUN, *typed)
     assert not modules & SLOW
-    assert len(modules) < 300, "Python's own"
+    assert len(modules) < 300, "mostly Python's own modules"
     assert typed == ["--version"] or "usage: hf-jacobi" in printed
 
 
-def test_the_package_is_imported_as_far_as_it_is_asked_for():
+def test_only_the_used_parts_of_the_package_are_imported():
     program = "import json, sys, hf_jacobi; {}; print(json.dumps(sorted(sys.modules)), file=sys.stderr)"
     modules, _ = modules_after(program.format("hf_jacobi.__version__"))
     assert not modules & SLOW
@@ -66,7 +66,7 @@ def test_the_package_is_imported_as_far_as_it_is_asked_for():
     assert {"torch", "transformers"} <= modules and not modules & {"datasets", "trl", "peft", "matplotlib"}
 
 
-def test_all_names_are_there_before_they_are_imported():
+def test_all_public_names_are_listed_before_they_are_imported():
     program = """
 import json, sys, hf_jacobi
 missing = [name for name in [*hf_jacobi.__all__, "__version__"] if name not in dir(hf_jacobi)]
@@ -75,13 +75,13 @@ print(json.dumps(["torch" in sys.modules, *missing]), file=sys.stderr)
     assert modules_after(program)[0] == {False}
     for name in hf_jacobi.__all__:
         assert getattr(hf_jacobi, name) is getattr(hf_jacobi, name)
-        assert name in vars(hf_jacobi), "found once"
+        assert name in vars(hf_jacobi), "later uses find it without an import"
     assert hf_jacobi.decoding.enable is hf_jacobi.enable
     with pytest.raises(AttributeError, match="no_such_name"):
         hf_jacobi.no_such_name  # noqa: B018
 
 
-def test_a_name_that_needs_an_extra_says_which(monkeypatch):
+def test_a_name_that_needs_an_extra_names_it(monkeypatch):
     monkeypatch.delitem(vars(hf_jacobi), "plots", raising=False)
     monkeypatch.delitem(sys.modules, "hf_jacobi.evaluation.plots", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -89,7 +89,7 @@ def test_a_name_that_needs_an_extra_says_which(monkeypatch):
         hf_jacobi.plots  # noqa: B018
 
 
-def test_without_the_harness_eval_says_what_to_install(monkeypatch, capsys):
+def test_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert cli.main(["eval", "model", "--tasks", "gsm8k"]) == 2
     assert "lm_eval: pip install 'hf_jacobi[harness]'" in capsys.readouterr().err
@@ -119,7 +119,7 @@ def test_an_unknown_option_shows_the_usage_of_its_command(command, capsys):
     assert said.startswith(f"usage: hf-jacobi {command} ") and "unrecognized arguments: --no-such-option" in said
 
 
-def test_a_reader_that_has_read_enough_ends_the_command_in_silence():
+def test_a_closed_pipe_ends_the_command_without_a_message():
     program = """
 import sys
 from hf_jacobi import cli
@@ -142,7 +142,7 @@ sys.exit(cli.main(["demo"]))
 
 
 def ends_with(monkeypatch, error):
-    """A command that ends with an error."""
+    """Makes the commands `demo` and `train` raise an error."""
 
     def run(arguments):
         raise error
@@ -171,14 +171,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("error", FAULTS, ids=lambda error: type(error).__name__)
-def test_a_fault_of_the_program_keeps_its_traceback(error, monkeypatch, capsys):
+def test_a_bug_keeps_its_traceback(error, monkeypatch, capsys):
     ends_with(monkeypatch, error)
     with pytest.raises(type(error)):
         cli.main(["demo"])
     assert "hf-jacobi demo:" not in capsys.readouterr().err
 
 
-def test_a_fault_ends_the_program_with_status_1_and_a_traceback():
+def test_a_bug_ends_the_program_with_status_1_and_a_traceback():
     program = """
 import sys
 from hf_jacobi import cli
@@ -194,7 +194,7 @@ sys.exit(cli.main(["demo"]))
 
 
 @pytest.mark.parametrize(("error", "said"), MISTAKES.items(), ids=lambda value: type(value).__name__)
-def test_what_the_user_can_mend_is_a_sentence(error, said, monkeypatch, capsys):
+def test_an_error_that_the_user_can_fix_is_one_sentence(error, said, monkeypatch, capsys):
     ends_with(monkeypatch, error)
     assert cli.main(["demo"]) == 2
     err = capsys.readouterr().err
@@ -205,14 +205,14 @@ def test_what_the_user_can_mend_is_a_sentence(error, said, monkeypatch, capsys):
     "typed",
     [["--debug", "demo"], ["demo", "--debug"], ["--debug", "train", "--x", "y"], ["train", "--debug", "--x", "y"]],
 )
-def test_debug_shows_the_traceback_of_a_mistake(typed, monkeypatch, capsys):
+def test_debug_shows_the_traceback_of_a_user_error(typed, monkeypatch, capsys):
     ends_with(monkeypatch, UsageError("a sentence"))
     assert cli.main(typed) == 2
     err = capsys.readouterr().err
     assert "Traceback" in err and err.endswith(f"hf-jacobi {'train' if 'train' in typed else 'demo'}: a sentence\n")
 
 
-def test_the_debug_option_that_transformers_has_is_left_to_it(monkeypatch, capsys):
+def test_the_debug_option_of_transformers_is_passed_on(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(train, "run", lambda arguments: seen.append(arguments.rest) or 0)
     for typed, left in (
@@ -224,21 +224,21 @@ def test_the_debug_option_that_transformers_has_is_left_to_it(monkeypatch, capsy
         assert seen.pop() == left
 
 
-def test_a_command_gets_no_setting_of_the_program(monkeypatch):
+def test_a_command_does_not_see_the_debug_option(monkeypatch):
     seen = []
     monkeypatch.setattr(demo, "run", lambda arguments: seen.append(vars(arguments)) or 0)
     assert cli.main(["--debug", "demo"]) == cli.main(["demo"]) == 0
     assert seen[0] == seen[1] and "debug" not in seen[0]
 
 
-def test_being_interrupted_is_no_error(monkeypatch, capsys):
+def test_an_interrupt_is_not_reported_as_an_error(monkeypatch, capsys):
     ends_with(monkeypatch, KeyboardInterrupt())
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "utf-8"])
-def test_a_terminal_takes_any_text(encoding):
+def test_any_text_can_be_printed_in_any_encoding(encoding):
     program = """
 import sys
 from hf_jacobi import cli
@@ -257,7 +257,7 @@ sys.exit(cli.main(["demo"]))
     assert done.stdout.endswith(b"\\udc80\n")
 
 
-def test_an_error_after_a_progress_bar_begins_on_a_line_of_its_own(monkeypatch, capsys):
+def test_an_error_after_a_progress_bar_starts_on_its_own_line(monkeypatch, capsys):
     from tqdm import tqdm
 
     bars = []
@@ -274,6 +274,6 @@ def test_an_error_after_a_progress_bar_begins_on_a_line_of_its_own(monkeypatch, 
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", "<&-"])
-def test_a_stream_may_be_closed(closed):
+def test_a_stream_can_be_closed(closed):
     done = subprocess.run(f"{sys.executable} -m hf_jacobi {closed}", shell=True, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, "the status that the command has without one"
+    assert done.returncode == 2 and "Traceback" not in done.stderr, "the status of the command without arguments"

@@ -43,7 +43,7 @@ def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
     assert bool(plot) == (tmp_path / "noise.png").exists()
 
 
-def test_mistakes_are_answered_in_a_sentence(checkpoint, tmp_path, capsys):
+def test_missing_data_is_reported_in_a_sentence(checkpoint, tmp_path, capsys):
     collect = ["collect", "--model", str(checkpoint), "--output-dir", str(tmp_path / "t"), "--dataset"]
     assert main([*collect, "no.jsonl"]) == 2
     assert "there is no file or folder no.jsonl" in capsys.readouterr().err
@@ -60,7 +60,7 @@ def _has_matplotlib() -> bool:
         return False
 
 
-def test_training_from_the_shell(checkpoint, tmp_path, capsys, monkeypatch):
+def test_training_from_the_command_line(checkpoint, tmp_path, capsys, monkeypatch):
     pytest.importorskip("trl")
     from datasets import Dataset
     from packed_rows import packed
@@ -102,7 +102,7 @@ def test_training_from_the_shell(checkpoint, tmp_path, capsys, monkeypatch):
         main(["collect", "--nonsense", "--dataset", "x", "--output-dir", "y"])
 
 
-def test_completions_are_packed_with_noise_of_a_tokenizer(tmp_path, capsys):
+def test_completions_are_packed_with_noise_from_a_tokenizer(tmp_path, capsys):
     def run(*options):
         places = ["--trajectories", str(tmp_path / "c.jsonl"), "--output-dir", str(tmp_path / "p")]
         code = main(["pack", *places, *options])
@@ -114,8 +114,8 @@ def test_completions_are_packed_with_noise_of_a_tokenizer(tmp_path, capsys):
     tokenizer = ["--tokenizer", str(tmp_path / "tokenizer"), "--block-size", "8", "--noisy-copies", "2"]
     for options, said in (
         (["--noise", "uniform"], "name their --tokenizer"),
-        (["--noise", "uniform", *tokenizer, "--window-size", "4"], "--window-size can be had without --noise alone"),
-        (["--block-size", "8"], "--block-size can be had with --noise alone"),
+        (["--noise", "uniform", *tokenizer, "--window-size", "4"], "--window-size cannot be used with --noise"),
+        (["--block-size", "8"], "--block-size can only be used with --noise"),
         (["--noise", "uniform", "--tokenizer", str(tmp_path / "no")], "no"),
     ):
         code, printed = run(*options)

@@ -1,4 +1,4 @@
-"""`hf-jacobi demo` on a tiny checkpoint."""
+"""`hf-jacobi demo` with a tiny checkpoint, and with the miniature."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def demo(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, "demo", *arguments], capture_output=True, text=True)
 
 
-def test_json_holds_the_comparison_and_nothing_else(checkpoint):
+def test_json_prints_only_the_comparison(checkpoint):
     done = demo("--model", checkpoint, "--prompt", "w5 w6", "--max-new-tokens", "20", "--json")
     assert done.returncode == 0, done.stderr
     assert "warn" not in done.stderr.lower()
@@ -50,7 +50,7 @@ def test_json_holds_the_comparison_and_nothing_else(checkpoint):
     assert report["speedup"] > 0 and report["prompts"] == ["w5 w6"]
 
 
-def test_plain_lines_when_not_a_terminal(checkpoint, capsys):
+def test_output_to_a_pipe_is_plain_text(checkpoint, capsys):
     assert (
         cli.main(["demo", "--model", checkpoint, "--prompt", "w5", "--max-new-tokens", "12", "--block-size", "4"]) == 0
     )
@@ -82,7 +82,7 @@ def test_an_adapter(checkpoint, tmp_path, capsys, draft_only):
     assert cli.main(command) == 0
     without = json.loads(capsys.readouterr().out)
     assert without["adapter"] is None
-    assert (without["ar"]["texts"] == report["ar"]["texts"]) == draft_only, "one for all tokens writes another text"
+    assert (without["ar"]["texts"] == report["ar"]["texts"]) == draft_only, "a LoRA for all tokens changes the text"
     assert cli.main([*command, "--adapter", checkpoint]) == 2
     assert cli.main([*command, "--adapter", str(tmp_path), "--trained"]) == 2
 
@@ -95,14 +95,14 @@ def test_an_adapter(checkpoint, tmp_path, capsys, draft_only):
         (LoraConfig(r=4, target_modules="all-linear"), "not for this model"),
     ],
 )
-def test_adapters_of_other_kinds_are_refused(checkpoint, tmp_path, capsys, config, said):
+def test_unsupported_adapters_are_refused(checkpoint, tmp_path, capsys, config, said):
     get_peft_model(tiny_model("gpt2" if "model" in said else "olmo"), config).save_pretrained(tmp_path)
     command = ["demo", "--model", checkpoint, "--prompt", "w5 w6", "--adapter", str(tmp_path)]
     assert cli.main(command) == 2
     assert said in capsys.readouterr().err
 
 
-def test_several_prompts_are_answered_one_after_another(checkpoint, capsys):
+def test_several_prompts_are_answered_in_turn(checkpoint, capsys):
     command = ["demo", "--model", checkpoint, "--max-new-tokens", "12"]
     singly = []
     for prompt in ("w5", "w7 w8"):
@@ -118,14 +118,14 @@ def test_several_prompts_are_answered_one_after_another(checkpoint, capsys):
     assert "\n\n".join(report["ar"]["texts"]) in out
 
 
-def test_by_default_a_model_that_comes_with_the_package_decodes_many_tokens_per_forward(capsys):
+def test_by_default_the_miniature_decodes_many_tokens_per_forward(capsys):
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     assert cli.main(["demo", "--json"]) == 0
     assert torch.get_num_threads() == 2
     torch.set_num_threads(threads)
     report = json.loads(capsys.readouterr().out)
-    assert report["threads"] == 1, "two that wait for each other are slower on a busy machine"
+    assert report["threads"] == 1, "two threads are slower on a busy machine"
     assert report["model"] == "the miniature" and report["trained"] and len(report["prompts"]) == 4
     assert report["identical"] and report["jacobi"]["tokens_per_forward"] > 3
     assert report["longest"] < report["max_new_tokens"]
@@ -136,7 +136,7 @@ def test_by_default_a_model_that_comes_with_the_package_decodes_many_tokens_per_
     assert "give one of them" in capsys.readouterr().err
 
 
-def test_a_checkpoint_decodes_as_it_was_tuned(checkpoint, tmp_path, capsys):
+def test_a_checkpoint_decodes_with_its_own_settings(checkpoint, tmp_path, capsys):
     shutil.copytree(checkpoint, tmp_path / "tuned")
     write_settings(tmp_path / "tuned", jacobi={"block_size": 5, "pool_size": 1})
     command = ["demo", "--model", str(tmp_path / "tuned"), "--prompt", "w5", "--max-new-tokens", "8", "--json"]
@@ -145,14 +145,14 @@ def test_a_checkpoint_decodes_as_it_was_tuned(checkpoint, tmp_path, capsys):
     assert (config["block_size"], config["pool_size"]) == (5, 0)
 
 
-def test_a_model_counts_as_trained_by_its_note_not_by_how_it_decodes(checkpoint, tmp_path):
+def test_a_model_counts_as_trained_because_of_its_note_not_its_settings(checkpoint, tmp_path):
     assert is_trained(MINIATURE) and is_trained(str(MINIATURE))
     shutil.copytree(checkpoint, tmp_path / "tuned")
     write_settings(tmp_path / "tuned", "jacobi", jacobi={"block_size": 5})
     assert not is_trained(tmp_path / "tuned") and not is_trained(None)
 
 
-def test_side_by_side_the_newest_lines_are_seen(monkeypatch):
+def test_the_panels_show_the_newest_lines(monkeypatch):
     monkeypatch.setattr("rich.console.Console", partial(Console, file=io.StringIO(), width=80, height=24))
     screen = SideBySide()
     screen.content["ar"] = ("\n".join(f"line {number}" for number in range(60)), 60, 1.0)
@@ -201,7 +201,7 @@ def test_prompts_fit_80_columns(checkpoint, monkeypatch, capsys):
     assert " ".join(asked.split()) == prompt and max(map(len, asked.splitlines())) <= 80
 
 
-def test_bad_input_gets_one_clear_sentence(checkpoint, capsys):
+def test_invalid_input_is_reported_in_a_sentence(checkpoint, capsys):
     assert cli.main(["demo", "--model", checkpoint + "-missing"]) == 2
     assert "there is no folder" in capsys.readouterr().err
     assert cli.main(["demo", "--model", checkpoint, "--pool-size", "-1"]) == 2

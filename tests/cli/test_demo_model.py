@@ -1,4 +1,4 @@
-"""Where the demo model comes from: a checkpoint of one's own, weights in GGUF, the Hub."""
+"""The sources of the demo model: a converted checkpoint, weights in GGUF, the Hub."""
 
 import json
 import time
@@ -19,7 +19,7 @@ REAL = packaged()
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path) -> Path:
-    """An empty cache folder, and no package."""
+    """An empty cache folder, without the package of the weights."""
     monkeypatch.setenv("HF_JACOBI_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     (tmp_path / "cache").mkdir()
@@ -28,7 +28,7 @@ def cache(monkeypatch, tmp_path) -> Path:
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path) -> Path:
-    """A folder that stands for the repository of the Hub, whose weights are in bfloat16."""
+    """A folder in place of the repository on the Hub, with weights in bfloat16."""
     tiny_model().to(torch.bfloat16).save_pretrained(tmp_path / "hub")
     tiny_tokenizer().save_pretrained(tmp_path / "hub")
 
@@ -40,7 +40,7 @@ def hub(monkeypatch, tmp_path) -> Path:
     return tmp_path / "hub"
 
 
-def test_it_comes_from_the_hub_by_default_in_float32(cache, hub, capsys):
+def test_the_default_source_is_the_hub_and_the_default_dtype_float32(cache, hub, capsys):
     assert demo_checkpoint() == hub
     command = ["demo", "--base", "--prompt", "w5 w6", "--max-new-tokens", "4", "--json"]
     assert cli.main(command) == 0
@@ -51,7 +51,7 @@ def test_it_comes_from_the_hub_by_default_in_float32(cache, hub, capsys):
     assert not list(cache.iterdir()) and "0.3 GB" in first_time_note(None)
 
 
-def test_only_the_files_of_the_checkpoint_are_fetched():
+def test_only_the_files_of_the_checkpoint_are_downloaded():
     from huggingface_hub.utils import filter_repo_objects
 
     there = ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -61,8 +61,8 @@ def test_only_the_files_of_the_checkpoint_are_fetched():
 
 
 @pytest.mark.parametrize("partial", [False, True])
-def test_without_a_way_to_the_hub_one_sentence_says_what_to_do(cache, monkeypatch, tmp_path, capsys, partial):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+def test_without_access_to_the_hub_one_sentence_says_what_to_do(cache, monkeypatch, tmp_path, capsys, partial):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # a closed port
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hf"))
     if partial:
         folder = tmp_path / "hf" / f"models--{HUB_ID.replace('/', '--')}"
@@ -104,7 +104,7 @@ def test_a_wheel_or_a_file_in_the_cache_folder_is_converted_once(cache, hub, mon
     assert (cache / f"{DEMO_MODEL}.Q8_0.gguf").exists()
 
 
-def test_what_reads_the_file_must_be_there(cache, capsys):
+def test_a_missing_package_for_reading_the_file_is_named(cache, capsys):
     (cache / f"{DEMO_MODEL}.gguf").write_text("")
     assert cli.main(["demo", "--base"]) == 2
     assert "gguf: pip install 'hf_jacobi[demo]'" in capsys.readouterr().err
@@ -125,7 +125,7 @@ def test_the_real_one_is_converted(monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fault", [TypeError("a fault of ours"), KeyError("x")])
-def test_a_fault_of_the_program_is_not_taken_for_a_lost_network(cache, monkeypatch, fault):
+def test_a_bug_is_not_reported_as_a_network_error(cache, monkeypatch, fault):
     def broken(*arguments, **settings):
         raise fault
 
@@ -134,7 +134,7 @@ def test_a_fault_of_the_program_is_not_taken_for_a_lost_network(cache, monkeypat
         demo_checkpoint()
 
 
-def test_an_error_of_the_http_library_is_a_lost_network(cache, monkeypatch, capsys):
+def test_an_error_of_the_http_library_is_a_network_error(cache, monkeypatch, capsys):
     from huggingface_hub.errors import HfHubHTTPError
 
     def unreachable(*arguments, **settings):

@@ -1,4 +1,4 @@
-"""Mistakes that people make, and what they are told: a sentence, before a model is loaded, and nothing is ignored."""
+"""Mistakes of users are reported in one sentence, before a model is loaded, and no option is ignored."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def places(tmp_path_factory):
 
 @pytest.fixture
 def here(places, monkeypatch):
-    """The folder as the current one, where no model may be loaded."""
+    """The folder as the working directory; loading a model fails the test."""
 
     def refused(*arguments, **settings):
         raise AssertionError("a model is loaded")
@@ -60,20 +60,20 @@ COLLECT = ["collect", "--model", "model", "--dataset", "p.jsonl", "--output-dir"
     ("typed", "said"),
     [
         (["bench", "model", "--config", "null"], "give an object"),
-        (["bench", "model", "--config", "{}", "--config", "{}"], "--config is there twice with the default settings"),
+        (["bench", "model", "--config", "{}", "--config", "{}"], "--config appears twice with the default settings"),
         (["bench", "model", "--max-new-tokens", "1" + "0" * 20], "at most 2147483647"),
         (["bench", "model", "--max-new-tokens", "1e3"], "must be a whole number, got '1e3'"),
         (["pack", "--trajectories", "p.jsonl", "--output-dir", "k", "--window-size", "1" + "0" * 11], "at most 21474"),
-        (["bench", "model", "--prompt-column", "question"], "--prompt-column is for prompts of your own"),
-        (["tune", "model", "--as-chat", "--dry-run"], "--as-chat is for prompts of your own"),
-        (["bench", "model", "--dataset-split", "test"], "--dataset-split is for prompts of your own"),
+        (["bench", "model", "--prompt-column", "question"], "--prompt-column needs your own prompts"),
+        (["tune", "model", "--as-chat", "--dry-run"], "--as-chat needs your own prompts"),
+        (["bench", "model", "--dataset-split", "test"], "--dataset-split needs your own prompts"),
         (["bench", "model", "--prompts", "p.jsonl", "--dataset-split", "test"], "a file, which has no split 'test'"),
         (["bench", "model", "--dataset", "p.jsonl", "--dataset-name", "x"], "has no configurations: drop 'x'"),
         (["bench", "model", "--prompts", "model"], "config.json holds one JSON object over several lines"),
         (["bench", "model", "--output", "p.jsonl/x.json"], "p.jsonl is a file"),
-        (["bench", "~no-such-user/model"], "a user that is not known here"),
-        (["push", "~no-such-user/model", "a/b"], "a user that is not known here"),
-        (["bench", "model", "--output", "~no-such-user/x.json"], "a user that is not known here"),
+        (["bench", "~no-such-user/model"], "an unknown user"),
+        (["push", "~no-such-user/model", "a/b"], "an unknown user"),
+        (["bench", "model", "--output", "~no-such-user/x.json"], "an unknown user"),
         (["collect", "--model", "model", "--dataset", "", "--output-dir", "t"], "the name of the data is empty"),
         (["pack", "--trajectories", " ", "--output-dir", "k"], "the name of the data is empty"),
         ([*COLLECT, ""], "--output-dir: the name is empty"),
@@ -86,12 +86,12 @@ COLLECT = ["collect", "--model", "model", "--dataset", "p.jsonl", "--output-dir"
         ([*NOISE, "/gone"], "there is no folder /gone, and it is not a Hub id"),
         ([*NOISE, "p.jsonl"], "p.jsonl is a file: name the folder that holds the tokenizer"),
         ([*NOISE, "adapter"], "no tokenizer can be loaded from adapter"),
-        ([*NOISE, "model", "--window-size", "2"], "--window-size can be had without --noise alone"),
-        ([*GIVEN, "--do-sample"], "--completions are written already: drop --do-sample"),
+        ([*NOISE, "model", "--window-size", "2"], "--window-size cannot be used with --noise: drop it"),
+        ([*GIVEN, "--do-sample"], "--do-sample does not apply to --completions"),
         ([*GIVEN, "--check"], "need a column `completion`"),
         ([*COLLECT, "t", "--check"], "--check is for --completions"),
         ([*TRAIN[:3], "--model_name_or_path", " ", "--use_cpu"], "name the model"),
-        ([*TRAIN, "--eval_rows", "-1"], "a number of rows is at least 0"),
+        ([*TRAIN, "--eval_rows", "-1"], "the number of rows must be at least 0"),
         ([*TRAIN, "--output_dir", "p.jsonl"], "p.jsonl is a file: name a folder"),
         ([*TRAIN, "--config"], "--config names no file"),
         ([*TRAIN, "--config", ""], "--config names no file"),
@@ -99,11 +99,11 @@ COLLECT = ["collect", "--model", "model", "--dataset", "p.jsonl", "--output-dir"
         ([*TRAIN, "--config", "gone.yaml"], "gone.yaml cannot be read (No such file or directory)"),
         ([*TRAIN, "--config=gone.yaml"], "gone.yaml cannot be read (No such file or directory)"),
         ([*TRAIN, "--config", "model"], "model cannot be read (Is a directory)"),
-        ([*TRAIN, "--config", "a.yaml", "--config", "b.yaml"], "--config is there twice"),
+        ([*TRAIN, "--config", "a.yaml", "--config", "b.yaml"], "--config appears twice"),
     ],
     ids=lambda value: " ".join(value)[-60:] if isinstance(value, list) else "",
 )
-def test_a_mistake_is_told_in_a_sentence_before_a_model_is_loaded(here, capsys, typed, said):
+def test_a_mistake_is_reported_in_a_sentence_before_a_model_is_loaded(here, capsys, typed, said):
     assert said in said_of(typed, capsys)
 
 
@@ -120,7 +120,7 @@ def test_a_mistake_is_told_in_a_sentence_before_a_model_is_loaded(here, capsys, 
         (b"no_such_option: 1", "no_such_option"),
     ],
 )
-def test_a_settings_file_that_holds_something_else_is_named(here, tmp_path, capsys, content, said):
+def test_an_invalid_settings_file_is_named(here, tmp_path, capsys, content, said):
     file = tmp_path / "bad.yaml"
     file.write_bytes(content)
     told = said_of([*TRAIN, "--config", str(file)], capsys)
@@ -128,7 +128,7 @@ def test_a_settings_file_that_holds_something_else_is_named(here, tmp_path, caps
 
 
 @pytest.mark.parametrize("spelt", [["--config", "FILE"], ["--config=FILE"]], ids=" ".join)
-def test_a_settings_file_is_read_however_the_option_is_written(here, tmp_path, capsys, spelt):
+def test_a_settings_file_is_read_in_both_spellings_of_the_option(here, tmp_path, capsys, spelt):
     (tmp_path / "good.yaml").write_text(
         "train_dataset: p.jsonl\nmodel_name_or_path: model\nuse_cpu: true\neval_rows: -7"
     )
@@ -136,7 +136,7 @@ def test_a_settings_file_is_read_however_the_option_is_written(here, tmp_path, c
     assert "eval_rows=-7" in said_of(["train", *spelt], capsys)
 
 
-def test_data_that_is_neither_here_nor_on_the_hub_is_told_as_such(here, monkeypatch, capsys):
+def test_data_that_is_neither_local_nor_on_the_hub_is_reported(here, monkeypatch, capsys):
     def gone(*arguments, **settings):
         raise ValueError("it is not cached in None")
 
@@ -145,13 +145,13 @@ def test_data_that_is_neither_here_nor_on_the_hub_is_told_as_such(here, monkeypa
     assert "there is no file or folder gone/gone here, and on the Hub it could not be read: it is not cached" in said
 
 
-def test_the_ending_of_a_file_may_be_in_capitals(here, capsys):
+def test_the_suffix_of_a_file_can_be_in_capitals(here, capsys):
     arguments = ["bench", "model", "--prompts", "UPPER.JSONL", "--count", "1"]
     with pytest.raises(AssertionError, match="a model is loaded"):
         cli.main(arguments)
 
 
-def test_warnings_of_this_package_are_told_without_their_place(places, tmp_path, capsys):
+def test_warnings_of_this_package_are_printed_without_their_source_line(places, tmp_path, capsys):
     (tmp_path / "p.jsonl").write_text('{"prompt": "w1 w2"}\n{"prompt": 5}\n')
     arguments = ["--dataset", str(tmp_path / "p.jsonl"), "--output-dir", str(tmp_path / "t"), "--max-new-tokens", "4"]
     assert cli.main(["collect", "--model", str(places / "model"), *arguments, "--block-size", "4"]) == 0
@@ -162,12 +162,16 @@ def test_warnings_of_this_package_are_told_without_their_place(places, tmp_path,
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("adapter_config.json", {"peft_type": "NO_SUCH"}, "`peft_type` is 'NO_SUCH', which this PEFT does not know"),
+        (
+            "adapter_config.json",
+            {"peft_type": "NO_SUCH"},
+            "`peft_type` is 'NO_SUCH', which the installed PEFT does not support",
+        ),
         ("adapter_config.json", {"peft_type": None}, "`peft_type` is None"),
         ("adapter_config.json", {"peft_type": ["LORA"]}, "`peft_type` is ['LORA']"),
-        ("adapter_config.json", {"base_model_name_or_path": 5}, "does not say which model it is for"),
-        ("adapter_config.json", {"base_model_name_or_path": ["model"]}, "does not say which model it is for"),
-        ("adapter_config.json", {"base_model_name_or_path": " "}, "does not say which model it is for"),
+        ("adapter_config.json", {"base_model_name_or_path": 5}, "does not name its base model"),
+        ("adapter_config.json", {"base_model_name_or_path": ["model"]}, "does not name its base model"),
+        ("adapter_config.json", {"base_model_name_or_path": " "}, "does not name its base model"),
         (
             "generation_config.json",
             {"decoding": "beam"},
@@ -177,7 +181,7 @@ def test_warnings_of_this_package_are_told_without_their_place(places, tmp_path,
         ("adapter_model.safetensors", None, "holds neither adapter_model.safetensors nor adapter_model.bin"),
     ],
 )
-def test_an_adapter_that_says_nonsense_or_lacks_a_file_is_told_as_such(
+def test_an_adapter_with_invalid_settings_or_a_missing_file_is_reported(
     places, tmp_path, monkeypatch, capsys, file, content, said
 ):
     folder = shutil.copytree(places / "adapter", tmp_path / "adapter")
@@ -190,8 +194,8 @@ def test_an_adapter_that_says_nonsense_or_lacks_a_file_is_told_as_such(
     assert said in said_of(["bench", str(folder), "--count", "1", "--max-new-tokens", "4"], capsys)
 
 
-def test_a_config_beside_an_adapter_is_no_model(places, tmp_path, monkeypatch):
-    """Some trainers write the base model's config there, too."""
+def test_an_adapters_folder_with_a_model_config_is_still_an_adapter(places, tmp_path, monkeypatch):
+    """Some trainers also write the base model's config there."""
     folder = shutil.copytree(places / "adapter", tmp_path / "adapter")
     shutil.copy(places / "model" / "config.json", folder)
     monkeypatch.chdir(places)

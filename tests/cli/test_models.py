@@ -1,4 +1,4 @@
-"""What MODEL and `--adapter` mean, and what is said of checkpoints that cannot be read."""
+"""MODEL and `--adapter` are resolved, and errors name checkpoints that cannot be read."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SHORT = ["--count", "2", "--max-new-tokens", "8"]
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
-    """A base model, and adapters for it: one that only drafts, one for all tokens."""
+    """A base model, and two adapters for it: a draft-only one, and one for all tokens."""
     folder = tmp_path_factory.mktemp("places")
     trained_model().save_pretrained(folder / "base")
     tiny_tokenizer().save_pretrained(folder / "base")
@@ -52,8 +52,8 @@ def has_layers(model) -> bool:
 
 
 @pytest.mark.parametrize("name", ["draft", "full"])
-def test_an_adapters_folder_is_that_adapter_on_its_base(places, tmp_path, monkeypatch, name):
-    """However it is written, `bench` compares the same, with AR in its fastest form."""
+def test_an_adapters_folder_means_the_adapter_on_its_base_model(places, tmp_path, monkeypatch, name):
+    """In every spelling, `bench` compares the same models, with AR in its fastest form."""
     (tmp_path / "link").symlink_to(places / name)
     monkeypatch.setenv("HOME", str(places))
     monkeypatch.chdir(places)
@@ -79,7 +79,7 @@ def test_an_adapters_folder_is_that_adapter_on_its_base(places, tmp_path, monkey
     assert figures[2][0] == "Jacobi, the adapter's" and figures[2][1] > 1
 
 
-def test_demo_and_tune_take_an_adapters_folder_as_the_adapter(places, tmp_path, monkeypatch, capsys):
+def test_demo_and_tune_accept_an_adapters_folder(places, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(places)
     demo = ["demo", "--prompt", "w5 w6", "--max-new-tokens", "16", "--json"]
     reports = []
@@ -105,7 +105,7 @@ def test_demo_and_tune_take_an_adapters_folder_as_the_adapter(places, tmp_path, 
     assert (places / "base" / "generation_config.json").read_text() == base
 
 
-def test_an_adapter_on_the_hub_is_that_adapter_on_its_base(places, monkeypatch):
+def test_an_adapter_on_the_hub_means_the_adapter_on_its_base_model(places, monkeypatch):
     def hf_hub_download(name, file):
         if name != "someone/adapter":
             raise EntryNotFoundError("there is none")
@@ -116,12 +116,12 @@ def test_an_adapter_on_the_hub_is_that_adapter_on_its_base(places, monkeypatch):
     found = find("someone/adapter")
     assert (found.base, found.adapter) == (str(places / "base"), places / "draft")
     assert (found.name, found.adapter_name) == ("base", "someone/adapter")
-    assert found.folder is None, "the cache is not for settings"
+    assert found.folder is None, "settings are not written into the cache"
     assert find(places / "base", "someone/adapter").adapter == found.adapter
     assert find("someone/model").adapter is None
 
 
-def test_a_model_that_was_loaded_before_needs_no_way_to_the_hub(monkeypatch):
+def test_a_cached_model_needs_no_access_to_the_hub(monkeypatch):
     def hf_hub_download(name, file):
         raise LocalEntryNotFoundError("no connection")
 
@@ -133,8 +133,8 @@ def test_a_model_that_was_loaded_before_needs_no_way_to_the_hub(monkeypatch):
         find("sub/folder")
 
 
-def test_an_adapter_beside_a_whole_model_is_taken_apart(places, tmp_path):
-    """transformers loads both from one folder."""
+def test_an_adapter_and_its_base_model_can_share_a_folder(places, tmp_path):
+    """transformers loads both of them."""
     folder = Path(shutil.copytree(places / "base", tmp_path / "both"))
     for file in (places / "full").glob("adapter_*"):
         shutil.copy(file, folder)
@@ -143,7 +143,7 @@ def test_an_adapter_beside_a_whole_model_is_taken_apart(places, tmp_path):
     assert not has_layers(found.load().writer)
 
 
-def test_collecting_takes_an_adapters_folder_in_its_fastest_form(places):
+def test_collecting_uses_a_model_with_an_adapter_in_its_fastest_form(places):
     model, tokenizer = load(str(places / "full"))
     assert not has_layers(model) and tokenizer.vocab_size == tiny_tokenizer().vocab_size
 
@@ -160,14 +160,14 @@ def test_collecting_takes_an_adapters_folder_in_its_fastest_form(places):
         (["none/"], "there is no folder none/"),
         (["a/b/c"], "there is no folder a/b/c"),
         (["base/config.json"], "is a file"),
-        (["nameless"], "does not say which model it is for"),
+        (["nameless"], "does not name its base model"),
         (["orphan"], "is an adapter for /no/such/base"),
-        (["chained"], "is an adapter, too"),
+        (["chained"], "which is an adapter too"),
         (["empty"], "holds no config.json"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_names_that_mean_nothing_are_told_at_once(places, monkeypatch, capsys, typed, said):
+def test_invalid_names_are_reported_at_once(places, monkeypatch, capsys, typed, said):
     monkeypatch.chdir(places)
     for name, base in (("nameless", None), ("orphan", "/no/such/base"), ("chained", "draft")):
         (places / name).mkdir(exist_ok=True)
@@ -216,7 +216,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_damaged_checkpoint_is_told_in_a_sentence(spoilt, capsys, fault):
+def test_a_damaged_checkpoint_is_reported_in_a_sentence(spoilt, capsys, fault):
     spoil, said = FAULTS[fault]
     spoil(spoilt)
     for command in (["bench", str(spoilt), "--count", "1"], ["demo", "--model", str(spoilt), "--prompt", "w5"]):
@@ -225,7 +225,7 @@ def test_a_damaged_checkpoint_is_told_in_a_sentence(spoilt, capsys, fault):
         assert error.startswith(f"hf-jacobi {command[0]}: ") and said in error
 
 
-def test_a_fault_of_the_program_keeps_its_traceback(spoilt, monkeypatch):
+def test_a_bug_keeps_its_traceback(spoilt, monkeypatch):
     def broken(*arguments, **settings):
         raise TypeError("a fault of ours")
 
@@ -234,7 +234,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(spoilt, monkeypatch):
         cli.main(["bench", str(spoilt), "--count", "1"])
 
 
-def test_json_files_are_named_where_they_are_wrong(places, tmp_path):
+def test_invalid_json_files_are_named(places, tmp_path):
     folder = Path(shutil.copytree(places / "draft", tmp_path / "draft"))
     for file in ("adapter_config.json", "generation_config.json"):
         content = (folder / file).read_text()

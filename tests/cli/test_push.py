@@ -1,4 +1,4 @@
-"""`hf-jacobi push`, dry."""
+"""Dry runs of `hf-jacobi push`."""
 
 import json
 
@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 from hf_jacobi import cli
 
 
-def test_push_writes_what_would_be_pushed_and_lists_it(tmp_path, capsys):
+def test_a_dry_run_writes_and_lists_the_files_of_a_push(tmp_path, capsys):
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "model" / "optimizer.pt").write_bytes(b"large")
@@ -32,7 +32,7 @@ def test_push_writes_what_would_be_pushed_and_lists_it(tmp_path, capsys):
     assert "# someone/fast" in (tmp_path / "pushed" / "README.md").read_text()
 
 
-def test_a_dry_run_of_an_adapter_on_a_folder_says_that_a_push_would_be_refused(tmp_path, capsys):
+def test_a_dry_run_says_that_a_push_of_an_adapter_for_a_local_folder_would_be_refused(tmp_path, capsys):
     model = tiny_model()
     model.config._name_or_path = str(tmp_path / "base")
     adapter = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
@@ -61,7 +61,7 @@ def test_a_dry_run_of_an_adapter_on_a_folder_says_that_a_push_would_be_refused(t
         (["MODEL", "someone/fast", "--tokenizer", "MODEL/broken"], "no tokenizer can be loaded from"),
     ],
 )
-def test_mistakes_end_in_a_sentence_before_the_network_is_asked(tmp_path, capsys, typed, said):
+def test_mistakes_are_reported_in_a_sentence_before_the_network_is_used(tmp_path, capsys, typed, said):
     model = tmp_path / "model"
     tiny_model().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)

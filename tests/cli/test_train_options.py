@@ -1,4 +1,4 @@
-"""`hf-jacobi train` knows its options without importing what they are for."""
+"""`hf-jacobi train` reads its options without importing the libraries that define them."""
 
 import importlib.util
 import sys
@@ -23,7 +23,7 @@ def options() -> dict:
     return {option.name: option for group in groups.values() for option in group}
 
 
-def test_they_are_those_of_the_parser_that_runs(parser, options):
+def test_the_options_are_those_of_trls_parser(parser, options):
     actions = [action for action in parser._actions if action.dest != "help"]
     assert {action.dest for action in actions} == set(options)
     assert {string[2:].replace("-", "_") for action in actions for string in action.option_strings} == {
@@ -33,10 +33,10 @@ def test_they_are_those_of_the_parser_that_runs(parser, options):
         if not action.option_strings[0].startswith("--no_"):
             option = options[action.dest]
             assert option.help == (action.help or "")
-            assert option.default in (action.default, None, ""), "of ours, not of the class that it is derived from"
+            assert option.default in (action.default, None, ""), "our default, not that of the base class"
 
 
-def test_help_names_every_option_and_fits(options, monkeypatch, capsys):
+def test_the_help_names_every_option_and_fits_80_columns(options, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", "--help"])
@@ -54,7 +54,7 @@ def test_help_names_every_option_and_fits(options, monkeypatch, capsys):
         ([], "required: --train_dataset, --model_name_or_path"),
     ],
 )
-def test_a_typing_error_is_answered_at_once(typed, said, monkeypatch, capsys):
+def test_a_mistyped_or_missing_option_is_reported_at_once(typed, said, monkeypatch, capsys):
     monkeypatch.setattr("trl.TrlParser", None)
     with pytest.raises(SystemExit, match="2"):
         cli.main(["train", *typed])
@@ -68,7 +68,7 @@ def test_a_typing_error_is_answered_at_once(typed, said, monkeypatch, capsys):
         ["--config", "training.yaml"],
     ],
 )
-def test_what_can_run_goes_on_to_the_parser(typed, tmp_path, monkeypatch, capsys):
+def test_valid_options_are_passed_to_trls_parser(typed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "training.yaml").write_text("bf16: true")
 
@@ -80,7 +80,7 @@ def test_what_can_run_goes_on_to_the_parser(typed, tmp_path, monkeypatch, capsys
     assert f"parsed {typed}" in capsys.readouterr().err
 
 
-def test_without_trl_there_is_help_and_a_way_out(monkeypatch, capsys):
+def test_without_trl_the_help_says_what_to_install(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "trl" else find(name))
     monkeypatch.setitem(sys.modules, "trl", None)
@@ -92,7 +92,7 @@ def test_without_trl_there_is_help_and_a_way_out(monkeypatch, capsys):
     assert "needs trl: pip install 'hf_jacobi[train]'" in capsys.readouterr().err
 
 
-def test_a_field_is_read_as_it_is_written():
+def test_a_field_is_read_from_its_source():
     source = (
         "class Other:\n    kept: int = field(default=1, metadata={'help': 'no'})\n"
         "class Wanted:\n    a: int | None = field(default=None, metadata={'help': 'one ' 'two'})\n"

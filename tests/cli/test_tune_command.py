@@ -1,4 +1,4 @@
-"""`hf-jacobi tune` on a tiny checkpoint."""
+"""`hf-jacobi tune` with a tiny checkpoint."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from hf_jacobi.evaluation import tune
 from hf_jacobi.hub.carried import ABOUT
 
 
-def test_the_winner_is_written_into_the_checkpoint(tmp_path, monkeypatch, capsys):
+def test_the_fastest_settings_are_written_into_the_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tune.tune, "__kwdefaults__", tune.tune.__kwdefaults__ | {"grid": ({}, {"block_size": 4})})
     folder = tmp_path / "model"
     model = tiny_model()
@@ -37,7 +37,7 @@ def test_the_winner_is_written_into_the_checkpoint(tmp_path, monkeypatch, capsys
     assert max(map(len, table.splitlines())) <= 80
 
 
-def test_every_setting_of_the_grid_fits_the_screen(monkeypatch, capsys):
+def test_every_setting_of_the_grid_fits_80_columns(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     grid = [{**settings, "adaptive": True, "position_cost": 0.0123} for settings in tune.GRID]
     report = {
@@ -64,14 +64,14 @@ def test_every_setting_of_the_grid_fits_the_screen(monkeypatch, capsys):
     assert "12345.6 AR" in shown and "23456.7 23456.7 block_size=32" in shown
 
 
-def test_without_a_checkpoint_of_ones_own_the_settings_need_a_place(monkeypatch, tmp_path, capsys):
+def test_without_a_checkpoint_a_folder_for_the_settings_is_required(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("HF_JACOBI_CACHE", str(tmp_path))
     monkeypatch.setattr("hf_jacobi.cli.tune.packaged", lambda: None)
     assert cli.main(["tune"]) == 2
     assert "--save-to" in capsys.readouterr().err
 
 
-def test_there_must_be_a_folder_to_write_into(capsys):
+def test_a_model_on_the_hub_needs_a_folder_for_the_settings(capsys):
     assert cli.main(["tune", "someone/model"]) == 2
     assert "--save-to" in capsys.readouterr().err
 
@@ -81,7 +81,7 @@ COMMAND = ["--count", "2", "--max-new-tokens", "8"]
 
 @pytest.fixture
 def checkpoint(tmp_path, monkeypatch):
-    """A model whose drafts come true, tuned over two settings."""
+    """A model whose drafts are accepted, tuned over two settings."""
     monkeypatch.setattr(tune.tune, "__kwdefaults__", tune.tune.__kwdefaults__ | {"grid": ({}, {"block_size": 4})})
     trained_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
@@ -89,7 +89,7 @@ def checkpoint(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("link", [os.symlink, os.link], ids=["symbolic", "hard"])
-def test_settings_take_the_place_of_a_link_and_leave_what_it_points_to(checkpoint, tmp_path, link):
+def test_settings_replace_a_link_and_leave_its_target(checkpoint, tmp_path, link):
     file, blob = checkpoint / "generation_config.json", tmp_path / "blob"
     file.rename(blob)
     before = blob.read_bytes()
@@ -100,7 +100,7 @@ def test_settings_take_the_place_of_a_link_and_leave_what_it_points_to(checkpoin
     assert not [one for one in checkpoint.iterdir() if one.name.startswith(".")]
 
 
-def test_a_write_that_fails_leaves_the_settings_that_were_there(checkpoint, tmp_path, monkeypatch, capsys):
+def test_a_failed_write_leaves_the_old_settings(checkpoint, tmp_path, monkeypatch, capsys):
     file = checkpoint / "generation_config.json"
     before = file.read_bytes()
 
@@ -111,11 +111,13 @@ def test_a_write_that_fails_leaves_the_settings_that_were_there(checkpoint, tmp_
     assert cli.main(["tune", str(checkpoint), *COMMAND]) == 2
     assert "No space left on device" in capsys.readouterr().err
     assert file.read_bytes() == before
-    assert not [one for one in checkpoint.iterdir() if one.name.startswith(".")], "no half file is left"
+    assert not [one for one in checkpoint.iterdir() if one.name.startswith(".")], "no temporary file is left"
 
 
 @pytest.mark.parametrize("fails", ["write_json", "write_into"])
-def test_the_report_and_the_checkpoint_are_not_lost_with_each_other(checkpoint, tmp_path, monkeypatch, capsys, fails):
+def test_a_failure_to_write_the_report_or_the_settings_does_not_lose_the_other(
+    checkpoint, tmp_path, monkeypatch, capsys, fails
+):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
@@ -128,7 +130,7 @@ def test_the_report_and_the_checkpoint_are_not_lost_with_each_other(checkpoint, 
     assert ((checkpoint / "generation_config.json").read_bytes() == before) == (fails == "write_into")
 
 
-def test_what_cannot_be_written_is_told_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
+def test_unwritable_files_are_reported_before_the_model_is_loaded(checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "generation_config.json").write_text("{")
@@ -154,7 +156,7 @@ def test_what_cannot_be_written_is_told_before_the_model_is_loaded(checkpoint, t
     assert "generation_config.json cannot be written (Read-only file system)" in capsys.readouterr().err
 
 
-def test_a_checkpoint_that_carries_its_decoder_decodes_by_the_new_settings_there_too(checkpoint, capsys):
+def test_the_settings_are_also_written_into_a_carried_decoder(checkpoint, capsys):
     carried = checkpoint / "custom_generate"
     carried.mkdir()
     (carried / "settings.py").write_text(f"{ABOUT}\nADAPTER = True\nDECODING = 'ar'\nJACOBI = {{'block_size': 36}}\n")

@@ -1,4 +1,4 @@
-"""Ways of decoding side by side, and the table of them."""
+"""`bench` compares decoding methods, and `table` prints the result."""
 
 import pytest
 from models import VOCABULARY, tiny_model, tiny_tokenizer
@@ -19,14 +19,14 @@ def report():
     return bench(model, tiny_tokenizer(), PROMPTS, METHODS, batch_sizes=(1, 2), max_new_tokens=12, repeats=2)
 
 
-def test_every_way_is_measured_at_every_batch_size(report):
+def test_every_method_is_measured_at_every_batch_size(report):
     rows = [(row["batch_size"], row["decoding"], len(row["runs"])) for row in report["results"]]
     assert rows == [(1, "AR", 10), (1, "prompt lookup", 10), (1, "Jacobi", 10), (2, "AR", 4), (2, "Jacobi", 4)]
     assert all(row["identical"] == 1 for row in report["results"])
     assert report["setup"]["dtype"] == "float32" and report["setup"]["prompts"] == 5
 
 
-def test_a_speedup_for_another_text_says_so(report):
+def test_a_speedup_for_a_different_text_is_marked(report):
     assert "*" not in table(report)
     model, other = hf_jacobi.enable(tiny_model()), hf_jacobi.enable(tiny_model(seed=1))
     differing = bench(model, tiny_tokenizer(), PROMPTS[:1], METHODS, max_new_tokens=12, base=other)
@@ -35,7 +35,7 @@ def test_a_speedup_for_another_text_says_so(report):
     assert "*" not in lines[1] + lines[2]
 
 
-def test_the_table_fits_80_columns_and_names_each_way():
+def test_the_table_fits_80_columns_and_names_each_method():
     figures = {
         "tokens_per_forward": 12.34,
         "tokens_per_second": 12345.6,
@@ -52,15 +52,15 @@ def test_the_table_fits_80_columns_and_names_each_way():
     lines = table({"results": results}).splitlines()
     assert max(map(len, lines)) <= 80
     row = "12.34 12345.6 12.34x* 10.12-13.45x 1234 ms 9900 MB 50%"
-    assert [" ".join(line.split()) for line in lines].count(f"AR {row}") == 2, "of each batch size"
+    assert [" ".join(line.split()) for line in lines].count(f"AR {row}") == 2, "once for each batch size"
     assert f"prompt lookup {row}" in " ".join(lines[2].split())
     at = next(number for number, line in enumerate(lines) if line.startswith("Jacobi, block_size"))
     written = f"{lines[at][:22]} {lines[at + 1]} {lines[at + 2]}"
-    assert " ".join(written.split()) == names[-1], "over several lines"
+    assert " ".join(written.split()) == names[-1], "wrapped over several lines"
     assert "75.0 GB" in next(line for line in lines if line.startswith("last"))
 
 
-def test_the_table_says_from_which_batch_on_it_does_not_pay():
+def test_the_table_says_from_which_batch_size_on_jacobi_decoding_does_not_pay():
     same = dict.fromkeys(("tokens_per_forward", "tokens_per_second", "slowest", "fastest", "first_token_seconds"), 1.0)
     same |= {"identical": 1, "peak_bytes": None}
     paces = {1: (1.0, 1.4, 1.9), 4: (1.0, 1.1, 1.2), 16: (1.0, 0.99, 0.8)}
@@ -71,11 +71,11 @@ def test_the_table_says_from_which_batch_on_it_does_not_pay():
     ]
     text = table({"results": results})
     assert "   4     1.20x  Jacobi, n=16\n  16     0.99x  Jacobi, default\nIt stops paying at batches of 16.\n" in text
-    assert "It pays at every size." in table({"results": results[:6]})
-    assert "pay" not in table({"results": results[:3]}), "one size shows no bound"
+    assert "It pays at every batch size." in table({"results": results[:6]})
+    assert "pay" not in table({"results": results[:3]}), "one batch size shows no limit"
 
 
-def test_the_picture_has_a_bar_for_each_figure(report):
+def test_the_plot_has_a_bar_for_each_figure(report):
     axes = bench_bars(report)
     assert len([patch for patch in axes.patches if patch.get_width()]) == len(report["results"])
 

@@ -1,4 +1,4 @@
-"""A local task of lm-evaluation-harness, scored by AR and by Jacobi decoding."""
+"""A local task of lm-evaluation-harness, scored with AR and with Jacobi decoding."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_scores_and_texts_are_those_of_ar(place, monkeypatch, capsys):
     assert "tokens per forward" in capsys.readouterr().out
 
 
-def test_settings_of_a_call_are_laid_over_those_of_the_checkpoint(place):
+def test_settings_of_a_call_override_those_of_the_checkpoint(place):
     from hf_jacobi.evaluation.lm_eval import JacobiLM
 
     model = JacobiLM(pretrained=str(place / "model"), device="cpu")
@@ -85,14 +85,14 @@ def command_of(place: Path, *options: str, model: str = "model") -> list[str]:
     return ["eval", str(place / model), "--tasks", "continue_words", "--include_path", str(place), *options]
 
 
-def test_the_evaluation_is_what_publish_takes_and_nothing_holds_a_way_to_a_folder(place, tmp_path, monkeypatch):
+def test_publish_accepts_the_evaluation_and_no_file_contains_a_path(place, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
     files = [tmp_path / "evaluation.json", tmp_path / "found.json"]
     options = ["--evaluation", str(files[0]), "--output", str(files[1])]
     gen_kwargs = "block_size=6,do_sample=true,temperature=0.5"
     assert cli.main(command_of(place, *options, "--gen-kwargs", gen_kwargs)) == 0
     evaluation = json.loads(files[0].read_text())
-    assert evaluation["measured_on"].endswith("; do_sample=True, temperature=0.5"), "figures of sampled text say so"
+    assert evaluation["measured_on"].endswith("; do_sample=True, temperature=0.5"), "how it was sampled"
     assert checked(evaluation) == evaluation and evaluation["model"] == "model"
     assert evaluation["settings"] == {"decoding": "jacobi", "jacobi": JacobiConfig(block_size=6).to_dict()}
     (row,) = evaluation["results"]
@@ -101,7 +101,7 @@ def test_the_evaluation_is_what_publish_takes_and_nothing_holds_a_way_to_a_folde
     assert not [file for file in files if str(place) in file.read_text()]
 
 
-def test_an_adapters_folder_is_scored_as_that_adapter_on_its_base(place, monkeypatch):
+def test_an_adapters_folder_is_scored_as_the_adapter_on_its_base_model(place, monkeypatch):
     from peft import LoraConfig, get_peft_model
 
     from hf_jacobi.cli import eval as command
@@ -142,19 +142,19 @@ def test_an_adapters_folder_is_scored_as_that_adapter_on_its_base(place, monkeyp
         (["--gen_kwargs", "decoding=beam"], "decoding must be one of"),
         (["--gen_kwargs", "blocksize=4"], "blocksize: neither a setting"),
         (["--gen_kwargs", "block_size=many"], "`block_size` must be an integer"),
-        (["--gen_kwargs", "decoding=ar,block_size=4"], "go with decoding=jacobi"),
+        (["--gen_kwargs", "decoding=ar,block_size=4"], "need decoding=jacobi"),
         (["--output", "/"], "is a folder"),
         (["--evaluation", "/"], "is a folder"),
     ],
 )
-def test_mistakes_are_told_before_the_model_is_loaded(place, monkeypatch, capsys, options, said):
+def test_mistakes_are_reported_before_the_model_is_loaded(place, monkeypatch, capsys, options, said):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
     assert cli.main(command_of(place, *options)) == 2
     assert said in capsys.readouterr().err
 
 
-def test_data_that_cannot_be_had_is_told_before_the_model_is_loaded(place, monkeypatch, capsys):
+def test_missing_data_is_reported_before_the_model_is_loaded(place, monkeypatch, capsys):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", pytest.fail)
     command = command_of(place)
@@ -163,7 +163,7 @@ def test_data_that_cannot_be_had_is_told_before_the_model_is_loaded(place, monke
     assert "continue_words.jsonl" in capsys.readouterr().err
 
 
-def test_an_error_has_a_line_of_its_own(place, monkeypatch, capsys):
+def test_an_error_starts_on_its_own_line(place, monkeypatch, capsys):
     from hf_jacobi.decoding.errors import UsageError
     from hf_jacobi.evaluation.lm_eval import JacobiLM
 

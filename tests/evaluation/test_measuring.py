@@ -1,4 +1,4 @@
-"""Ways of decoding against each other."""
+"""Measures decoding methods, and compares them."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from hf_jacobi.evaluation.measuring import AR, COMPILED_LOOKUP, PROMPT_LOOKUP, M
 JACOBI = Method("Jacobi", "jacobi", {"block_size": 6})
 
 
-def test_every_way_counts_the_same_text():
+def test_every_method_counts_the_same_text():
     model = hf_jacobi.enable(tiny_model())
     found = {method.name: measure(model, padded_prompts(1), method, 20) for method in (AR, PROMPT_LOOKUP, JACOBI)}
     assert len({str(measured.tokens) for measured in found.values()}) == 1
@@ -27,7 +27,7 @@ def test_every_way_counts_the_same_text():
 
 
 def on_meta(**settings):
-    """A model that is on no CPU, as far as it says."""
+    """A model whose device is not the CPU."""
     return tiny_model(**settings).to("meta")
 
 
@@ -38,7 +38,7 @@ compiles = pytest.mark.skipif(
 
 @compiles
 def test_compiled_forwards_are_counted(monkeypatch):
-    """The hook of a later call is not part of what was compiled, so that it would count the prefill alone."""
+    """A compiled forward does not run the hook of a later call, so a hook would count only the prefill."""
 
     def compile_quickly():
         config = compile_here()
@@ -64,12 +64,12 @@ def test_compiled_forwards_are_counted(monkeypatch):
 def test_prompt_lookup_is_compared_in_the_form_that_transformers_compiles():
     names = [method.name for method in methods_of(on_meta())]
     assert names[:3] == ["AR", "prompt lookup", "prompt lookup, compiled"]
-    assert COMPILED_LOOKUP not in methods_of(tiny_model()), "a CPU compiles for minutes, which nobody asked for"
+    assert COMPILED_LOOKUP not in methods_of(tiny_model()), "compiling on a CPU takes minutes"
     windowed = on_meta(name="mistral", sliding_window=8)
     assert COMPILED_LOOKUP not in methods_of(windowed), "its static cache cannot be cropped"
 
 
-def test_rows_of_a_batch_are_counted_up_to_their_end():
+def test_rows_of_a_batch_are_counted_up_to_their_end_token():
     model = hf_jacobi.enable(tiny_model())
     fifth = measure(model, padded_prompts(3), AR, 20).tokens[1][4]
     model.generation_config.eos_token_id = fifth  # so that one row ends early
@@ -78,7 +78,7 @@ def test_rows_of_a_batch_are_counted_up_to_their_end():
     assert ar.forwards == [len(row) for row in ar.tokens]
 
 
-def test_a_race_compares_with_its_first_contestant():
+def test_a_race_compares_every_contestant_with_the_first():
     model = hf_jacobi.enable(tiny_model())
     other = hf_jacobi.enable(tiny_model(seed=1))
     contestants = {"AR": (model, AR), "Jacobi": (model, JACOBI), "another model": (other, JACOBI)}
@@ -92,7 +92,7 @@ def test_a_race_compares_with_its_first_contestant():
     assert figures["Jacobi"]["speedup"] == pytest.approx(pace[0] / pace[1])
 
 
-def test_other_ways_that_a_generation_config_asks_for_are_left_out():
+def test_other_decoding_methods_in_a_generation_config_are_overridden():
     model = hf_jacobi.enable(tiny_model())
     expected = measure(model, padded_prompts(2), AR, 10).tokens
     model.generation_config.prompt_lookup_num_tokens = 5

@@ -1,4 +1,4 @@
-"""The metrics, loaded as users of `evaluate` load them, without a network."""
+"""The metrics, loaded without a network, as users of `evaluate` load them."""
 
 import doctest
 
@@ -6,6 +6,7 @@ import evaluate
 import pytest
 
 from hf_jacobi.evaluation.metrics import NAMES, path_of
+from hf_jacobi.training.figures import Tally
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -23,11 +24,18 @@ def test_every_metric_gives_what_its_example_says(name, tmp_path):
     assert eval(example.source, {name: metric}) == eval(example.want)
 
 
-def test_a_text_that_ends_early_agrees_up_to_there(tmp_path):
-    agreement = evaluate.load(path_of("agreement"), cache_dir=str(tmp_path))
-    assert agreement.compute(predictions=[[1, 2]], references=[[1, 2, 3, 4]]) == {"tokens": 0.5, "texts": 0.0}
+def test_agreement_is_the_share_of_the_reference_as_in_the_training_log(tmp_path):
+    metric = evaluate.load(path_of("agreement"), cache_dir=str(tmp_path))
+    for text, other, share in (([1, 2], [1, 2, 3, 4], 0.5), ([1, 2, 3, 4], [1, 2], 1.0), ([], [], 1.0)):
+        tally = Tally()
+        tally.add([], 1, text, other)
+        assert metric.compute(predictions=[text], references=[other]) == {
+            "tokens": share,
+            "texts": float(text == other),
+        }
+        assert tally.figures()["agreement"] == share or not other
 
 
-def test_a_metric_that_is_not_there():
+def test_an_unknown_metric_is_refused():
     with pytest.raises(ValueError, match="there is no metric 'bleu'"):
         path_of("bleu")

@@ -1,4 +1,4 @@
-"""A model with an adapter is compared in its fastest form: AR never runs through PEFT's layers."""
+"""A model with an adapter is compared in its fastest form, so AR never runs through PEFT's layers."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ JACOBI = Method("Jacobi", "jacobi", {"block_size": 8})
 
 
 def adapted(scale: float = 0.02, **settings) -> PeftModel:
-    """A model whose drafts come true, with a LoRA that changes a little."""
+    """A model whose drafts are accepted, with a LoRA that changes it slightly."""
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings)
     model = get_peft_model(trained_model(), config).eval()
     torch.manual_seed(0)
@@ -38,7 +38,7 @@ def has_layers(model) -> bool:
 
 
 def loaded_by_transformers(folder, **settings):
-    """A model as transformers loads the folder of an adapter: with PEFT's layers, but without PEFT's wrapper."""
+    """A model that transformers loads from an adapter's folder: with PEFT's layers, but without PEFT's wrapper."""
     trained_model().save_pretrained(folder / "base")
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **settings))
@@ -51,7 +51,7 @@ def loaded_by_transformers(folder, **settings):
 
 
 def contestants_of(monkeypatch, module) -> dict:
-    """What takes part in the race that a module runs."""
+    """The contestants of the race that a module runs."""
     seen = {}
     race = module.race
 
@@ -63,7 +63,7 @@ def contestants_of(monkeypatch, module) -> dict:
     return seen
 
 
-def test_beside_a_draft_only_adapter_the_base_model_writes_and_shares_its_weights():
+def test_with_a_draft_only_adapter_the_base_model_decodes_by_ar_and_shares_the_weights():
     model = adapted(**DRAFT_ONLY)
     fast, writer = fastest_pair(model)
     assert fast is model and has_layers(model) and not has_layers(writer)
@@ -82,7 +82,7 @@ def test_a_lora_for_all_tokens_is_merged_in_a_copy():
 
 
 @pytest.mark.parametrize("settings", [{}, DRAFT_ONLY], ids=["all tokens", "draft only"])
-def test_what_transformers_loads_from_an_adapters_folder_is_taken_apart_too(tmp_path, settings):
+def test_a_model_that_transformers_loads_from_an_adapters_folder_is_supported(tmp_path, settings):
     model = loaded_by_transformers(tmp_path, **settings)
     assert has_layers(model) and not isinstance(model, PeftModel)
     fast, writer = fastest_pair(model)
@@ -91,18 +91,18 @@ def test_what_transformers_loads_from_an_adapters_folder_is_taken_apart_too(tmp_
         torch.testing.assert_close(writer(**padded_prompts(1)).logits, model(**padded_prompts(1)).logits)
 
 
-def test_a_model_without_an_adapter_is_itself():
+def test_a_model_without_an_adapter_is_returned_unchanged():
     model = trained_model()
     assert fastest_pair(model) == (model, model)
     assert fastest_pair(adapted(), model)[1] is model
 
 
-def test_a_base_with_an_adapter_is_taken_apart_as_well():
+def test_a_base_with_an_adapter_loses_pefts_layers_too():
     model = adapted(**DRAFT_ONLY)
     assert not has_layers(fastest_pair(model, model)[1])
 
 
-def test_an_adapter_that_is_off_takes_no_part():
+def test_an_adapter_that_is_off_is_not_merged():
     model = adapted()
     model.disable_adapter_layers()
     fast, writer = fastest_pair(model)
@@ -119,13 +119,13 @@ def test_an_adapter_that_is_off_takes_no_part():
     ],
     ids=["from a token on", "virtual tokens"],
 )
-def test_what_cannot_be_merged_needs_a_base(config):
+def test_an_adapter_that_cannot_be_merged_needs_a_base(config):
     model = hf_jacobi.enable(get_peft_model(trained_model(), config))
     with pytest.raises(ValueError, match="pass `base`"):
         bench(model, tiny_tokenizer(), PROMPTS, (AR, JACOBI), max_new_tokens=4)
 
 
-def test_a_forward_that_was_replaced_is_not_copied():
+def test_a_model_with_a_replaced_forward_is_refused():
     model = adapted()
     inner = model.get_base_model()
     inner.forward = inner.forward  # as torch.compile and hooks do
@@ -134,7 +134,7 @@ def test_a_forward_that_was_replaced_is_not_copied():
 
 
 @pytest.mark.parametrize("settings", [{}, DRAFT_ONLY], ids=["all tokens", "draft only"])
-def test_bench_and_tune_in_python_run_ar_without_pefts_layers(monkeypatch, settings):
+def test_bench_and_tune_run_ar_without_pefts_layers(monkeypatch, settings):
     model = hf_jacobi.enable(adapted(**settings))
     seen = contestants_of(monkeypatch, bench_module)
     report = bench(model, tiny_tokenizer(), PROMPTS, (AR, PROMPT_LOOKUP, JACOBI), max_new_tokens=24)

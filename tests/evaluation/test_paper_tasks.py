@@ -1,4 +1,4 @@
-"""The paper's tasks are found by name, asked in its words, decoded with its settings, and scored right."""
+"""The paper's tasks are found by name and use its prompts, its settings and its scoring."""
 
 import sys
 import types
@@ -27,7 +27,7 @@ DOCS = {
 
 @pytest.fixture(scope="module")
 def tasks():
-    """The tasks, on one question each instead of the data sets of the Hub."""
+    """The tasks, each with one question instead of its data set on the Hub."""
     with pytest.MonkeyPatch.context() as patch:
         data = {name: datasets.DatasetDict(test=datasets.Dataset.from_list([doc])) for name, doc in DOCS.items()}
         manager = TaskManager(include_path=str(TASKS))
@@ -72,7 +72,7 @@ def test_only_numbers_are_compared_as_numbers(expected, answer, score):
     assert scoring.boxed_answer({"answer": expected}, [f"\\boxed{{{answer}}}"]) == {"exact_match": score}
 
 
-def test_programs_stand_behind_the_prompt(tasks, monkeypatch):
+def test_programs_follow_the_prompt(tasks, monkeypatch):
     doc = DOCS["paper_humaneval"]
     answers = ["Here:\n```python3\nx = 1\n```\nAnd\n```\ny\n```", "x = 2", "```Python\ncut = 1"]
     programs = scoring.programs([answers], [doc])[0]

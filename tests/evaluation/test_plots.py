@@ -1,4 +1,4 @@
-"""Pictures are drawn of what the library returns, and show its numbers."""
+"""Plots show the numbers that the library returns."""
 
 import matplotlib
 import pytest
@@ -31,22 +31,22 @@ def test_a_packed_row_shows_every_entry():
     assert len(axes.patches) == 7 * 12
 
 
-def test_of_a_long_row_a_part_is_drawn_and_named():
+def test_the_title_names_the_part_of_a_long_row_that_is_drawn():
     long = {column: list(values) * 108 for column, values in PACKED.items()}
     for arguments, part in (({}, "0 to 63"), ({"first": 1290}, "1290 to 1295")):
         axes = plots.packed_row(long, **arguments)
         assert axes.get_title(loc="left") == f"tokens {part} of 0 to 1295"
-        assert axes.figure.get_size_inches()[0] * 100 < 4000, "pixels that a viewer shows"
+        assert axes.figure.get_size_inches()[0] * 100 < 4000, "within the pixels that a viewer can show"
         first = arguments.get("first", 0)
         shown = axes.texts[: -len(plots.SHOWN) : len(plots.SHOWN)]
         assert [text.get_text() for text in shown] == list(map(str, long["input_ids"][first : first + 64]))
-    assert plots.packed_row(PACKED).get_title(loc="left") == "", "all of it"
+    assert plots.packed_row(PACKED).get_title(loc="left") == "", "the whole row is drawn"
     with pytest.raises(ValueError, match="tokens 0 to 11"):
         plots.packed_row(PACKED, first=12)
 
 
-def test_no_legend_hides_a_bar():
-    """Whatever the number of batch sizes, and wherever the bars end."""
+def test_no_legend_covers_a_bar():
+    """This holds for any number of batch sizes and any length of the bars."""
     row = {"tokens_per_forward": 2.0, "slowest": 0.9, "speedup": 1.0, "fastest": 1.1}
     results = [row | {"batch_size": size, "decoding": name} for size in (1, 4, 16, 64) for name in map(str, range(8))]
     axes = plots.bench_bars({"results": results})
@@ -70,7 +70,7 @@ def test_a_trajectory_colours_what_was_committed(output):
     steps = [step for step in record.steps if step.draft]
     committed = sum(min(len(step.accepted), len(step.draft)) - 1 for step in steps if step.accepted)
     painted = colours.count(plots.ACCEPTED) + colours.count(plots.RECYCLED)
-    assert committed <= painted <= committed + 1, "a text may end inside a draft"
+    assert committed <= painted <= committed + 1, "a text can end inside a draft"
     assert (colours.count(plots.RECYCLED) > 0) == (stats.recycled_tokens > 0)
     assert plots.WRONG in colours
     assert len(plots.trajectory(record, forwards=3).patches) < len(axes.patches)
@@ -92,10 +92,10 @@ def test_the_mask_of_a_row():
     seen = image.get_array()
     assert seen.shape == (len(PACKED["input_ids"]),) * 2 and seen.diagonal().all()
     clean = [block < 0 for block in PACKED["block_ids"]]
-    assert not seen[: sum(clean), sum(clean) :].any(), "text sees no noise"
+    assert not seen[: sum(clean), sum(clean) :].any(), "clean tokens do not attend to noise"
 
 
-def test_a_trajectory_is_drawn_of_what_generate_returns(output):
+def test_the_output_of_generate_is_drawn_row_by_row(output):
     first, second = (plots.trajectory(record, forwards=100) for record in output.trajectory)
     whole = plots.trajectory(output.trajectory, forwards=100)
     assert [patch.get_xy() for patch in whole.patches] == [patch.get_xy() for patch in first.patches]

@@ -1,4 +1,4 @@
-"""Tuning on a model whose forwards take a known time."""
+"""Tuning of a model whose forwards take a known time."""
 
 import functools
 
@@ -19,7 +19,7 @@ GRID = ({}, {"block_size": 4}, {"block_size": 16}, {"block_size": 64})
 
 
 class Clock:
-    """A clock that forwards alone move on, so that no busy machine can change a figure."""
+    """A clock that only forwards advance, so that other load on the machine cannot change a figure."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -51,7 +51,7 @@ def knee_at_eight(tokens: int) -> float:
 
 
 def drafting():
-    """A model whose text drafts and n-grams come true in, and which never ends it."""
+    """A model whose drafts and n-grams are accepted, and whose text never ends."""
     model = trained_model()
     model.generation_config.eos_token_id = None
     return model
@@ -68,7 +68,7 @@ def test_the_prediction_is_within_15_percent_of_the_measurement(report):
 
 
 def widths_of(prompts, settings, new_tokens: int = 24) -> list[int]:
-    """How many tokens each forward scores with these settings, the prefill counted as one, seen by decoding."""
+    """The number of tokens that each forward scores with these settings, counted while decoding; 1 for the prefill."""
     call = {"max_new_tokens": new_tokens, "do_sample": False, "decoding": "jacobi", "jacobi_config": settings}
     call |= {"return_dict_in_generate": True, "output_trajectory": True}
     model = hf_jacobi.enable(drafting())
@@ -77,8 +77,8 @@ def widths_of(prompts, settings, new_tokens: int = 24) -> list[int]:
     return [len(step.draft) for out in outs for step in out.trajectory[0].steps]
 
 
-def test_where_positions_are_free_fewest_forwards_win(clock):
-    """Every forward takes as long as any other: the speed-up is AR's forwards over those of the winner."""
+def test_if_positions_cost_nothing_the_fewest_forwards_win(clock):
+    """All forwards take equally long, so the speed-up is AR's number of forwards over the winner's."""
     report = tune(
         clock.timed(drafting(), lambda tokens: 0.01), tiny_tokenizer(), PROMPTS, grid=GRID, max_new_tokens=24
     )
@@ -89,8 +89,8 @@ def test_where_positions_are_free_fewest_forwards_win(clock):
     assert report["speedup"] == pytest.approx(2 * 24 / min(forwards))
 
 
-def test_where_wide_forwards_take_long_a_narrow_draft_wins(clock):
-    """Beyond eight tokens a forward costs a hundred times as much, so that nothing wider can pay."""
+def test_if_wide_forwards_take_long_a_narrow_draft_wins(clock):
+    """A forward over more than eight tokens costs a hundred times as much, so wider drafts cannot pay."""
     narrow, wide = {"block_size": 4, "pool_size": 0}, {"block_size": 16, "pool_size": 0}
     model = clock.timed(drafting(), lambda tokens: 0.01 if tokens <= 8 else 1.0)
     report = tune(model, tiny_tokenizer(), PROMPTS, grid=(wide, narrow), max_new_tokens=24)
@@ -99,8 +99,8 @@ def test_where_wide_forwards_take_long_a_narrow_draft_wins(clock):
 
 
 @pytest.mark.parametrize(("speedup", "decoding"), [(1.005, "ar"), (1.05, "jacobi")])
-def test_what_is_hardly_faster_than_ar_is_not_worth_it(clock, speedup, decoding):
-    """A forward over a draft costs what it yields, but for a trifle."""
+def test_a_speedup_within_noise_is_not_worthwhile(clock, speedup, decoding):
+    """A forward over a draft costs almost as much as AR takes for the tokens that it yields."""
     settings = {"block_size": 4, "pool_size": 0}
     widths = widths_of(PROMPTS[:1], settings)
     cost = (24 / speedup - widths.count(1)) / (len(widths) - widths.count(1))
@@ -110,7 +110,7 @@ def test_what_is_hardly_faster_than_ar_is_not_worth_it(clock, speedup, decoding)
     assert report["decoding"] == decoding
 
 
-def test_what_was_chosen_was_checked_and_writes_the_same_text(report):
+def test_the_chosen_settings_were_measured_and_give_the_same_text(report):
     assert set(report["checked"]) >= {"AR", str(report["jacobi"])} and len(report["checked"]) == 4
     assert all(row["identical"] == 1 for row in report["checked"].values())
 
@@ -121,20 +121,20 @@ def test_the_costs_are_those_of_the_model(report):
     assert seconds["1"] == pytest.approx([knee_at_eight(count) for count in tokens])
 
 
-def test_where_tokens_cost_what_they_yield_it_says_ar(clock):
+def test_if_the_cost_is_proportional_to_the_tokens_ar_is_chosen(clock):
     model = clock.timed(drafting(), lambda tokens: 0.003 * tokens)
     report = tune(model, tiny_tokenizer(), PROMPTS[:1], grid=({"block_size": 8, "pool_size": 0},), max_new_tokens=8)
     assert report["decoding"] == "ar" and report["speedup"] < 1
 
 
-def test_the_pictures(report):
+def test_the_plots(report):
     assert len(plots.knee(report).lines[0].get_xdata()) == len(report["costs"]["tokens"])
     assert len(plots.tuned_settings(report).collections[-2].get_offsets()) == len(report["grid"])
     assert len(plots.predicted_against_measured(report).collections[0].get_offsets()) == 3
 
 
 def test_no_prompts_are_refused():
-    with pytest.raises(ValueError, match="no prompts"):
+    with pytest.raises(ValueError, match="there are no prompts"):
         tune(hf_jacobi.enable(tiny_model()), tiny_tokenizer(), [])
 
 
@@ -142,25 +142,25 @@ def test_the_costs_of_a_model_with_a_sliding_window():
     assert len(measure_costs(tiny_model("gemma3"), sizes=(1, 4), repeats=1).points) == 2
 
 
-def test_settings_that_adapt_are_tried_at_the_measured_cost(report):
-    """At that of the forward alone, relative to one position; settings that do not adapt need none."""
+def test_adaptive_settings_are_tried_with_the_measured_cost(report):
+    """It is the cost of the forward alone, relative to one position; other settings need none."""
     costs = [row["settings"].get("position_cost") for row in report["grid"]]
     assert costs[1:] == [None] * 3 and costs[0][:4] == [[1, 1.0], [2, 1.0], [4, 1.0], [8, 1.0]]
     assert dict(map(tuple, costs[0]))[16] == pytest.approx(1 + 0.08 * 8)
     assert JacobiConfig(position_cost=costs[0]).adapts
 
 
-def test_costs_are_measured_for_every_batch_size_asked_for(clock):
+def test_costs_are_measured_for_every_requested_batch_size(clock):
     model = clock.timed(drafting(), knee_at_eight)
     report = tune(model, tiny_tokenizer(), PROMPTS, grid=({},), batch_sizes=(4, 16), max_new_tokens=24)
     assert report["decoding"] == "jacobi" and list(report["costs"]["seconds"]) == ["1", "4", "16"]
     settings = JacobiConfig(**report["jacobi"])
     assert list(settings.position_cost) == ["1", "4", "16"]
-    assert CostCurve.of(settings.position_cost, 3).points[-1][0] == 32, "128 tokens in all"
+    assert CostCurve.of(settings.position_cost, 3).points[-1][0] == 32, "128 tokens in total"
     assert len(plots.knee(report).get_legend().get_texts()) == 2
 
 
-def test_costs_measured_elsewhere_are_replaced(clock):
+def test_a_checkpoints_old_costs_are_replaced(clock):
     model = clock.timed(drafting(), knee_at_eight)
     report = tune(model, tiny_tokenizer(), PROMPTS, grid=(), present={"position_cost": 5.0}, max_new_tokens=24)
     assert report["jacobi"]["position_cost"][0] == [1, 1.0] and report["decoding"] == "jacobi"
@@ -171,14 +171,14 @@ def test_the_costs_of_a_model_with_few_positions():
     assert [tokens for tokens, _ in curve.points] == [1, 2, 4, 8, 16, 32]
 
 
-def test_a_setting_that_drafts_nothing_is_no_winner(clock):
+def test_a_setting_that_drafts_nothing_does_not_win(clock):
     model = clock.timed(drafting(), lambda tokens: 0.002)
     nothing = ({"block_size": 1, "pool_size": 0},)
     assert tune(model, tiny_tokenizer(), PROMPTS, grid=nothing, max_new_tokens=6)["decoding"] == "ar"
 
 
-def test_the_present_settings_compete_and_stay_unless_others_are_faster(clock):
-    """Every forward takes as long as any other, so that fewest forwards are fastest."""
+def test_the_present_settings_compete_and_are_kept_unless_others_are_faster(clock):
+    """All forwards take equally long, so the fewest forwards are fastest."""
     present = {"block_size": 6, "pool_size": 0, "draft_init": "prompt"}
     model = clock.timed(drafting(), lambda tokens: 0.01)
     model.generation_config.jacobi = hf_jacobi.JacobiConfig(**present, seed=3).to_dict()
@@ -188,19 +188,19 @@ def test_the_present_settings_compete_and_stay_unless_others_are_faster(clock):
     assert [row["settings"] for row in report["grid"]] == [{**present, "seed": 3}, {**slower, "seed": 3}]
     assert report["jacobi"] == {**present, "seed": 3} and report["speedup"] > 1.5
     same = {**present, "ngram_size": 5}
-    assert run(grid=(same,))["jacobi"] == {**present, "seed": 3}, "as fast as what is there"
+    assert run(grid=(same,))["jacobi"] == {**present, "seed": 3}, "as fast as the present settings"
     faster = {**present, "block_size": 16}
     assert len(widths_of(PROMPTS, faster)) < len(widths_of(PROMPTS, present))
     assert run(grid=(slower, faster))["jacobi"] == {**faster, "seed": 3}
 
 
-def test_the_present_settings_are_checked_however_little_they_promise(clock):
+def test_the_present_settings_are_measured_even_if_their_prediction_is_low(clock):
     model = clock.timed(drafting(), lambda tokens: 0.01)
     present = {"block_size": 1, "pool_size": 0}
     report = tune(model, tiny_tokenizer(), PROMPTS, grid=GRID, present=present, max_new_tokens=12)
     assert str(present) in report["checked"] and report["jacobi"] != present
 
 
-def test_first_guesses_out_of_the_prompt_are_tried():
+def test_first_guesses_from_the_prompt_are_tried():
     prompt = [settings for settings in tune_module.GRID if settings.get("draft_init") == "prompt"]
     assert {"block_size": 32, "pool_size": 0, "draft_init": "prompt"} in prompt and len(prompt) > 2

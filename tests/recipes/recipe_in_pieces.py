@@ -1,6 +1,6 @@
 """
-Runs a recipe twice: undisturbed, and killed again and again, each time a little later. Not a test: `test_killed.py`
-runs it. Forks before anything is computed, so that what takes seconds is imported once.
+Runs a recipe twice: without interruption, and killed repeatedly, each time a little later. This is not a test:
+`test_killed.py` runs it. It forks before anything is computed, so that slow imports happen once.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import signal
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot  # noqa: F401 -- so that forks need not
+import matplotlib.pyplot  # noqa: F401 -- imported once, before the forks
 from transformers import Trainer
 
 from hf_jacobi.recipes import run_recipe
 from hf_jacobi.recipes.display import Display
 
 
-EVENTS = (  # after which a run may be killed: files that take their place, steps, halves of checkpoints
+EVENTS = (  # after which a run can be killed: files that are moved into place, steps, halves of checkpoints
     (os, "replace"),
     (os, "rename"),
     (Path, "touch"),
@@ -32,7 +32,7 @@ EVENTS = (  # after which a run may be killed: files that take their place, step
 
 
 def killed_after(events: int, log: Path) -> None:
-    """Has this process killed after so many events; the log gets a line on where it was."""
+    """Lets this process be killed after a number of events, and writes into the log where that was."""
     seen, stage = [], ["start"]
     begin = Display.begin
 
@@ -57,7 +57,7 @@ def killed_after(events: int, log: Path) -> None:
 
 
 def run_in_a_fork(recipe: dict, folder: Path, events: int | None, log: Path) -> bool:
-    """Whether the run came to its end."""
+    """Whether the run was completed."""
     child = os.fork()
     if not child:
         try:

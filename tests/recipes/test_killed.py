@@ -1,4 +1,4 @@
-"""A recipe that is killed at any moment and started again comes to the same files, bit for bit."""
+"""A recipe that is killed at any moment and started again writes the same files, bit for bit."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from models import tiny_tokenizer, trained_model
 
 
 HERE = Path(__file__).parent
-OF_CLOCK = (".seconds", ".lock")  # how long it took, and who was there
+OF_CLOCK = (".seconds", ".lock")  # run times and locks, which differ from run to run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -20,8 +20,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_killed_at_every_stage_it_comes_to_the_same_files(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_recipe_killed_at_every_stage_writes_the_same_files(tmp_path):
     model = tmp_path / "base"
     trained_model().save_pretrained(model)
     tiny_tokenizer().save_pretrained(model)

@@ -1,4 +1,4 @@
-"""Recipes: what is refused before any work, what a run comes to, and which checkpoint it takes."""
+"""Recipes: what is refused before any work, the result of a run, and which checkpoint is chosen."""
 
 import json
 import subprocess
@@ -75,23 +75,28 @@ def recipe(model: str = "some/model", **changes) -> dict:
         ({"phases": [{"block_size": 4, "collect": "previous"}]}, "there is no phase before it"),
         (
             {"phases": [{"block_size": 4}, {"block_size": 8, "collect": "previous"}]},
-            "takes the trajectories of the phase before, whose blocks have 4",
+            "reuses the trajectories of the previous phase, whose blocks have 4 tokens: set its block_size to 4",
         ),
         ({"collect": {"max_tokens": 5}}, "collect has no setting 'max_tokens': did you mean 'max_new_tokens'"),
-        ({"collect": {"output_dir": "here"}}, "collect.output_dir is not for a recipe"),
-        ({"collect": {"block_size": 4}}, "collect.block_size is not for a recipe: it stands beside the phase"),
-        ({"pack": {"progress": True}}, "pack.progress is not for a recipe"),
+        ({"collect": {"output_dir": "here"}}, "collect.output_dir cannot be set in a recipe"),
+        (
+            {"collect": {"block_size": 4}},
+            "collect.block_size cannot be set in a recipe: set `block_size` of the phase",
+        ),
+        ({"pack": {"progress": True}}, "pack.progress cannot be set in a recipe"),
         ({"collect": {"as_chat": "yes"}}, "collect.as_chat must be true or false, got 'yes'"),
         ({"collect": {"repetition": "stop"}}, "collect: `repetition` must be one of"),
         ({"collect": {"dtype": "half"}}, "collect.dtype must be one of"),
         ({"collect": {"max_prompts": 0}}, "`collect.max_prompts` must be at least 1"),
         ({"pack": {"window": 2}}, "pack has no setting 'window': did you mean 'window_size'"),
         ({"pack": {"max_noise": 2.0}}, "pack: "),
-        ({"pack": {"only_right": True}}, "pack.only_right keeps the answers that choose.score says are right"),
+        ({"pack": {"shard_size": 0}}, "pack: `shard_size` must be at least 1"),
+        ({"pack": {"pack_samples": True}}, "pack: `pack_samples=True` fills rows up to `max_length`"),
+        ({"pack": {"only_right": True}}, "pack.only_right keeps the answers that choose.score accepts"),
         ({"train": {"learnin_rate": 1e-3}}, "train has no setting 'learnin_rate': did you mean 'learning_rate'"),
         ({"train": {"learning_rate": "fast"}}, "train.learning_rate must be a number, got 'fast'"),
         ({"train": {"max_steps": True}}, "train.max_steps must be a whole number, got True"),
-        ({"train": {"output_dir": "x"}}, "train.output_dir is not for a recipe: the recipe's folder"),
+        ({"train": {"output_dir": "x"}}, "train.output_dir cannot be set in a recipe: everything is written into"),
         ({"train": {"save_steps": 0.1}}, "`train.save_steps` must be a whole number"),
         ({"train": {"save_steps": 5, "logging_steps": 2}}, "save_steps must be a multiple of train.logging_steps"),
         ({"train": {"adapter_scope": "draft"}}, "trains an adapter: give the recipe an `adapter`"),
@@ -99,11 +104,11 @@ def recipe(model: str = "some/model", **changes) -> dict:
             {"phases": [{"block_size": 4, "train": {"bf16": True}}, {"block_size": 4}]},
             "train.bf16 must be the same in all phases",
         ),
-        ({"train": {"refresh_steps": 4}}, "train.refresh_steps is not for a recipe"),
+        ({"train": {"refresh_steps": 4}}, "train.refresh_steps cannot be set in a recipe"),
         ({"choose": {"counts": 3}}, "choose has no setting 'counts': did you mean 'count'"),
         ({"choose": {"min_agreement": 2}}, "choose.min_agreement must be from 0 to 1"),
-        ({"choose": {"jacobi_config": {"block_size": None}}}, "follows the clock"),
-        ({"choose": {"jacobi_config": {"adaptive": True}}}, "follows the clock"),
+        ({"choose": {"jacobi_config": {"block_size": None}}}, "depends on the timing of this machine"),
+        ({"choose": {"jacobi_config": {"adaptive": True}}}, "depends on the timing of this machine"),
         ({"choose": {"jacobi_config": {"blocksize": 4}}}, "unknown settings"),
         ({"pack": {"noise": "uniform"}}, "pack has no setting 'window_size'"),
         ({"adapter": {"rank": 4}}, "adapter has no setting 'rank'"),
@@ -137,16 +142,20 @@ def test_a_wrong_recipe_is_refused_in_a_sentence(changes, message):
         ),
     ],
 )
-def test_what_is_missing_is_said_before_any_work(changes, message, model, tmp_path):
+def test_what_is_missing_is_reported_before_any_work(changes, message, model, tmp_path):
     with pytest.raises(UsageError, match=message):
         run_recipe(recipe(**{"model": model} | changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_named(model, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_by_a_dry_run_too(model, tmp_path, capsys):
     (tmp_path / "file").touch()
     with pytest.raises(MissingFile, match=r"cannot be written \(Not a directory\): name another folder"):
         run_recipe(recipe(model), tmp_path / "file" / "out")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe(model)))
+    command = ["recipe", str(tmp_path / "recipe.yaml"), "--output-dir", str(tmp_path / "file" / "out"), "--dry-run"]
+    assert main(command) == 2
+    assert "cannot be written (Not a directory)" in capsys.readouterr().err
 
 
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
@@ -161,14 +170,14 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path):
         read_recipe(tmp_path / "none.yaml")
 
 
-def test_a_recipe_is_read_alike_after_a_command_line_was():
-    HfArgumentParser(JacobiForcingConfig)  # changes the fields of the class
+def test_a_recipe_is_read_in_the_same_way_after_a_command_line_was_parsed():
+    HfArgumentParser(JacobiForcingConfig)  # changes the types of the class's fields
     given = {"model_init_kwargs": {"attn_implementation": "eager"}, "jacobi_config": {"block_size": 4}}
     train = read_recipe(recipe(train=given)).phases[0].train
     assert train.items() >= given.items()
 
 
-def test_settings_above_the_phases_are_for_all_and_a_phase_has_its_own():
+def test_settings_at_the_top_level_are_for_all_phases_and_a_phase_overrides_them():
     phases = [{"block_size": 4}, {"block_size": 8, "pack": {"window_size": 1}, "train": {"seed": 7}}]
     first, second = read_recipe(recipe(phases=phases, seed=3)).phases
     assert (first.name, second.name) == ("1-n4", "2-n8")
@@ -178,7 +187,7 @@ def test_settings_above_the_phases_are_for_all_and_a_phase_has_its_own():
 
 @pytest.mark.parametrize("name", ["paper", "cllm", "draft_only", "miniature"])
 def test_the_examples_are_recipes(name, tmp_path):
-    HfArgumentParser(hf_jacobi.JacobiForcingConfig)  # which changes what the fields of the class say of their types
+    HfArgumentParser(hf_jacobi.JacobiForcingConfig)  # changes the types of the class's fields
     found = read_recipe(EXAMPLES / f"{name}.yaml")
     for phase in found.phases:
         phase.train.update(use_cpu=True)
@@ -193,7 +202,7 @@ def test_the_examples_are_recipes(name, tmp_path):
         assert [phase.collect is None for phase in found.phases] == [False, True, True]
 
 
-def test_the_fastest_that_keep_their_quality_are_chosen_and_of_these_the_best():
+def test_the_best_of_the_fastest_checkpoints_that_keep_their_quality_is_chosen():
     def point(step, tpf, agreement, **others):
         return {"step": step, "tokens_per_forward": tpf, "agreement": agreement} | others
 
@@ -201,13 +210,13 @@ def test_the_fastest_that_keep_their_quality_are_chosen_and_of_these_the_best():
     points = [point(1, 2.0, 0.9), point(2, 3.0, 0.7), point(3, 2.97, 0.8), point(4, 4.0, 0.4)]
     assert choose(points, before, Choice(min_agreement=0.5))["step"] == 3
     assert choose(points, before, Choice(min_agreement=0.5, near=0.0))["step"] == 2
-    assert choose(points, before, Choice(min_agreement=0.95))["step"] == 1, "none is good enough: the best"
+    assert choose(points, before, Choice(min_agreement=0.95))["step"] == 1, "none keeps its quality: the best"
     scored = [point(1, 2.0, 0.1, score=0.9), point(2, 3.0, 0.9, score=0.85), point(3, 2.5, 0.1, score=0.89)]
     assert choose(scored, before, Choice(max_score_loss=0.01))["step"] == 3
     assert choose(scored, before, Choice(max_score_loss=0.1))["step"] == 2
 
 
-def test_drafts_are_chosen_with_the_settings_that_the_model_keeps(model, tmp_path):
+def test_checkpoints_are_chosen_with_the_settings_that_the_model_keeps(model, tmp_path):
     decoding = {"draft_init": "vocabulary", "pool_size": 0}
     settings = {
         "adapter": {"r": 4, "target_modules": ["q_proj", "v_proj"]},
@@ -222,11 +231,11 @@ def test_drafts_are_chosen_with_the_settings_that_the_model_keeps(model, tmp_pat
     kept = json.loads((tmp_path / "model" / "generation_config.json").read_text())["jacobi"]
     assert kept.items() >= (decoding | {"block_size": 4}).items()
     packed = report["phases"][0]["packed"]
-    assert packed["noisy_blocks"] >= 2 * report["phases"][0]["trajectories"]["blocks"], "two copies of each"
+    assert packed["noisy_blocks"] >= 2 * report["phases"][0]["trajectories"]["blocks"], "two copies of each block"
 
 
 @pytest.mark.parametrize("settings", [{"position_cost": 0.1, "adaptive": True}, {"draft_init": "vocabulary"}])
-def test_settings_that_do_not_follow_the_clock_may_be_chosen_with(settings):
+def test_settings_that_do_not_depend_on_the_clock_are_allowed(settings):
     (phase,) = read_recipe(recipe(choose={"jacobi_config": settings})).phases
     assert phase.choose.decoding(8, 3) == {"block_size": 8, "seed": 3} | settings
 
@@ -238,8 +247,10 @@ def test_a_run_leaves_a_model_that_decodes_and_a_report(model, tmp_path):
     assert [point["step"] for point in first["curve"]] == [0, 1, 2]
     assert [point["step"] for point in second["curve"]] == [0, 1]
     assert first["curve"][0]["agreement"] == 1.0 and report["before"]["tokens_per_forward"] > 1
-    assert first["trajectories"]["sequences"] == 6, "two prompts are held out"
-    assert second["curve"][0]["agreement"] == first["curve"][first["chosen"]]["agreement"], "it goes on from there"
+    assert first["trajectories"]["sequences"] == 6, "two of eight prompts are held out"
+    assert second["curve"][0]["agreement"] == first["curve"][first["chosen"]]["agreement"], (
+        "the second phase starts from the chosen checkpoint"
+    )
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert f"| {first['chosen']} (chosen) |" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "curve.png").stat().st_size > 1000
@@ -259,17 +270,19 @@ def test_a_run_leaves_a_model_that_decodes_and_a_report(model, tmp_path):
     )  # fmt: skip
     from hf_jacobi.trajectories.prompts import open_prompts
 
-    assert trajectories[:] == open_prompts(str(tmp_path / "2-n8" / "trajectories"))[:], "from the model as it was then"
+    assert trajectories[:] == open_prompts(str(tmp_path / "2-n8" / "trajectories"))[:], (
+        "from the model of the first phase"
+    )
 
-    with pytest.raises(UsageError, match=r"begun with another recipe .*max_steps 1, now 2"):
+    with pytest.raises(UsageError, match=r"belongs to another recipe .*max_steps 1, now 2"):
         run_recipe(recipe(model, phases=[phases[0], {"block_size": 8}]), tmp_path)
-    assert run_recipe(recipe(model, phases=phases), tmp_path, progress=False) == report, "nothing is left to do"
+    assert run_recipe(recipe(model, phases=phases), tmp_path, progress=False) == report, "all stages are done"
     (tmp_path / "recipe.json").write_text("{")
     with pytest.raises(UsageError, match=r"recipe\.json is not a JSON file"):
         run_recipe(recipe(model, phases=phases), tmp_path)
 
 
-def test_a_folder_of_other_work_is_left_alone(model, tmp_path):
+def test_a_folder_with_other_work_is_refused_and_not_changed(model, tmp_path):
     (tmp_path / "model").mkdir()
     with pytest.raises(UsageError, match=r"holds other work \(model\)"):
         run_recipe(recipe(model), tmp_path)
@@ -285,12 +298,12 @@ def test_other_held_out_prompts_are_noticed(model, tmp_path):
         with pytest.raises(ZeroDivisionError):
             run_recipe(settings, tmp_path / "out", progress=False)
     file.write_text("\n".join(prompts(4)[2:]))
-    with pytest.raises(UsageError, match="held-out prompts are others than those"):
+    with pytest.raises(UsageError, match="held-out prompts differ from those"):
         run_recipe(settings, tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize("scope", ["all", "draft"])
-def test_an_adapter_is_trained_on_from_phase_to_phase(model, tmp_path, scope):
+def test_an_adapter_is_trained_further_from_phase_to_phase(model, tmp_path, scope):
     report = run_recipe(
         recipe(
             model,
@@ -314,10 +327,10 @@ def test_an_adapter_is_trained_on_from_phase_to_phase(model, tmp_path, scope):
     moved = [name for name in first if not torch.equal(first[name], second[name])]
     assert first.keys() == second.keys() and moved
     largest = max(float((first[name] - second[name]).abs().max()) for name in first)
-    assert largest < 0.01, "it goes on from the first adapter: another would begin elsewhere"
+    assert largest < 0.01, "the second phase continues the first adapter: a new one would differ more"
 
 
-def test_right_answers_are_trained_on_and_chosen_by(model, tmp_path):
+def test_only_correct_answers_are_trained_on_and_checkpoints_are_chosen_by_their_share(model, tmp_path):
     asked = []
 
     def score(row: dict, completion: str) -> bool:
@@ -334,7 +347,7 @@ def test_right_answers_are_trained_on_and_chosen_by(model, tmp_path):
         run_recipe(recipe(model), tmp_path / "other", score="no")
 
 
-def test_the_command_says_what_it_would_do_then_does_it(model, tmp_path, capsys):
+def test_a_dry_run_prints_the_plan_and_a_run_follows_it(model, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("\n".join(prompts(8)))
     settings = recipe("elsewhere", prompts="nowhere.txt")
     file = tmp_path / "recipe.yaml"

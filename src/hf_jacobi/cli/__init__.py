@@ -1,8 +1,8 @@
 """
 The command `hf-jacobi`.
 
-The modules of the commands say what can be typed, and import what takes seconds, torch and transformers among it, when
-they run.
+The modules of the commands define the options. They import torch, transformers and other slow packages only when they
+run.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     Runs `hf-jacobi COMMAND ...`; returns the exit status.
 
-    What the user can mend is said in a sentence, with status 2. Everything else is a fault of the program, and
-    is raised.
+    An error that the user can fix is printed as one sentence, with status 2. All other errors are bugs and are raised.
     """
     _print_any_text()
     arguments, debug = _parse(argv)
@@ -41,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
             status = arguments.run(arguments)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # whoever read this has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is said as Python ends
-        return 141  # as the shell calls it when the signal ends a program
+    except BrokenPipeError:  # the reader closed the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # keeps Python from printing an error at exit
+        return 141  # the shell's status for a program that SIGPIPE ended
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -51,48 +50,54 @@ def main(argv: list[str] | None = None) -> int:
             from ..decoding.compat import end_progress_bars
 
             end_progress_bars()
-        said = _for_the_user(error)
-        if said is None:
+        sentence = _for_the_user(error)
+        if sentence is None:
             raise
         if debug:
             traceback.print_exc()
-        print(f"hf-jacobi {arguments.command}: {said}", file=sys.stderr)
+        print(f"hf-jacobi {arguments.command}: {sentence}", file=sys.stderr)
         return 2
 
 
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, bool]:
-    """What was typed, and whether with `--debug`; ends the program where that is nothing that can run."""
+    """The parsed arguments, and whether `--debug` was given; exits if the arguments are invalid."""
     parser = argparse.ArgumentParser(prog="hf-jacobi", description="Decode many tokens per forward.")
+
+    def print_help(_: argparse.Namespace) -> int:
+        parser.print_help()
+        return 2
+
     parser.add_argument("--version", action="version", version=f"hf-jacobi {__version__}")
-    parser.set_defaults(run=lambda _: parser.print_help() or 2)
-    about = "show the traceback of an error, too"
+    parser.set_defaults(run=print_help)
+    about = "also show the traceback of an error"
     parser.add_argument(DEBUG, action="store_true", help=about)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=Parser)
     for module in COMMANDS:
         module.add_parser(commands)
     for name, command in commands.choices.items():
-        if name != "train":  # which has a parser of its own, and an option of transformers with this name
+        if name != "train":  # it has its own parser, in which transformers defines an option of this name
             command.add_argument(DEBUG, action="store_true", default=argparse.SUPPRESS, help=about)
-    arguments, arguments.rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args(argv)
+    arguments.rest = rest
     debug = vars(arguments).pop("debug")
     if arguments.command == "train":
-        arguments.rest, asked = _without_debug(arguments.rest)
-        return arguments, debug or asked
-    if arguments.rest:
-        commands.choices.get(arguments.command, parser).error(f"unrecognized arguments: {' '.join(arguments.rest)}")
+        arguments.rest, found = _without_debug(rest)
+        return arguments, debug or found
+    if rest:
+        commands.choices.get(arguments.command, parser).error(f"unrecognized arguments: {' '.join(rest)}")
     return arguments, debug
 
 
 def _without_debug(rest: list[str]) -> tuple[list[str], bool]:
-    """The options of `train` without a `--debug` that has no value; one with a value is transformers' own."""
+    """The options of `train` without our `--debug`, which has no value; a `--debug` with a value is transformers'."""
     ends = [*rest[1:], "--"]
     ours = {place for place, one in enumerate(rest) if one == DEBUG and ends[place].startswith("--")}
     return [one for place, one in enumerate(rest) if place not in ours], bool(ours)
 
 
 def _print_any_text() -> None:
-    """Lets streams escape what their encoding lacks, rather than fail in the middle of a text, or be closed."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- `None` where the caller closed it
+    """Makes stdout and stderr escape characters that their encoding lacks, and opens them if they are closed."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 -- `None` if the caller closed it
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if getattr(stream, "errors", None) == "strict" and hasattr(stream, "reconfigure"):
@@ -101,7 +106,7 @@ def _print_any_text() -> None:
 
 @contextmanager
 def _own_warnings_in_a_line():
-    """Shows warnings of this package without the place in its source, which tells the user nothing."""
+    """Shows warnings of this package in one line, without the source line that raised them."""
     with warnings.catch_warnings():
         others = warnings.showwarning
 
@@ -116,7 +121,7 @@ def _own_warnings_in_a_line():
 
 
 def _for_the_user(error: Exception) -> str | None:
-    """The sentence for an error that the user can mend; `None` for a fault of the program."""
+    """The sentence for an error that the user can fix; `None` for a bug."""
     if isinstance(error, UsageError):
         return str(error)
     if isinstance(error, OSError) and error.errno is not None:
@@ -125,7 +130,7 @@ def _for_the_user(error: Exception) -> str | None:
         if error.errno in NO_ROOM:
             return str(error.strerror)
     if isinstance(error, RuntimeError) and str(error) == "Could not determine home directory.":
-        return "a name begins with `~` and a user that is not known here: write the folder out."
+        return "a name begins with `~` and an unknown user: write the full path of the folder."
     if "huggingface_hub" in sys.modules:
         from ..hub.network import is_of_network, sentence_of
 

@@ -1,11 +1,12 @@
-"""`hf-jacobi bench`: ways of decoding side by side on this machine."""
+"""`hf-jacobi bench` compares decoding methods on this machine."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..decoding.errors import UsageError
-from .models import MODEL, find
+from .models import MODEL, Adapted, Found, find
 from .options import (
     Prompts,
     add_dtype,
@@ -21,20 +22,27 @@ from .options import (
 )
 
 
+if TYPE_CHECKING:
+    from ..evaluation.measuring import Method
+
+
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    about = (
-        "Measure AR, prompt lookup and Jacobi decoding in one run: tokens per forward, time, memory, same text or not"
-    )
+    about = "Compare the speed, memory and texts of AR, prompt lookup and Jacobi decoding in one run"
     parser = commands.add_parser("bench", help=about, description=about)
     parser.add_argument("model", nargs="?", help=MODEL)
-    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id; AR runs without PEFT")
+    parser.add_argument("--adapter", help="an adapter for MODEL, a folder or a Hub id; AR runs without PEFT's layers")
     add_prompts(parser, count=16)
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows together (default: 1)")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, help="length of the texts (default: 128)")
-    parser.add_argument("--repeats", type=positive, default=1, help="how often each batch is decoded (default: 1)")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1], help="rows per batch (default: 1)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, help="maximum tokens per text (default: 128)")
     parser.add_argument(
-        "--config", type=settings, action="append", help="settings of JacobiConfig as JSON instead; repeatable"
+        "--repeats", type=positive, default=1, help="how many times each batch is decoded (default: 1)"
+    )
+    parser.add_argument(
+        "--config",
+        type=settings,
+        action="append",
+        help="JacobiConfig settings as JSON, in place of the default ones; repeatable",
     )
     add_dtype(parser)
     parser.add_argument("--attention", help="attention implementation, such as sdpa or eager")
@@ -43,19 +51,21 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--evaluation",
         type=path,
-        help="write what `hf-jacobi push` puts into the model card to this JSON file, such as MODEL/evaluation.json",
+        help="write the figures for the model card to this JSON file, such as MODEL/evaluation.json",
     )
-    parser.add_argument("--plot", type=path, help="draw them into this PNG file (needs matplotlib)")
+    parser.add_argument("--plot", type=path, help="plot the figures into this PNG file (needs matplotlib)")
     parser.set_defaults(run=run)
 
 
 def run(arguments) -> int:
     """Runs the command."""
     if arguments.evaluation and arguments.config:
-        raise UsageError("--evaluation is of the checkpoint's own settings: drop --config, or write them with `tune`.")
+        raise UsageError(
+            "--evaluation measures the checkpoint's own settings: drop --config, or set them with `hf-jacobi tune`."
+        )
     given = [named(config) for config in arguments.config or []]
     if len(set(given)) < len(given):
-        raise UsageError(f"--config is there twice with {max(given, key=given.count)}: give it once.")
+        raise UsageError(f"--config appears twice with {max(given, key=given.count)}: give it once.")
     check_places(arguments.output, arguments.plot, arguments.evaluation)
     prompts = Prompts(arguments)
     found = find(arguments.model, arguments.adapter)
@@ -104,29 +114,29 @@ def _compile(model) -> None:
 
     from ..decoding.mixin import unwrap
 
-    inner = unwrap(model)  # PEFT's `generate` calls this one
+    inner = unwrap(model)  # whose forward PEFT's `generate` calls
     inner.forward = torch.compile(inner.forward, dynamic=True)
 
 
-def _methods(arguments, found, loaded):
-    """The ways of decoding that are compared, and the name of the one with the checkpoint's own settings."""
+def _methods(arguments, found: Found, loaded: Adapted) -> tuple[list[Method], str]:
+    """The decoding methods that are compared, and the name of the one with the checkpoint's own settings."""
     from ..evaluation.bench import DEFAULT, OWN, methods_of
     from ..evaluation.measuring import Method
 
     methods = list(methods_of(loaded.model))
     own = OWN if loaded.tuned else DEFAULT.name
-    if found.adapter is not None:  # whose settings are its own, not those of the model it is for
+    if found.adapter is not None:  # it has its own settings, which replace those of its base model
         own = "Jacobi, the adapter's"
         methods = [method for method in methods if method.name != OWN]
         first = next(index for index, method in enumerate(methods) if method.decoding == "jacobi")
         methods.insert(first, Method(own, "jacobi", loaded.config.to_dict()))
     if arguments.config:
-        asked = (Method(f"Jacobi, {named(config)}", "jacobi", config) for config in arguments.config)
-        methods = [*(method for method in methods if method.decoding != "jacobi"), *asked]
+        chosen = (Method(f"Jacobi, {named(config)}", "jacobi", config) for config in arguments.config)
+        methods = [*(method for method in methods if method.decoding != "jacobi"), *chosen]
     return methods, own
 
 
-def _write_evaluation(file: Path, report: dict, found, loaded, dataset: str, own: str) -> None:
+def _write_evaluation(file: Path, report: dict, found: Found, loaded: Adapted, dataset: str, own: str) -> None:
     from ..evaluation.bench import evaluation_of
     from ..hub.card import checked
 

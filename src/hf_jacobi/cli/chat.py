@@ -1,7 +1,8 @@
-"""`hf-jacobi chat`: a page, or the terminal, that shows which tokens came out of the same forward."""
+"""`hf-jacobi chat`: a chat in the browser or the terminal that shows which tokens each forward committed."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 import threading
@@ -22,26 +23,28 @@ if TYPE_CHECKING:
     from .models import Found
 
 
-PORT = 7860  # as Spaces have it
-LENGTH = 512  # tokens of an answer
+PORT = 7860  # the port of Spaces
+LENGTH = 512  # maximum tokens of an answer
 SHADES = ((16, "bold black on bright_green"), (8, "black on green"), (4, "bold green"), (2, "green"))
 TITLES = {"ar": "one token at a time", "jacobi": "Jacobi"}
 HELP = (
-    "An empty line or Ctrl-D ends the chat, Ctrl-C an answer; /1 to /{} ask an example, /clear starts anew. "
-    "A line that ends in \\ continues on the next."
+    "An empty line or Ctrl-D ends the chat, Ctrl-C stops an answer; /1 to /{} ask an example, /clear starts a new "
+    "chat. A line that ends in \\ continues on the next line."
 )
 
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    about = "Chat with a model in the browser: each forward's tokens in a colour, one token at a time beside it"
+    about = "Chat with a model in the browser: each forward's tokens in one colour, optionally next to AR"
     parser = commands.add_parser("chat", help=about, description=about)
     add_model(parser)
     add_address(parser, PORT)
-    parser.add_argument("--terminal", action="store_true", help="keep to the terminal")
-    parser.add_argument("--compare", action="store_true", help="write each answer one token at a time, too")
-    parser.add_argument("--max-new-tokens", type=positive, default=LENGTH, help=f"of an answer (default: {LENGTH})")
-    parser.add_argument("--no-browser", action="store_true", help="only serve the page, open no browser")
+    parser.add_argument("--terminal", action="store_true", help="chat in the terminal")
+    parser.add_argument("--compare", action="store_true", help="also write each answer one token at a time")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=LENGTH, help=f"maximum tokens per answer (default: {LENGTH})"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="serve the page without opening a browser")
     parser.set_defaults(run=run)
 
 
@@ -51,7 +54,7 @@ def run(arguments) -> int:
 
 
 def examples_for(found: Found) -> list[str]:
-    """Prompts to try: the miniature's own, or such as any model may answer."""
+    """Example prompts: the miniature's own, or prompts that suit any model."""
     if is_miniature(found):
         return json.loads((MINIATURE / "prompts.json").read_text(encoding="utf-8"))
     from ..evaluation.prompts import CHAT
@@ -80,7 +83,7 @@ def _as_page(arguments) -> int:
         max_new_tokens=arguments.max_new_tokens,
     )
     app, address = application(served, page), address_of(listening)
-    print(f"Chat with {served.name} at {address} (Ctrl-C ends it).", flush=True)
+    print(f"Chat with {served.name} at {address} (Ctrl-C stops the server).", flush=True)
     if not arguments.no_browser:
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
     serve(served, app, listening)
@@ -111,8 +114,9 @@ def _in_terminal(arguments) -> int:
 
 
 def _read() -> str | None:
-    """A message, which a backslash at the end of a line continues; `None` at the end."""
-    lines, sign = [], "\n> "
+    """A message, continued by a backslash at the end of a line; `None` at the end of the chat."""
+    lines: list[str] = []
+    sign = "\n> "
     while True:
         try:
             line = input(sign)
@@ -130,9 +134,9 @@ def _example(typed: str, examples: list[str]) -> str | None:
 
 
 def _exchange(conversation: Conversation, text: str, compare: bool) -> None:
-    """A message and its answer, one token at a time, too, where that is to be compared."""
+    """Sends a message and shows its answer; with `compare` also the answer written one token at a time."""
     conversation.ask(text)
-    answers = []
+    answers: list[Answer] = []
     try:
         with _screen(compare) as show:
             for decoding in ("jacobi", "ar") if compare else ("jacobi",):
@@ -152,16 +156,15 @@ def _shade(tokens: int) -> str:
 
 @contextmanager
 def _screen(compare: bool):
-    """Gives `show(decoding)`, which gives what is called with each portion of an answer."""
-    try:
-        from rich.console import Console
-        from rich.text import Text
-    except ImportError:
-        Console = None
-    if Console is None or not sys.stdout.isatty():
+    """Gives `show(decoding)`, which returns the function to call with each portion of an answer."""
+    if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
         yield lambda decoding: _plain(TITLES[decoding] if compare else None)
         print()
-    elif compare:
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    if compare:
         with SideBySide() as columns:
             yield lambda decoding: _column(columns(decoding), Text())
     else:
@@ -171,15 +174,16 @@ def _screen(compare: bool):
 
 
 def _plain(title: str | None):
-    """For pipes and files: the text as it comes, under a title."""
+    """Prints the text under a title as it grows, for pipes and files."""
     if title:
         print(f"\n--- {title} ---")
     return lambda text, tokens: print(text, end="", flush=True)
 
 
 def _column(show, text):
-    """For a column of its own, a text of rich that grows."""
-    start, counts = time.perf_counter(), []
+    """Shows the text, one of rich, in its column as it grows."""
+    start = time.perf_counter()
+    counts: list[int] = []
 
     def portion(more: str, tokens: int) -> None:
         counts.append(tokens)
@@ -190,17 +194,17 @@ def _column(show, text):
 
 
 def _figures(answers: list[Answer]) -> str:
-    """What an answer took, in a line; against one token at a time, where there is that."""
+    """The figures of an answer in one line, with the speed-up if it was also written one token at a time."""
     first = answers[0]
     line = (
         f"[{first.tokens} tokens in {len(first.forwards)} forwards, {first.tokens_per_forward:.2f} per forward; "
-        f"{first.tokens_per_second:.0f} tokens a second"
+        f"{first.tokens_per_second:.0f} tokens per second"
     )
     if any(answer.stopped for answer in answers):
         line += "; stopped"
     elif len(answers) == 2:
         other = answers[1]
-        faster = first.tokens_per_second / other.tokens_per_second if other.tokens_per_second else 0
-        same = "same text" if first.text == other.text else "another text"
-        line += f"; one token at a time {other.tokens_per_second:.0f}: {faster:.2f}x, {same}"
+        speedup = first.tokens_per_second / other.tokens_per_second if other.tokens_per_second else 0
+        same = "same text" if first.text == other.text else "different text"
+        line += f"; one token at a time {other.tokens_per_second:.0f}: speed-up {speedup:.2f}x, {same}"
     return wrapped(f"{line}]").rstrip("\n")

@@ -1,4 +1,4 @@
-"""`hf-jacobi collect`: a model completes prompts, and how each block of its text comes about is written down."""
+"""`hf-jacobi collect`: a model completes prompts, and the trajectory of every block is recorded."""
 
 from __future__ import annotations
 
@@ -6,14 +6,19 @@ import argparse
 import dataclasses
 import json
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 from ..decoding.errors import UsageError
 from .demo_model import DEMO_MODEL
 from .models import load
-from .options import add_dtype, check_folder, path, positive
+from .options import INTERRUPTED, add_dtype, check_folder, path, positive
 
 
-# Arguments that `collect_trajectories` does not take.
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+# Arguments of the command that are not arguments of `collect_trajectories`.
 OTHERS = (
     "dataset",
     "completions",
@@ -37,63 +42,83 @@ def add_parser(commands) -> None:
     source.add_argument(
         "--completions",
         metavar="DATA",
-        help="the same, of prompts with their completions, such as an engine's output: the states alone are computed",
+        help="data of the same kinds with prompts and completions, such as an engine's output: only the states of "
+        "these completions are computed",
     )
     parser.add_argument(
-        "--check", action="store_true", help="leave out completions that are not the model's greedy text"
+        "--check", action="store_true", help="with --completions: drop those that are not the model's greedy text"
     )
     parser.add_argument(
-        "--output-dir", type=path, required=True, help="where it is written; a run that was interrupted goes on there"
+        "--output-dir", type=path, required=True, help="the output folder; an interrupted run resumes there"
     )
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
     add_dtype(parser)
     parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
     parser.add_argument("--dataset-split", default="train", help="the split (default: train)")
-    parser.add_argument("--prompt-column", help="the column of the prompts (default: the first that looks like one)")
-    parser.add_argument("--as-chat", action="store_true", help="take each text for a user's message")
+    parser.add_argument("--prompt-column", help="the column with the prompts (default: the first with a usual name)")
+    parser.add_argument("--as-chat", action="store_true", help="treat each text as a user's message")
     parser.add_argument(
         "--chat-template-kwargs",
         type=template_settings,
         metavar="JSON",
         help="settings of the chat template, such as '{\"enable_thinking\": false}'",
     )
-    parser.add_argument("--strict", action="store_true", help="end at a prompt that cannot be used (default: skip it)")
-    parser.add_argument("--max-prompts", type=positive, help="use the first ones only")
-    parser.add_argument("--max-prompt-length", type=positive, help="drop prompts of more tokens")
-    parser.add_argument("--block-size", type=positive, default=32, help="tokens of a block (default: 32)")
-    parser.add_argument("--max-new-tokens", type=positive, default=512, help="longest completion (default: 512)")
-    parser.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
-    parser.add_argument("--temperature", type=float, help="of the samples (default: as the model has it)")
-    parser.add_argument("--top-k", type=positive, help="of the samples (default: as the model has it)")
-    parser.add_argument("--top-p", type=float, help="of the samples (default: as the model has it)")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at a prompt that cannot be used (default: skip it)"
+    )
+    parser.add_argument("--max-prompts", type=positive, help="use only this many prompts, from the start")
+    parser.add_argument("--max-prompt-length", type=positive, help="drop prompts with more tokens than this")
+    parser.add_argument("--block-size", type=positive, default=32, help="tokens per block (default: 32)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=512, help="maximum tokens per completion (default: 512)"
+    )
+    parser.add_argument("--do-sample", action="store_true", help="sample instead of decoding greedily")
+    parser.add_argument("--temperature", type=float, help="sampling temperature (default: the model's)")
+    parser.add_argument("--top-k", type=positive, help="top-k of the sampling (default: the model's)")
+    parser.add_argument("--top-p", type=float, help="top-p of the sampling (default: the model's)")
     parser.add_argument(
         "--draft-init",
         choices=("prompt", "vocabulary"),
         default="prompt",
-        help="what a block's first guess is drawn from (default: prompt)",
+        help="where the first guess of a block is drawn from (default: prompt)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of samples and first guesses (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of sampling and first guesses (default: 0)")
     parser.add_argument(
-        "--repetition", choices=("cut", "drop", "keep"), default="cut", help="text that ends in a loop"
+        "--repetition",
+        choices=("cut", "drop", "keep"),
+        default="cut",
+        help="what to do with text that ends in a loop (default: cut)",
     )
-    parser.add_argument("--overlong", choices=("keep", "drop"), default="keep", help="text without an end")
-    parser.add_argument("--empty", choices=("drop", "keep"), default="drop", help="text that is nothing but an end")
+    parser.add_argument(
+        "--overlong",
+        choices=("keep", "drop"),
+        default="keep",
+        help="what to do with text that has no end token (default: keep)",
+    )
+    parser.add_argument(
+        "--empty",
+        choices=("drop", "keep"),
+        default="drop",
+        help="what to do with text that consists of an end token (default: drop)",
+    )
     parser.add_argument("--batch-size", type=positive, default=16, help="sequences decoded together (default: 16)")
     parser.add_argument("--shard-size", type=positive, default=128, help="prompts per file (default: 128)")
     parser.add_argument(
-        "--positions-per-forward", type=positive, default=2048, help="tokens that one forward scores (default: 2048)"
+        "--positions-per-forward", type=positive, default=2048, help="maximum tokens per forward (default: 2048)"
     )
     parser.set_defaults(run=run)
 
 
 def template_settings(text: str) -> dict:
-    """Settings of a chat template as JSON."""
+    """Settings of a chat template, parsed from JSON."""
     try:
         found = json.loads(text)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f"{text!r} is no JSON object, such as '{{\"enable_thinking\": false}}'")
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON object such as '{{\"enable_thinking\": false}}', got {text!r}"
+        )
     return found
 
 
@@ -113,22 +138,23 @@ def run(arguments) -> int:
     processes = process_state()
     given = arguments.completions is not None
     if arguments.check and not given:
-        raise UsageError("--check is for --completions: what the model writes itself is its own text.")
+        raise UsageError("--check is for --completions: drop it, because the model's own text needs no check.")
     if given and arguments.do_sample:
-        raise UsageError("--completions are written already: drop --do-sample.")
+        raise UsageError("--do-sample does not apply to --completions, which are not generated: drop --do-sample.")
     source = arguments.completions if given else arguments.dataset
-    rows = open_prompts(source, arguments.dataset_split, arguments.dataset_name)
+    rows: Dataset = open_prompts(source, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))
-    for row in islice(rows, 1):  # before a model is loaded
+    for row in islice(rows, 1):  # checked before a model is loaded
         prompt_column(row, arguments.prompt_column)
         if given:
             check_completions(row)
     model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
     try:
-        collect_trajectories(model, tokenizer, **{"completions" if given else "dataset": rows}, **settings)
+        data: dict[str, Any] = {"completions" if given else "dataset": rows}
+        collect_trajectories(model, tokenizer, **data, **settings)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where this stopped.")
+        print(INTERRUPTED)
         return 130
     if processes.is_main_process:
         print(f"{read_report(arguments.output_dir).table()}\n\nwritten to {arguments.output_dir}")

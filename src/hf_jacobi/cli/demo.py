@@ -1,4 +1,4 @@
-"""`hf-jacobi demo`: the same answer written one token at a time and many tokens at a time, side by side."""
+"""`hf-jacobi demo` shows the same answer written one token at a time and many tokens at a time, side by side."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 PROMPT = "Write a Python function that checks whether a number is prime, and explain how it works."
-LENGTH, MINIATURE_LENGTH = 128, 300  # tokens of an answer
+LENGTH, MINIATURE_LENGTH = 128, 300  # maximum tokens of an answer
 TITLES = {"ar": "autoregressive", "jacobi": "Jacobi"}
 LITTLE_GAIN = 1.5  # tokens per forward
 SHORT = 32  # tokens
@@ -33,28 +33,32 @@ SHORT = 32  # tokens
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    about = "Watch a model write one token at a time (autoregressively) and by Jacobi decoding, and compare"
-    default = "the miniature, 3.5 million parameters that know two tasks and were trained to decode in parallel"
+    about = "Watch a model write autoregressively (one token at a time) and by Jacobi decoding, and compare"
+    default = "the miniature, which has 3.5 million parameters, solves two tasks and was trained to decode in parallel"
     parser = commands.add_parser("demo", help=about, description=about)
-    parser.add_argument("--prompt", action="append", help="what to ask; may be given several times")
+    parser.add_argument("--prompt", action="append", help="the question; can be given several times")
     parser.add_argument("--model", help=f"a local folder or a Hub id, of a model or an adapter (default: {default})")
-    parser.add_argument("--base", action="store_true", help=f"{DEMO_MODEL} as it comes, not trained to decode so")
-    parser.add_argument("--max-new-tokens", type=positive, help="length of an answer (default: 128; miniature 300)")
-    add_dtype(parser)
-    parser.add_argument("--adapter", help="an adapter that was trained for the model, a folder or a Hub id")
     parser.add_argument(
-        "--trained", action="store_true", help=f"{DEMO_MODEL} with the adapter that was trained to draft for it"
+        "--base", action="store_true", help=f"use {DEMO_MODEL}, which was not trained to decode in parallel"
     )
-    parser.add_argument("--block-size", type=positive, help="positions tried in one forward")
-    parser.add_argument("--max-blocks", type=positive, help="blocks refined at the same time")
-    parser.add_argument("--pool-size", type=int, help="repeated n-grams tried beside the draft")
-    parser.add_argument("--json", action="store_true", help="print the comparison as JSON and nothing else")
+    parser.add_argument(
+        "--max-new-tokens", type=positive, help="maximum tokens per answer (default: 128; miniature: 300)"
+    )
+    add_dtype(parser)
+    parser.add_argument("--adapter", help="an adapter for the model, a folder or a Hub id")
+    parser.add_argument(
+        "--trained", action="store_true", help=f"use {DEMO_MODEL} with its draft-only adapter from this package"
+    )
+    parser.add_argument("--block-size", type=positive, help="tokens drafted per block")
+    parser.add_argument("--max-blocks", type=positive, help="blocks in flight at the same time")
+    parser.add_argument("--pool-size", type=int, help="recycled n-grams verified in each forward")
+    parser.add_argument("--json", action="store_true", help="print only the comparison, as JSON")
     parser.set_defaults(run=run)
 
 
 @dataclass
 class Writing:
-    """Answers to all prompts: their tokens, and what making them took."""
+    """The answers to all prompts, with the forwards and the time that they took."""
 
     tokens: list[list[int]]
     texts: list[str]
@@ -63,7 +67,7 @@ class Writing:
 
     @property
     def count(self) -> int:
-        """Tokens of all answers."""
+        """The number of tokens in all answers."""
         return sum(map(len, self.tokens))
 
     def report(self) -> dict:
@@ -79,9 +83,9 @@ class Writing:
 
 
 class Follower:
-    """A streamer for one answer after another: calls `show(text, tokens, seconds)` whenever tokens were committed."""
+    """A streamer for successive answers that calls `show(text, tokens, seconds)` whenever tokens are committed."""
 
-    def __init__(self, tokenizer, show):
+    def __init__(self, tokenizer, show) -> None:
         self.tokenizer = tokenizer
         self.show = show
         self.before = ""
@@ -114,10 +118,11 @@ class Follower:
 
 
 def write(model, tokenizer, prompts: list[dict], decoding: str, config: JacobiConfig, length: int, show) -> Writing:
-    """Has the model answer one prompt after another greedily, calling `show` as tokens appear."""
+    """Answers the prompts in turn by greedy decoding, and calls `show` whenever tokens are committed."""
     follower = Follower(tokenizer, show)
     settings = {"jacobi_config": config} if decoding == "jacobi" else {}
-    answers, forwards = [], 0
+    answers: list[list[int]] = []
+    forwards = 0
     for inputs in prompts:
         output = model.generate(
             **inputs,
@@ -135,11 +140,11 @@ def write(model, tokenizer, prompts: list[dict], decoding: str, config: JacobiCo
 
 
 def choose(arguments) -> None:
-    """Settles which model is meant."""
+    """Resolves which model and adapter the options mean."""
     if sum([arguments.model is not None, arguments.base, arguments.trained]) > 1:
-        raise UsageError("--model, --base and --trained each say which model is meant: give one of them.")
+        raise UsageError("--model, --base and --trained each select a model: give one of them.")
     if arguments.trained and arguments.adapter is not None:
-        raise UsageError("--trained is with the adapter that comes with it: drop --adapter, or give --base.")
+        raise UsageError("--trained selects its own adapter: drop --adapter, or give --base instead of --trained.")
     if arguments.trained:
         arguments.adapter = DEMO_ADAPTER
     elif arguments.model is None and not arguments.base and arguments.adapter is None:
@@ -147,14 +152,14 @@ def choose(arguments) -> None:
 
 
 def is_miniature(found: Found) -> bool:
-    """Whether the model that was found is the one that comes with the package, with an adapter or without."""
+    """Whether a model is the miniature of this package, with or without an adapter."""
     return Path(found.base).resolve() == MINIATURE
 
 
 def run(arguments) -> int:
-    """Runs the demo; returns 0 when all texts are identical, 1 when they are not."""
+    """Runs the demo; returns 0 if all texts are identical, else 1."""
     choose(arguments)
-    if not arguments.json:  # before what takes seconds
+    if not arguments.json:  # printed before the slow imports
         name = "the miniature" if arguments.model == MINIATURE else arguments.model or DEMO_MODEL
         print(f"Loading {name} ...{first_time_note(arguments.model)}", flush=True)
     found = find(arguments.model, arguments.adapter)
@@ -170,7 +175,7 @@ def run(arguments) -> int:
     logging.disable_progress_bar()
     threads = torch.get_num_threads()
     if is_miniature(found):
-        torch.set_num_threads(1)  # more gain a model so small little, and wait for each other on a busy machine
+        torch.set_num_threads(1)  # so small a model gains little from more, and loses on a busy machine
     try:
         return _race(arguments, found)
     finally:
@@ -192,7 +197,7 @@ def _race(arguments, found: Found) -> int:
     prompts = [{name: rows.to(model.device) for name, rows in inputs.items()} for inputs in prompts]
     if not arguments.json:
         print("".join(wrapped(f"\nPrompt: {prompt.strip()}") for prompt in arguments.prompt), end="")
-    for decoding in TITLES:  # warm-up, so that neither pays for first-time costs
+    for decoding in TITLES:  # warm-up, which takes the one-time costs
         write(models[decoding], tokenizer, prompts[:1], decoding, config, 4, lambda *_: None)
     writings = {}
     with _screen(arguments) as show:
@@ -209,25 +214,25 @@ def _race(arguments, found: Found) -> int:
 
 
 def name_of(found: Found) -> str:
-    """What the model is called."""
+    """The name of a model for people."""
     return "the miniature" if is_miniature(found) else found.name
 
 
 def is_trained(model: str | Path | None) -> bool:
-    """Whether a note of a training lies beside a model."""
+    """Whether a model has a training note beside it."""
     from transformers.utils import cached_file
 
     from ..hub.card import NOTE
 
     try:
         file = cached_file(os.path.expanduser(model), NOTE) if model else None
-    except OSError:  # there is none
+    except OSError:  # the model has no such file
         return False
     return bool(file and read_json(Path(file)).get("settings"))
 
 
 def compare(model, arguments, found: Found, config: JacobiConfig, writings: dict[str, Writing]) -> dict:
-    """Both answers' figures, what they ran on, and whether the texts are the same."""
+    """The figures of both decoding methods, the hardware and software, and whether the texts are identical."""
     import torch
     import transformers
 
@@ -253,10 +258,10 @@ def compare(model, arguments, found: Found, config: JacobiConfig, writings: dict
 
 
 def print_report(report: dict) -> None:
-    """The comparison as a table, and what to make of it."""
+    """Prints the comparison as a table, with remarks."""
     columns = {"tokens": 7, "forwards": 9, "tokens/forward": 15, "seconds": 8, "tokens/second": 14, "speed-up": 9}
     if report["longest"] == report["max_new_tokens"]:
-        print(f"\n[cut at {report['max_new_tokens']} tokens: --max-new-tokens]", end="")
+        print(f"\n[cut at {report['max_new_tokens']} tokens; --max-new-tokens changes that]", end="")
     print("\n")
     threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
     print(wrapped(f"{report['dtype']} on {report['device']}, {threads}, torch {report['torch']}"), end="")
@@ -277,7 +282,7 @@ def print_report(report: dict) -> None:
 
 
 def remarks(report: dict) -> str:
-    """What to make of a comparison, in lines."""
+    """Remarks on a comparison, one per line."""
     found = ""
     if not report["identical"]:
         found += (
@@ -285,24 +290,24 @@ def remarks(report: dict) -> str:
             "float32 (--dtype float32) has practically no ties.\n"
         )
     if report["jacobi"]["new_tokens"] < SHORT:
-        found += "The answer is too short to judge by: ask for something longer.\n"
+        found += "The answer is too short for a comparison: ask for a longer one.\n"
     elif report["trained"] and report["speedup"] < 1:
         found += (
-            "Fewer forwards, and yet more time: with these settings a forward over drafts takes longer here than the "
-            "forwards it saves. `hf-jacobi tune` looks for settings that pay.\n"
+            "Jacobi decoding needs fewer forwards here but more time, because these settings make each forward too "
+            "expensive for this machine. `hf-jacobi tune` looks for faster settings.\n"
         )
     elif not report["trained"] and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
         found += (
-            "A model never trained to decode in parallel gains little: given a wrong token it seldom predicts the "
-            "one after it, and what it gains comes from n-grams that repeat. Training on its own drafts (Jacobi "
-            "Forcing, CLLM) is what makes whole blocks come out right at once: `hf-jacobi demo` shows a small model "
-            "that was so trained.\n"
+            "A model that was not trained to decode in parallel gains little: after a wrong token it seldom predicts "
+            "the next token correctly, and its gain comes from repeated n-grams. Training on its own drafts (Jacobi "
+            "Forcing, CLLM) teaches it to predict whole blocks at once: `hf-jacobi demo` shows a small model that was "
+            "trained in this way.\n"
         )
     return found
 
 
 def _screen(arguments):
-    """A context manager giving `show(decoding)`, which gives the function that shows that text growing."""
+    """A context manager that gives `show(decoding)`, which returns a function to show the growing text."""
     if arguments.json:
         return nullcontext(lambda decoding: lambda *_: None)
     if not sys.stdout.isatty():
@@ -314,13 +319,13 @@ def _screen(arguments):
 
 
 def _plain_lines(decoding: str):
-    """For pipes and files: a heading, then the text once as it grows."""
+    """Prints a heading and then the text as it grows, for pipes and files."""
     print(f"\n--- {TITLES[decoding]} ---", flush=True)
     shown = 0
 
     def show(text: str, tokens: int, seconds: float) -> None:
         nonlocal shown
-        stable = text.rstrip("\ufffd")  # a character whose bytes are not all there yet
+        stable = text.rstrip("\ufffd")  # stands for a character whose bytes are incomplete
         print(stable[shown:], end="", flush=True)
         shown = max(shown, len(stable))
 
@@ -329,11 +334,11 @@ def _plain_lines(decoding: str):
 
 class SideBySide:
     """
-    Two panels in the terminal, one per decoding, redrawn as their texts, plain ones or of rich, grow: the newest lines
-    that fit, and at the end the whole.
+    Two panels in the terminal, one for each decoding method. While a text (plain, or one of rich) grows, its panel
+    shows the newest lines that fit; at the end it shows the whole text.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         from rich.console import Console
         from rich.live import Live
         from rich.panel import Panel
@@ -370,5 +375,5 @@ class SideBySide:
         return show
 
     def __exit__(self, *error):
-        self.live.update(self._draw(whole=True))  # drawn once more as it ends
+        self.live.update(self._draw(whole=True))  # `live` draws once more when it ends
         return self.live.__exit__(*error)

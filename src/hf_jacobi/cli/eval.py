@@ -1,4 +1,4 @@
-"""`hf-jacobi eval`: tasks of lm-evaluation-harness, with tokens per forward beside the scores."""
+"""`hf-jacobi eval` runs tasks of lm-evaluation-harness, and reports scores and tokens per forward."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ import difflib
 import os
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..decoding.errors import MissingFile, MissingPackage, UsageError, of_usage
-from .models import MODEL, find, reading, settings_beside
+from .models import MODEL, Found, find, reading, settings_beside
 from .options import add_dtype, check_places, named, path, positive, write_json
+
+
+if TYPE_CHECKING:
+    from ..decoding import JacobiStats
+    from ..evaluation.lm_eval import JacobiLM
 
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    about = "Score a model on tasks of lm-evaluation-harness by Jacobi decoding, with tokens per forward"
+    about = "Score a model on tasks of lm-evaluation-harness with Jacobi decoding, and count its tokens per forward"
     parser = commands.add_parser("eval", help=about, description=about)
     parser.add_argument("model", nargs="?", help=MODEL)
-    parser.add_argument("--tasks", required=True, help="names of tasks with commas between, such as gsm8k,humaneval")
-    parser.add_argument("--include_path", type=path, help="a folder with tasks of your own")
+    parser.add_argument("--tasks", required=True, help="comma-separated names of tasks, such as gsm8k,humaneval")
+    parser.add_argument("--include_path", type=path, help="a folder with your own tasks")
     parser.add_argument("--gen_kwargs", default="", help="such as decoding=jacobi,block_size=32, or decoding=ar")
     parser.add_argument("--num_fewshot", type=int, help="worked examples before each question")
-    parser.add_argument("--limit", type=positive, help="only so many questions of each task")
+    parser.add_argument("--limit", type=positive, help="maximum questions per task")
     parser.add_argument("--batch_size", type=positive, default=1, help="questions answered together (default: 1)")
-    parser.add_argument("--apply_chat_template", action="store_true", help="put questions as a user's message")
-    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id")
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask each question as a user's message")
+    parser.add_argument("--adapter", help="an adapter for MODEL, a folder or a Hub id")
     parser.add_argument(
         "--confirm_run_unsafe_code", action="store_true", help="run the code that a model writes, as HumanEval does"
     )
@@ -34,7 +40,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--evaluation",
         type=path,
-        help="write what `hf-jacobi push` puts into the model card to this JSON file, such as MODEL/evaluation.json",
+        help="write the figures for the model card to this JSON file, such as MODEL/evaluation.json",
     )
     parser.set_defaults(run=run)
 
@@ -49,28 +55,22 @@ def run(arguments) -> int:
     if arguments.confirm_run_unsafe_code:
         if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
             raise UsageError(
-                "programs that a model wrote will run here: set HF_ALLOW_CODE_EVAL=1 as well, if they may."
+                "--confirm_run_unsafe_code runs programs that a model wrote: to allow that, set HF_ALLOW_CODE_EVAL=1 "
+                "as well."
             )
-        import lm_eval.tasks.humaneval.utils  # noqa: F401  loads the metric now rather than after all the work
+        import lm_eval.tasks.humaneval.utils  # noqa: F401 -- loads the metric before all other work
     found = find(arguments.model, arguments.adapter)
     from lm_eval import simple_evaluate
     from lm_eval.utils import make_table, simple_parse_args_string
 
-    from ..decoding.mixin import unwrap
-    from ..evaluation.lm_eval import JacobiLM, check_gen_kwargs
+    from ..evaluation.lm_eval import check_gen_kwargs
 
     with of_usage(ValueError):
         given = simple_parse_args_string(arguments.gen_kwargs)
     check_gen_kwargs(given)
     names = [name.strip() for name in arguments.tasks.split(",") if name.strip()]
     manager = tasks_of(names, arguments.include_path)
-    dtype = "float32" if found.is_demo and arguments.dtype == "auto" else arguments.dtype
-    place = {"tokenizer": found.tokenizer_place, "peft": found.adapter and str(found.adapter)}
-    found.tokenizer()
-    with reading(found.base):
-        model = JacobiLM(found.base, **place, dtype=dtype, batch_size=arguments.batch_size)
-    if found.adapter is not None:  # which decodes with its own settings, not with those of the model it is for
-        unwrap(model.model).generation_config.jacobi = settings_beside(found.adapter)["config"].to_dict()
+    model = _load(found, arguments)
     try:
         results = simple_evaluate(
             model=model,
@@ -84,25 +84,44 @@ def run(arguments) -> int:
             bootstrap_iters=0,
         )
     except BaseException:
-        print(file=sys.stderr)  # what is said of it does not go on in the line of a progress bar
+        print(file=sys.stderr)  # ends the line of a progress bar before the error is printed
         raise
-    if results is None:  # another process of several has them
+    if results is None:  # with several processes, only one has the results
         return 0
     stats = model.stats
     print(make_table(results))
     print(f"{stats.new_tokens} tokens in {stats.forwards} forwards: {stats.tokens_per_forward:.2f} tokens per forward")
     if arguments.output:
-        kept = {name: results[name] for name in ("results", "samples", "n-shot", "configs")}
-        kept["tokens_per_forward"] = stats.tokens_per_forward
-        kept |= {"new_tokens": stats.new_tokens, "forwards": stats.forwards}
-        write_json(arguments.output, kept | {"configs": names_only(kept["configs"])})
+        _write_results(arguments.output, results, stats)
     if arguments.evaluation:
         _write_evaluation(arguments, found, model, results, given)
     return 0
 
 
+def _load(found: Found, arguments) -> JacobiLM:
+    from ..decoding.mixin import unwrap
+    from ..evaluation.lm_eval import JacobiLM
+
+    dtype = "float32" if found.is_demo and arguments.dtype == "auto" else arguments.dtype
+    place = {"tokenizer": found.tokenizer_place, "peft": found.adapter and str(found.adapter)}
+    found.tokenizer()
+    with reading(found.base):
+        model = JacobiLM(found.base, **place, dtype=dtype, batch_size=arguments.batch_size)
+    if found.adapter is not None:  # it has its own settings, which replace those of its base model
+        config = settings_beside(found.adapter)["config"]
+        vars(unwrap(model.model).generation_config)["jacobi"] = config.to_dict()
+    return model
+
+
+def _write_results(file: Path, results: dict[str, Any], stats: JacobiStats) -> None:
+    kept = {name: results[name] for name in ("results", "samples", "n-shot", "configs")}
+    kept["tokens_per_forward"] = stats.tokens_per_forward
+    kept |= {"new_tokens": stats.new_tokens, "forwards": stats.forwards}
+    write_json(file, kept | {"configs": names_only(kept["configs"])})
+
+
 def names_only(value):
-    """A value with each path in it, of a file or a folder that is there, shortened to its name."""
+    """A value in which each path of an existing file or folder is shortened to its name."""
     if isinstance(value, dict):
         return {key: names_only(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -113,15 +132,15 @@ def names_only(value):
 
 def tasks_of(names: list[str], folder: Path | None):
     """
-    lm-eval's `TaskManager`, with the tasks of these names loaded.
+    lm-eval's `TaskManager`, with these tasks loaded.
 
     Raises:
-        `UsageError`: there is no such task or folder, or its data cannot be had.
+        `UsageError`: there is no such task or folder, or its data cannot be loaded.
     """
     if not names:
         raise UsageError("--tasks names no task: give one, such as gsm8k.")
     if folder is not None and not folder.is_dir():
-        raise MissingFile(f"there is no folder {folder}: name the one with your tasks with --include_path.")
+        raise MissingFile(f"there is no folder {folder}: name the folder of your tasks with --include_path.")
     from lm_eval.tasks import TaskManager
     from yaml import YAMLError
 
@@ -139,12 +158,12 @@ def tasks_of(names: list[str], folder: Path | None):
             loaded = manager.load(names)
     except ImportError as error:
         raise MissingPackage(f"{', '.join(names)}: {error}") from error
-    manager.load = lambda tasks: loaded  # once is enough
+    manager.load = lambda tasks: loaded  # so that they are not loaded again
     return manager
 
 
-def _write_evaluation(arguments, found, model, results: dict, given: dict) -> None:
-    """What was measured, as `publish` takes it: with the settings that the texts were decoded with."""
+def _write_evaluation(arguments, found: Found, model: JacobiLM, results: dict, given: dict) -> None:
+    """Writes the evaluation for `publish`, with the settings that the texts were decoded with."""
     from ..decoding import JacobiConfig
     from ..decoding.mixin import unwrap
     from ..evaluation.bench import described, setup_of

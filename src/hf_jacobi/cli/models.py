@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from ..decoding import JacobiConfig
 
 
-CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"  # what comes with the package
+CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"  # part of the package
 DEMO_ADAPTER = CHECKPOINTS / "smollm2-135m-draft"  # trained by benchmarks/smollm2
 MINIATURE = CHECKPOINTS / "miniature"  # trained by benchmarks/miniature
-MODEL = f"a local folder or a Hub id, of a model or an adapter (default: {DEMO_MODEL})"  # how MODEL is described
+MODEL = f"a local folder or a Hub id, of a model or an adapter (default: {DEMO_MODEL})"  # help text
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
-ENDS = ("_config.json", ".json", ".model")  # of `tokenizer`, in names of files
-TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "tekken.json", "*.tiktoken")  # one of which there must be
+ENDS = ("_config.json", ".json", ".model")  # of the names of files that begin with `tokenizer`
+TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "tekken.json", "*.tiktoken")  # every tokenizer has one of these
 TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*")
 
 
 @dataclass(frozen=True)
 class Found:
     """
-    What MODEL and `--adapter` mean, looked up before anything is loaded.
+    The model and adapter that MODEL and `--adapter` mean, resolved before anything is loaded.
 
     Attributes:
-        base: the folder or the Hub id of a whole model.
-        adapter: the folder of the adapter that goes onto it, if one does.
-        folder: the folder that was named, of the adapter or else of the model; `None` where it is on the Hub.
-        name, adapter_name: as reports call them, without the way to a folder.
-        is_demo: whether no model was named.
+        base: the folder or the Hub id of a complete model.
+        adapter: the folder of its adapter, if any.
+        folder: the local folder that the user named, of the adapter or else of the model; `None` for the Hub.
+        name, adapter_name: their names in reports, without the path of a folder.
+        is_demo: whether the user named no model.
     """
 
     base: str
@@ -57,7 +57,7 @@ class Found:
 
     @property
     def tokenizer_place(self) -> str:
-        """Where the tokenizer is: beside the adapter, else beside the model."""
+        """The folder or Hub id of the tokenizer: the adapter's if it has one, else the model's."""
         beside = self.adapter is not None and any((self.adapter / f"tokenizer{end}").exists() for end in ENDS)
         return str(self.adapter) if beside else self.base
 
@@ -66,22 +66,22 @@ class Found:
         The tokenizer.
 
         Raises:
-            `UsageError`: there is none, or it cannot be read.
+            `UsageError`: the tokenizer is missing or cannot be read.
         """
         from transformers import AutoTokenizer
 
         place = Path(self.tokenizer_place)
         if place.is_dir() and not any(file for pattern in TOKENIZER for file in place.glob(pattern)):
-            raise MissingFile(f"{place} holds no tokenizer: save one there with its `save_pretrained`.")
+            raise MissingFile(f"{place} holds no tokenizer: save one there with its `save_pretrained` method.")
         with reading(self.tokenizer_place):
             return AutoTokenizer.from_pretrained(self.tokenizer_place)
 
     def load(self, dtype: str = "auto", device: torch.device | None = None, attention: str | None = None) -> Adapted:
         """
-        The model in evaluation mode, with its adapter if it has one; `load` describes the arguments.
+        Loads the model in evaluation mode, with its adapter if it has one; see `load` for the arguments.
 
         Raises:
-            `UsageError`: it cannot be read, or the adapter is of another kind or for another model.
+            `UsageError`: the model cannot be read, or the adapter is of an unsupported kind or for another model.
         """
         import torch
         from transformers import AutoModelForCausalLM
@@ -89,29 +89,29 @@ class Found:
         from ..evaluation.pairs import fastest_pair
 
         if self.is_demo and dtype == "auto":
-            dtype = "float32"  # whichever way it came
+            dtype = "float32"  # from whichever source it comes
         settings = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         settings |= {"attn_implementation": attention} if attention else {}
         with reading(self.base):
-            model = AutoModelForCausalLM.from_pretrained(self.base, **settings)
+            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(self.base, **settings)
         model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
         if self.adapter is not None and str(self.adapter) != self.base:
             return with_adapter(model, self.adapter)
-        # A whole model, or one whose adapter lies in the same folder and came with it.
+        # A complete model; transformers has already loaded an adapter in the same folder.
         return Adapted(*fastest_pair(model), **_settings_of(vars(model.generation_config)))
 
 
 def find(model: str | os.PathLike | None, adapter: str | os.PathLike | None = None) -> Found:
     """
-    What is meant by MODEL and `--adapter`. A MODEL that is an adapter's folder, here or on the Hub, is that adapter on
-    the model it is for: the same as that model with `--adapter`.
+    Resolves MODEL and `--adapter`. If MODEL is an adapter, local or on the Hub, it means the adapter on its base
+    model, as if the user had named the base model and `--adapter`.
 
     Args:
         model: a local folder or a Hub id; `None` for SmolLM2-135M-Instruct (`demo_checkpoint`).
-        adapter: the same of an adapter.
+        adapter: a local folder or a Hub id of an adapter.
 
     Raises:
-        `UsageError`: there is nothing of that name, or not what is needed.
+        `UsageError`: a name does not exist or means something else.
     """
     if model is None:
         base = demo_checkpoint()
@@ -120,7 +120,7 @@ def find(model: str | os.PathLike | None, adapter: str | os.PathLike | None = No
         place = place_of(model)
         config = _adapter_config(place)
         if config is not None and adapter is not None:
-            raise UsageError(f"{model} is itself an adapter: drop --adapter, or name the model it is for instead.")
+            raise UsageError(f"{model} is itself an adapter: drop --adapter, or name its base model instead.")
         if config is not None:
             return _on_its_base(str(model), place, config)
         local = Path(place).is_dir()
@@ -136,32 +136,32 @@ def find(model: str | os.PathLike | None, adapter: str | os.PathLike | None = No
 
 
 def _on_its_base(typed: str, place: str, config: dict[str, Any]) -> Found:
-    """An adapter on the model that its config names, or that lies in the same folder."""
+    """An adapter on the base model that its config names, or that is in the same folder."""
     name = config.get("base_model_name_or_path")
     weights = (file for pattern in MODEL_WEIGHTS for file in Path(place).glob(pattern))
     if (Path(place) / "config.json").exists() and any(weights):
-        name = place  # transformers prefers it to the name
+        name = place  # transformers also prefers the model in the folder
     if not isinstance(name, str) or not name.strip():
-        raise UsageError(f"{typed} does not say which model it is for: name the model, and {typed} with --adapter.")
+        raise UsageError(f"{typed} does not name its base model: name that model, and {typed} with --adapter.")
     try:
         base = place_of(name)
         if base != place and _adapter_config(base) is not None:
-            raise UsageError("that is an adapter, too")
+            raise UsageError("which is an adapter too")
     except UsageError as error:
         raise UsageError(
-            f"{typed} is an adapter for {name} ({error}): name that model, and {typed} with --adapter."
+            f"{typed} is an adapter for {name} ({error}): name its base model, and {typed} with --adapter."
         ) from error
     return _with(Found(base, None, None, _name_of(base), None, False), place)
 
 
 def _with(found: Found, place: str) -> Found:
-    """What was found, with an adapter on it."""
+    """A model with the adapter at a place."""
     local = Path(place).is_dir()
     if not local:
         from huggingface_hub import snapshot_download
 
         with reading(place):
-            files = ("adapter_*", "generation_config.json", *TOKENIZER_FILES)
+            files = ["adapter_*", "generation_config.json", *TOKENIZER_FILES]
             folder = Path(snapshot_download(place, allow_patterns=files))
     else:
         folder = Path(place)
@@ -169,16 +169,16 @@ def _with(found: Found, place: str) -> Found:
 
 
 def _name_of(place: str) -> str:
-    """A model's name: that on the Hub, or of its folder, without the way there."""
+    """The name of a model: its Hub id, or the name of its folder without the path."""
     return Path(place).resolve().name if Path(place).is_dir() else place
 
 
 def place_of(name: str | os.PathLike) -> str:
     """
-    The folder of that name, `~` spelt out, or the name itself, where it can be one on the Hub.
+    The folder with this name, `~` expanded, or the name itself if it can be a Hub id.
 
     Raises:
-        `UsageError`: it is neither.
+        `UsageError`: the name is neither.
     """
     typed = str(name)
     if not typed.strip():
@@ -196,7 +196,7 @@ def place_of(name: str | os.PathLike) -> str:
 
 
 def _adapter_config(place: str) -> dict[str, Any] | None:
-    """The configuration of the adapter at a place, if it is one."""
+    """The configuration of the adapter at a place; `None` if that is not an adapter."""
     if Path(place).is_dir():
         file = Path(place) / ADAPTER_CONFIG
         return read_json(file) if file.exists() else None
@@ -206,7 +206,7 @@ def _adapter_config(place: str) -> dict[str, Any] | None:
     with reading(place):
         try:
             return read_json(Path(hf_hub_download(place, ADAPTER_CONFIG)))
-        except LocalEntryNotFoundError:  # no way to the Hub, which was tried for long enough
+        except LocalEntryNotFoundError:  # the Hub cannot be reached
             if isinstance(try_to_load_from_cache(place, "config.json"), str):
                 return None
             raise
@@ -217,8 +217,8 @@ def _adapter_config(place: str) -> dict[str, Any] | None:
 @contextmanager
 def reading(name: str):
     """
-    Errors of reading a checkpoint go on as `UsageError`, which names it: only the checkpoint, the way to it and what
-    was asked of it can be wrong here.
+    Turns errors of reading a checkpoint into a `UsageError` that names it. Use it only where the checkpoint, its
+    location and the user's options are the only possible causes.
     """
     from pickle import UnpicklingError
 
@@ -236,8 +236,8 @@ def reading(name: str):
     except (SafetensorError, UnpicklingError, EOFError) as error:
         reason = _line(error) if isinstance(error, SafetensorError) else type(error).__name__
         raise UsageError(
-            f"the weights of {name} cannot be read ({reason}): they are damaged, copied in part, or pickled with more "
-            "than weights; get them again, as .safetensors."
+            f"the weights of {name} cannot be read ({reason}): they are damaged, copied in part, or a pickle with "
+            "other objects; get them again as .safetensors."
         ) from error
     except OSError as error:
         here = "" if Path(name).is_dir() else "there is no such folder here, and on the Hub: "
@@ -247,30 +247,30 @@ def reading(name: str):
             raise
         raise UsageError(f"{name}: {_line(error)}") from error
     except Exception as error:
-        if type(error) is not Exception:  # which is what `tokenizers` raises for a file that it cannot read
+        if type(error) is not Exception:  # `tokenizers` raises a bare Exception for a file that it cannot read
             raise
         raise UsageError(f"{name}: {_line(error)}") from error
 
 
 def _line(error: Exception) -> str:
-    """What an error says, in one line that is no page."""
+    """The message of an error in one line of limited length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:300].rpartition(" ")[0] + " ..."
 
 
 def load(name: str | None, dtype: str = "auto", device: torch.device | None = None, attention: str | None = None):
     """
-    A model in evaluation mode, and its tokenizer.
+    Loads a model in evaluation mode, and its tokenizer.
 
     Args:
         name: a local folder or a Hub id, of a model or of an adapter; `None` for SmolLM2-135M-Instruct.
         dtype: `"auto"` (as saved; float32 for the demo model), `"float32"`, `"bfloat16"` or `"float16"`.
-        device: where it goes; left out, the GPU if there is one.
-        attention: transformers' `attn_implementation`; its own choice if left out.
+        device: the device of the model, by default the GPU if there is one.
+        attention: transformers' `attn_implementation`, by default the choice of transformers.
 
     Raises:
-        `ImportError`: what reads the weights is not installed.
-        `OSError`: no model of that name, or no way to the demo model.
+        `ImportError`: a package for reading the weights is missing.
+        `OSError`: there is no model of this name, or the demo model cannot be downloaded.
         `ValueError`: the checkpoint is damaged.
     """
     found = find(name)
@@ -279,7 +279,7 @@ def load(name: str | None, dtype: str = "auto", device: torch.device | None = No
 
 
 def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
-    """The prompt as the model expects it: through its chat template if it has one, else as plain text."""
+    """The tokens of a prompt, formatted with the tokenizer's chat template if it has one, else as plain text."""
     import torch
 
     from ..trajectories.encoding import encode_messages, encode_text
@@ -297,7 +297,7 @@ def encode(tokenizer, prompt: str, device) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def refusing_bad_templates():
-    """Errors of a chat template that cannot be rendered go on as `UsageError`."""
+    """Turns errors of a chat template that cannot be rendered into a `UsageError`."""
     try:
         from jinja2 import TemplateError
     except ModuleNotFoundError:
@@ -307,20 +307,22 @@ def refusing_bad_templates():
     except UsageError:
         raise
     except TemplateError as error:
-        raise UsageError(f"the tokenizer's chat template cannot be used ({type(error).__name__}: {error}).") from error
+        raise UsageError(
+            f"the tokenizer's chat template cannot be used ({type(error).__name__}: {error}): correct the template."
+        ) from error
 
 
 class Adapted(NamedTuple):
     """
-    A model as it takes part in a comparison.
+    A loaded model and its decoding settings.
 
     Attributes:
-        model: what decodes by Jacobi decoding.
-        writer: what writes the same text one token at a time, in its fastest form: for a draft-only adapter the base
-            model, else `model`.
-        config: how it decodes by default.
-        decoding: `"jacobi"`, or `"ar"` where the checkpoint is to decode one token at a time.
-        tuned: whether the checkpoint itself says how it decodes.
+        model: the model that decodes by Jacobi decoding.
+        writer: the fastest model that decodes the same text by AR: with a draft-only adapter the base model, else
+            `model`.
+        config: the default settings of Jacobi decoding.
+        decoding: `"jacobi"`, or `"ar"` if the checkpoint asks for AR.
+        tuned: whether the checkpoint has settings for Jacobi decoding.
     """
 
     model: PreTrainedModel | PeftModel
@@ -331,12 +333,12 @@ class Adapted(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the checkpoint decodes, as its generation config says it."""
+        """The decoding settings, in the form of a generation config."""
         return {"decoding": self.decoding, "jacobi": self.config.to_dict()}
 
 
 def _settings_of(content: dict[str, Any]) -> dict[str, Any]:
-    """How a generation config says that a checkpoint decodes, as arguments of `Adapted`."""
+    """The decoding settings in a generation config, as arguments of `Adapted`."""
     from ..decoding import JacobiConfig
 
     settings = content.get("jacobi")
@@ -348,7 +350,7 @@ def _settings_of(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def settings_beside(adapter: Path) -> dict[str, Any]:
-    """How the generation config in the folder of an adapter says that it decodes, as arguments of `Adapted`."""
+    """The decoding settings in the generation config of an adapter's folder, as arguments of `Adapted`."""
     file = adapter / "generation_config.json"
     content = read_json(file) if file.exists() else {}
     try:
@@ -359,15 +361,15 @@ def settings_beside(adapter: Path) -> dict[str, Any]:
 
 def with_adapter(model, folder: Path) -> Adapted:
     """
-    The model with a PEFT adapter, merged into its weights unless it only drafts. `model` itself stays as it is.
+    The model with a PEFT adapter, which is merged into the weights unless it is draft-only. `model` is not changed.
 
     Args:
-        model: the base model, which shares its weights with a draft-only adapter's.
-        folder: what `JacobiForcingTrainer` wrote.
+        model: the base model; a draft-only adapter shares its weights.
+        folder: a folder that `JacobiForcingTrainer` wrote.
 
     Raises:
-        `OSError`: there is no adapter.
-        `ValueError`: it is of another kind, or for another model.
+        `OSError`: the folder holds no adapter.
+        `ValueError`: the adapter is of an unsupported kind, or for another model.
         `ImportError`: PEFT is not installed.
     """
     from ..decoding.draft_adapter import is_draft_only
@@ -385,23 +387,28 @@ def with_adapter(model, folder: Path) -> Adapted:
     settings = settings_beside(folder)
     kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
     if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise UsageError(f"{folder / ADAPTER_CONFIG}: `peft_type` is {kind!r}, which this PEFT does not know.")
+        raise UsageError(
+            f"{folder / ADAPTER_CONFIG}: `peft_type` is {kind!r}, which the installed PEFT does not support: give "
+            "the folder of a LoRA."
+        )
     if not any((folder / name).exists() for name in ADAPTER_WEIGHTS):
         raise MissingFile(f"{folder} holds neither {' nor '.join(ADAPTER_WEIGHTS)}: add the adapter's weights.")
     with reading(str(folder)):
-        adapter = PeftConfig.from_pretrained(folder)
+        adapter = PeftConfig.from_pretrained(str(folder))
     if is_plain_draft(folder):
         as_draft(adapter, str(folder), LoraConfig)
     drafts = is_draft_only(adapter)
     if not (drafts or is_for_all_tokens(adapter)):
-        raise UsageError(f"{folder} is neither a LoRA for all tokens nor one that only drafts: give one of these.")
+        raise UsageError(f"{folder} is neither a LoRA for all tokens nor a draft-only one: give one of these.")
     tensors = itertools.chain(model.parameters(), model.buffers())
     shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     try:
         with reading(str(folder)):
-            adapted = PeftModel.from_pretrained(shared, folder, config=adapter)
+            adapted = PeftModel.from_pretrained(shared, str(folder), config=adapter)
     except UsageError as error:
         if not isinstance(error.__cause__, (RuntimeError, ValueError)):
             raise
-        raise UsageError(f"{folder} is not for this model: its weights have other names or shapes.") from error
+        raise UsageError(
+            f"{folder} is not for this model, whose weights have other names or shapes: name the adapter's base model."
+        ) from error
     return Adapted(*fastest_pair(adapted.eval(), model if drafts else None), **settings)

@@ -1,4 +1,4 @@
-"""What commands have in common: types of options, options, text that fits the terminal."""
+"""Shared parts of the commands: types of options, groups of options, checks of output files, wrapped text."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ from .models import encode, refusing_bad_templates
 
 
 OF_PROMPTS = ("dataset_name", "dataset_split", "prompt_column", "as_chat")
-LARGEST = 2**31 - 1  # of what is counted
+LARGEST = 2**31 - 1  # the largest count
+INTERRUPTED = "\nInterrupted: run the same command again to resume."
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser of a command: takes the names of its options with hyphens and with underscores alike."""
+    """The parser of a command, which accepts option names with hyphens or underscores."""
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else list(args)
@@ -38,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _as_known(typed: str, known: list[str]) -> str:
-    """An option, or the beginning of one, as the parser spells it."""
+    """An option, or the beginning of one, in the parser's spelling."""
     name, equals, value = typed.partition("=")
     stem = name[2:]
     spellings = (name, f"--{stem.replace('_', '-')}", f"--{stem.replace('-', '_')}")
@@ -49,14 +50,14 @@ def _as_known(typed: str, known: list[str]) -> str:
 
 
 def wrapped(text: str) -> str:
-    """The lines of a text, each with its end, as they fit the terminal; 80 columns where there is none."""
+    """The lines of a text, wrapped to the width of the terminal (80 columns without one) and ended by newlines."""
     width = shutil.get_terminal_size().columns
     fill = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
     return "".join(f"{fill(line)}\n" for line in text.splitlines())
 
 
 def positive(text: str) -> int:
-    """An integer of at least 1, and no more than torch can count."""
+    """An integer from 1 to `LARGEST`."""
     try:
         value = int(text)
     except ValueError:
@@ -69,17 +70,17 @@ def positive(text: str) -> int:
 
 
 def path(text: str) -> Path:
-    """A file or a folder; `~` is the user's."""
+    """The path of a file or folder, `~` expanded."""
     if not text.strip():
         raise argparse.ArgumentTypeError("the name is empty")
     try:
         return Path(text).expanduser()
     except RuntimeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is in the home of a user that is not known here") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is in the home of an unknown user") from None
 
 
 def settings(text: str) -> dict[str, Any]:
-    """Settings of `JacobiConfig` as JSON."""
+    """`JacobiConfig` settings, parsed from JSON."""
     try:
         found = json.loads(text)
         if found is None:
@@ -91,7 +92,7 @@ def settings(text: str) -> dict[str, Any]:
 
 
 def named(settings: dict[str, Any]) -> str:
-    """Settings of `JacobiConfig` as one writes them."""
+    """`JacobiConfig` settings in one phrase."""
     return ", ".join(f"{name}={value}" for name, value in settings.items()) or "the default settings"
 
 
@@ -101,44 +102,44 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
-        help="what the model computes in (default: as it was saved)",
+        help="the data type that the model computes in (default: as saved)",
     )
 
 
 def check_places(output: Path | None, picture: Path | None = None, *others: Path | None) -> None:
     """
-    Makes the folders of what will be written and tries to write there, before any work is lost.
+    Creates the folders of output files and tries to write there, so that an error comes before the work.
 
     Args:
-        output, others: files.
-        picture: a file for a picture.
+        output, others: output files.
+        picture: an output file for a plot.
 
     Raises:
-        `UsageError`: one cannot be written, two are the same, or a picture would be of a kind that is not known.
-        `ImportError`: matplotlib is not installed.
+        `UsageError`: a file cannot be written, two files are the same, or matplotlib does not support the format.
+        `ImportError`: a plot is wanted, but matplotlib is not installed.
     """
     files = [*filter(None, (output, picture, *others))]
     for file in files:
         check_place(file)
     if len({file.resolve() for file in files}) < len(files):
-        raise UsageError(f"{files[0]} is named for two files: one would replace the other.")
+        raise UsageError(f"{files[0]} is named for two files: name two different ones.")
     if picture is None:
         return
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
-        raise MissingPackage("pictures need matplotlib: pip install 'hf_jacobi[eval]'") from error
+        raise MissingPackage("plots need matplotlib: pip install 'hf_jacobi[eval]'") from error
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if picture.suffix.removeprefix(".").lower() not in known:
-        raise UsageError(f"{picture} is no picture that can be drawn: end its name in one of {', '.join(known)}.")
+        raise UsageError(f"{picture} does not name a format for plots: end it with one of {', '.join(known)}.")
 
 
 def check_folder(folder: Path) -> None:
     """
-    Makes a folder, and tries whether files can be written there.
+    Creates a folder, and tries to write a file there.
 
     Raises:
-        `UsageError`: it is a file, or cannot be written to.
+        `UsageError`: that fails, or `folder` is a file.
     """
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is a file: name a folder.")
@@ -147,10 +148,10 @@ def check_folder(folder: Path) -> None:
 
 def check_place(file: Path) -> None:
     """
-    Tries whether a file can be written: makes its folder, and a file in it for a moment.
+    Checks that a file can be written: creates its folder, and a temporary file there.
 
     Raises:
-        `UsageError`: it cannot.
+        `UsageError`: that fails.
     """
     if file.is_dir():
         raise UsageError(f"{file} is a folder: name a file in it.")
@@ -169,7 +170,7 @@ def check_place(file: Path) -> None:
 
 
 def write(file: Path, content: str | bytes) -> None:
-    """Writes a file that the user named, whole or not at all; a link is followed, as the user named that."""
+    """Writes a file that the user named, completely or not at all. If the name is a link, its target is written."""
     if _is_stream(file):
         file.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     else:
@@ -178,17 +179,17 @@ def write(file: Path, content: str | bytes) -> None:
 
 
 def _is_stream(file: Path) -> bool:
-    """Whether it is a pipe or a device, or another name of one, such as /dev/stdout."""
+    """Whether a file is a pipe or a device, or a name of one, such as /dev/stdout."""
     return (file.exists() and not file.is_file()) or str(file).startswith(("/dev/", "/proc/self/fd/"))
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file as `write` does."""
+    """Writes a JSON file in the same way as `write`."""
     write(file, json.dumps(content, indent=1, default=str) + "\n")
 
 
 def write_picture(file: Path, axes) -> None:
-    """Writes the picture that some axes are part of, as `write` does; its kind is that of the name."""
+    """Writes the figure of some axes in the same way as `write`, in the format of the file's suffix."""
     memory = io.BytesIO()
     axes.figure.savefig(memory, format=file.suffix.removeprefix(".").lower(), dpi=120, bbox_inches="tight")
     write(file, memory.getvalue())
@@ -201,18 +202,18 @@ def add_prompts(parser: argparse.ArgumentParser, count: int) -> None:
     source.add_argument("--dataset", help="a data set on the Hub, or a folder")
     parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
     parser.add_argument("--dataset-split", help="the split (default: train)")
-    parser.add_argument("--prompt-column", help="the column of the prompts (default: the first that looks like one)")
-    parser.add_argument("--as-chat", action="store_true", help="take each text for a user's message")
-    parser.add_argument("--count", type=positive, help=f"how many prompts (default: {count})")
+    parser.add_argument("--prompt-column", help="the column with the prompts (default: the first with a usual name)")
+    parser.add_argument("--as-chat", action="store_true", help="treat each text as a user's message")
+    parser.add_argument("--count", type=positive, help=f"the number of prompts (default: {count})")
     parser.set_defaults(default_count=count)
 
 
 class Prompts:
     """
-    The prompts that were asked for, opened when this is made, so that a wrong name is told before a model is loaded.
+    The prompts of a command. The constructor opens them, so that a wrong name is reported before a model is loaded.
 
     Attributes:
-        name: what reports call them, without the way to a file.
+        name: their name in reports, without the path of a file.
     """
 
     def __init__(self, arguments):
@@ -222,26 +223,27 @@ class Prompts:
             unused = [name for name in OF_PROMPTS if getattr(arguments, name) not in (None, False)]
             if unused:
                 option = f"--{unused[0].replace('_', '-')}"
-                raise UsageError(f"{option} is for prompts of your own: name them with --prompts or --dataset.")
+                raise UsageError(f"{option} needs your own prompts: name them with --prompts or --dataset.")
             self.name, self.rows = "short questions", None
             return
         if not source.strip():
-            raise UsageError("the name of the prompts is empty: name a file, or leave the option out.")
-        from ..trajectories.prompts import open_prompts  # which needs `datasets`
+            raise UsageError("the name of the prompts is empty: name a file, or leave out the option.")
+        from ..trajectories.prompts import open_prompts  # needs `datasets`
 
         file = Path(source).expanduser()
         self.name = file.name if file.exists() else source
         self.rows = open_prompts(source, arguments.dataset_split, arguments.dataset_name)
 
     def encode(self, tokenizer) -> list[list[int]]:
-        """The tokens of each prompt; where there are fewer than were asked for, stderr says so."""
-        asked = self.arguments.count
-        with refusing_bad_templates():  # blank lines are no prompts
-            found = list(islice(filter(None, self._ids(tokenizer)), asked or self.arguments.default_count))
+        """The token ids of each prompt; prints a note to stderr if there are fewer than `--count`."""
+        count = self.arguments.count
+        with refusing_bad_templates():
+            prompts = filter(None, self._ids(tokenizer))  # without blank lines
+            found = list(islice(prompts, count or self.arguments.default_count))
         if not found:
-            raise UsageError(f"{self.name} holds no prompt: give it some text.")
-        if asked and len(found) < asked:
-            print(f"{self.name}: there are {len(found)} prompts, not {asked}; all are taken.", file=sys.stderr)
+            raise UsageError(f"{self.name} holds no prompt: add text to it.")
+        if count and len(found) < count:
+            print(f"{self.name}: there are {len(found)} prompts, not {count}; all are used.", file=sys.stderr)
         return found
 
     def _ids(self, tokenizer):

@@ -1,4 +1,4 @@
-"""`hf-jacobi push`: a checkpoint to the Hub, with the decoder and a model card."""
+"""`hf-jacobi push` publishes a checkpoint on the Hub, with the decoder and a model card."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from ..decoding.errors import UsageError
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    about = "Publish a checkpoint on the Hub so that it decodes fast for whoever loads it"
+    about = "Publish a checkpoint on the Hub together with the decoder, so that it decodes fast when it is loaded"
     parser = commands.add_parser("push", help=about, description=about)
-    parser.add_argument("model", help="the folder of a model or an adapter; for --space also a name on the Hub")
+    parser.add_argument("model", help="the folder of a model or an adapter; with --space also a Hub id")
     parser.add_argument("repo_id", help="user/name on the Hub")
-    parser.add_argument("--tokenizer", help="a folder or a Hub id (default: beside the model, else of its base)")
+    parser.add_argument(
+        "--tokenizer", help="a folder or a Hub id (default: the model's folder, else that of its base model)"
+    )
     parser.add_argument(
         "--evaluation",
-        help="a JSON file of what was measured, for the card; `hf-jacobi bench --evaluation` writes one",
+        help="a JSON file with figures for the card; `hf-jacobi bench --evaluation` writes one",
     )
     parser.add_argument(
         "--format",
@@ -24,9 +26,9 @@ def add_parser(commands) -> None:
         help="write a draft-only adapter as a plain LoRA, for hf_jacobi.load_draft_adapter and other engines",
     )
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--output-dir", help="keep what is pushed in this folder, empty or new")
-    parser.add_argument("--dry-run", action="store_true", help="only write --output-dir, push nothing")
-    parser.add_argument("--space", action="store_true", help="push a Space instead, with a chat page of the model")
+    parser.add_argument("--output-dir", help="keep the pushed files in this folder, which must be empty or new")
+    parser.add_argument("--dry-run", action="store_true", help="write --output-dir but push nothing")
+    parser.add_argument("--space", action="store_true", help="push a Space with a chat page of the model instead")
     parser.set_defaults(run=run)
 
 
@@ -38,22 +40,27 @@ def run(arguments) -> int:
             raise UsageError("--tokenizer, --evaluation and --format are for a model: drop them, or drop --space.")
         from ..hub.space import publish_space
 
-        settings = {"private": arguments.private, "tell": tell}
-        place = publish_space(arguments.model, arguments.repo_id, arguments.output_dir, arguments.dry_run, **settings)
-        print(f"{'written to' if arguments.dry_run else 'pushed:'} {place}")
-        return 0
-    from ..hub import publish
+        place = publish_space(
+            arguments.model,
+            arguments.repo_id,
+            arguments.output_dir,
+            arguments.dry_run,
+            private=arguments.private,
+            tell=tell,
+        )
+    else:
+        from ..hub import publish
 
-    place = publish(
-        arguments.model,
-        arguments.repo_id,
-        arguments.tokenizer,
-        arguments.output_dir,
-        arguments.dry_run,
-        evaluation=arguments.evaluation,
-        format=arguments.format,
-        private=arguments.private,
-        tell=tell,
-    )
+        place = publish(
+            arguments.model,
+            arguments.repo_id,
+            arguments.tokenizer,
+            arguments.output_dir,
+            arguments.dry_run,
+            evaluation=arguments.evaluation,
+            format=arguments.format,
+            private=arguments.private,
+            tell=tell,
+        )
     print(f"{'written to' if arguments.dry_run else 'pushed:'} {place}")
     return 0

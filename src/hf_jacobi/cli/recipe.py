@@ -1,21 +1,21 @@
-"""`hf-jacobi recipe`: a training in phases, from prompts to a model that was tried out."""
+"""`hf-jacobi recipe` trains in phases, from prompts to an evaluated model."""
 
 from __future__ import annotations
 
-from .options import path
+from .options import INTERRUPTED, path
 
 
 def add_parser(commands) -> None:
     """Adds the command to `hf-jacobi`."""
-    about = "Train in phases: collect trajectories, pack, train, choose a checkpoint by decoding; then again"
+    about = "Train in phases: each collects trajectories, packs, trains, and chooses a checkpoint by decoding"
     parser = commands.add_parser("recipe", help=about, description=about)
-    parser.add_argument("recipe", type=path, metavar="RECIPE", help="a YAML file, such as those of examples/recipes")
+    parser.add_argument("recipe", type=path, metavar="RECIPE", help="a YAML file, such as those in examples/recipes")
     parser.add_argument(
-        "--output-dir", type=path, required=True, help="where it is written; a run that was interrupted goes on there"
+        "--output-dir", type=path, required=True, help="the output folder; an interrupted run resumes there"
     )
-    parser.add_argument("--model", help="in place of the recipe's model")
-    parser.add_argument("--prompts", help="in place of the recipe's prompts")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--model", help="replaces the recipe's model")
+    parser.add_argument("--prompts", help="replaces the recipe's prompts")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan, but do nothing")
     parser.set_defaults(run=run)
 
 
@@ -39,7 +39,7 @@ def run(arguments) -> int:
     try:
         report = run_recipe(recipe, arguments.output_dir)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on where this stopped.")
+        print(INTERRUPTED)
         return 130
     print(f"{markdown(report)}\nwritten to {arguments.output_dir}")
     return 0

@@ -1,4 +1,4 @@
-"""`hf-jacobi serve`: a model behind an OpenAI-compatible address."""
+"""`hf-jacobi serve` serves a model through an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ if TYPE_CHECKING:
     from .models import Found
 
 
-PORT = 8000  # as `transformers serve` and `transformers chat` have it
-ABOUT_MODEL = "a local folder or a Hub id, of a model or an adapter (default: the miniature that comes along)"
+PORT = 8000  # the port of `transformers serve` and `transformers chat`
+ABOUT_MODEL = "a local folder or a Hub id, of a model or an adapter (default: the miniature of this package)"
 TITLES = {"ar": "one token at a time", "jacobi": "Jacobi decoding"}
 LOG_LEVELS = ("critical", "error", "warning", "info", "debug")
 REFUSED = {
     "continuous_batching": (
-        "--continuous-batching goes around `generate`, and so around Jacobi decoding: drop it, or serve many requests "
-        "at once with `transformers serve`, or with vLLM."
+        "--continuous-batching goes around `generate`, and with it around Jacobi decoding: drop it, or serve many "
+        "requests at once with `transformers serve` or with vLLM."
     ),
     "compile": (
-        "--compile asks for a static cache of another length in every request, for each of which the model would be "
-        "compiled: drop it, and put cache_implementation='static' and max_cache_len into the checkpoint's generation "
-        "config."
+        "--compile uses a static cache of another length for every request, so the model would be compiled again for "
+        "each: drop it, and set cache_implementation='static' and max_cache_len in the checkpoint's generation config."
     ),
 }
 
@@ -42,22 +41,24 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--decoding",
         choices=("ar", "jacobi"),
-        help="for requests that do not say (default: as the checkpoint's generation config has it, else ar)",
+        help="the default for requests (default: the setting in the checkpoint's generation config, else ar)",
     )
     add_address(parser, PORT)
-    parser.add_argument("--enable-cors", action="store_true", help="let pages of any origin call it")
+    parser.add_argument("--enable-cors", action="store_true", help="allow requests from pages of any origin")
     parser.add_argument(
-        "--log-level", choices=LOG_LEVELS, default="warning", help="of the server's log (default: warning)"
+        "--log-level", choices=LOG_LEVELS, default="warning", help="the level of the server's log (default: warning)"
     )
     for name in REFUSED:
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help="refused: it says why")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", action="store_true", help="not supported; the error says why"
+        )
     parser.set_defaults(run=run)
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL and how it is loaded."""
+    """Adds MODEL and the options for loading it."""
     parser.add_argument("model", nargs="?", help=ABOUT_MODEL)
-    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id")
+    parser.add_argument("--adapter", help="an adapter for MODEL, a folder or a Hub id")
     add_dtype(parser)
     parser.add_argument("--attention", help="attention implementation, such as sdpa or eager")
 
@@ -65,9 +66,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_address(parser: argparse.ArgumentParser, port: int) -> None:
     """Adds `--host` and `--port`."""
     parser.add_argument(
-        "--host", default="localhost", help="where to listen (default: localhost; 0.0.0.0: everywhere)"
+        "--host", default="localhost", help="the address to listen on (default: localhost; 0.0.0.0: all addresses)"
     )
-    parser.add_argument("--port", type=_port, help=f"where to listen (default: {port}; 0: any that is free)")
+    parser.add_argument("--port", type=_port, help=f"the port to listen on (default: {port}; 0: any free port)")
 
 
 def _port(text: str) -> int:
@@ -91,7 +92,7 @@ def run(arguments) -> int:
     app = application(served, cors=arguments.enable_cors)
     print(
         f"Serving {served.name} at {address_of(listening)}/v1 ({TITLES[served.decoding]} unless a request says "
-        "otherwise; Ctrl-C ends it).",
+        "otherwise; Ctrl-C stops the server).",
         flush=True,
     )
     serve(served, app, listening, arguments.log_level)
@@ -100,14 +101,17 @@ def run(arguments) -> int:
 
 def load(arguments, decoding: str | None = None) -> tuple[Served, Found]:
     """
-    The model that was asked for, ready to be served, and where it was found.
+    Loads the model of a command and prepares it for serving.
 
     Args:
-        arguments: those of `add_model`.
-        decoding: how it decodes; left out, as the checkpoint has it, else one token at a time.
+        arguments: the arguments that `add_model` defines.
+        decoding: the default decoding method; `None` for the checkpoint's, else AR.
+
+    Returns:
+        The served model, and the names that it was found by.
 
     Raises:
-        `UsageError`: there is no such model, or it cannot decode so.
+        `UsageError`: there is no such model, or it does not support this decoding method.
     """
     name = MINIATURE.name if arguments.model is None else arguments.model
     own = arguments.model is None or (name == MINIATURE.name and not os.path.isdir(name))
@@ -122,11 +126,11 @@ def load(arguments, decoding: str | None = None) -> tuple[Served, Found]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if is_miniature(found):
-        torch.set_num_threads(1)  # more gain a model so small little, and wait for each other on a busy machine
+        torch.set_num_threads(1)  # so small a model gains little from more, and loses on a busy machine
     tokenizer = found.tokenizer()
     loaded = found.load(arguments.dtype, attention=arguments.attention)
     if found.adapter is not None:
-        decoding = decoding or loaded.decoding  # which stands beside the adapter
+        decoding = decoding or loaded.decoding  # from the adapter's generation config
     served = Served(name, loaded.model, loaded.writer, tokenizer, decoding, loaded.config)
     served.warm_up()
     return served, found

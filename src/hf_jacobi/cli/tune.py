@@ -1,4 +1,4 @@
-"""`hf-jacobi tune`: the fastest settings on this machine, written into a checkpoint."""
+"""`hf-jacobi tune` finds the fastest settings on this machine and writes them into a checkpoint."""
 
 from __future__ import annotations
 
@@ -30,21 +30,27 @@ def add_parser(commands) -> None:
     about = "Find the settings of Jacobi decoding that are fastest on this machine, and write them into the checkpoint"
     parser = commands.add_parser("tune", help=about, description=about)
     parser.add_argument("model", nargs="?", help=MODEL)
-    parser.add_argument("--adapter", help="an adapter for it, a folder or a Hub id; its settings are tuned")
+    parser.add_argument(
+        "--adapter", help="an adapter for MODEL, a folder or a Hub id; the settings are written into its folder"
+    )
     add_prompts(parser, count=6)
-    parser.add_argument("--max-new-tokens", type=positive, default=48, help="length of the texts (default: 48)")
+    parser.add_argument("--max-new-tokens", type=positive, default=48, help="maximum tokens per text (default: 48)")
     parser.add_argument(
         "--batch-sizes",
         type=positive,
         nargs="+",
         default=[1],
-        help="rows together to measure costs for (default: 1)",
+        help="batch sizes to measure the cost of forwards for (default: 1)",
     )
     add_dtype(parser)
-    parser.add_argument("--output", type=path, help="write what was measured to this JSON file")
-    parser.add_argument("--plots", type=path, help="draw the knee, the settings and the check into this folder")
-    parser.add_argument("--save-to", type=path, help="the generation_config.json of this folder instead")
-    parser.add_argument("--dry-run", action="store_true", help="change no checkpoint")
+    parser.add_argument("--output", type=path, help="write the measurements to this JSON file")
+    parser.add_argument(
+        "--plots", type=path, help="plot costs, settings and predictions into this folder (needs matplotlib)"
+    )
+    parser.add_argument(
+        "--save-to", type=path, help="write the settings into the generation_config.json of this folder instead"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="do not write the settings")
     parser.set_defaults(run=run)
 
 
@@ -79,14 +85,14 @@ def run(arguments) -> int:
     print_report(report)
     try:
         _write_report(arguments, report)
-    finally:  # neither is lost with the other
+    finally:  # a failure to write the report does not lose the settings
         if target is not None:
             print(write_into(target, report["decoding"], report["jacobi"]))
     return 0
 
 
 def _write_report(arguments, report: dict) -> None:
-    """The figures and the pictures of them, where they were asked for."""
+    """Writes the report and its plots to the files that the user named."""
     if arguments.output:
         write_json(arguments.output, report)
     if arguments.plots:
@@ -97,7 +103,7 @@ def _write_report(arguments, report: dict) -> None:
 
 
 def write_into(folder: Path, decoding: str, jacobi: dict) -> str:
-    """Writes settings into a checkpoint, also where it carries its decoder along; returns what was done, in lines."""
+    """Writes settings into a checkpoint and into the decoder that it carries, if any; returns a line for each file."""
     from ..decoding.config import write_settings
     from ..hub.carried import rewrite_settings
 
@@ -107,7 +113,7 @@ def write_into(folder: Path, decoding: str, jacobi: dict) -> str:
         done.append(f"and to {folder / 'custom_generate' / 'settings.py'}")
     if (folder / "evaluation.json").exists():
         done.append(
-            "evaluation.json beside it may be of other settings now: `hf-jacobi bench --evaluation` measures again."
+            "The evaluation.json in this folder can be outdated now: `hf-jacobi bench --evaluation` measures again."
         )
     return "\n".join(done)
 
@@ -117,7 +123,7 @@ def target_of(arguments) -> Path:
     The folder whose generation config gets the settings.
 
     Raises:
-        `UsageError`: there is none, or it cannot be written.
+        `UsageError`: there is no such folder, or it cannot be written.
     """
     folder = arguments.save_to or arguments.adapter
     if folder is None and arguments.model is None and (unpacked().exists() or packaged()):
@@ -137,7 +143,7 @@ def target_of(arguments) -> Path:
 
 
 def print_report(report: dict) -> None:
-    """What was found, and on what."""
+    """Prints the measurements and the chosen settings."""
     print(wrapped(", ".join(f"{name} {value}" for name, value in report["setup"].items() if value)), end="")
     print("\nforward over" + "".join(f"{tokens:>7}" for tokens in report["costs"]["tokens"]) + "  tokens")
     for rows, seconds in report["costs"]["seconds"].items():
@@ -153,12 +159,12 @@ def print_report(report: dict) -> None:
         print(f"{figures}{measured:>10}  " + f"\n{'':40}".join(lines))
     print(f"{1:>6.2f}{1:>11.1f}{'':>11}{report['checked']['AR']['tokens_per_second']:>10.1f}  AR")
     if report["decoding"] == "ar":
-        found = "Nothing was faster than one token at a time, so that is what the checkpoint is to do."
+        found = "No setting was faster than AR, so the checkpoint is set to decode by AR."
     else:
-        found = f"{report['speedup']:.2f}x AR with {_named(report['jacobi'])}"
+        found = f"speed-up {report['speedup']:.2f}x over AR with {_named(report['jacobi'])}"
     print(f"\n{wrapped(found)}", end="")
 
 
 def _named(settings: dict) -> str:
-    """Settings as one types them, without the costs that were measured: those stand above."""
+    """Settings in one phrase, without the measured costs, which the table shows."""
     return named({name: value for name, value in settings.items() if not isinstance(value, (list, dict))})

@@ -1,1 +1,1 @@
-"""How well it does: pictures. Needs what the extra `eval` brings."""
+"""Measures decoding: speed, settings, scores, and plots of them. The plots need the extra `eval`."""

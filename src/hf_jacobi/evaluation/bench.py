@@ -1,4 +1,4 @@
-"""`bench`: AR, prompt lookup and Jacobi decoding side by side, on one machine in one run."""
+"""`bench` compares AR, prompt lookup and Jacobi decoding on one machine in one run."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from .pairs import fastest_pair
 
 
 WIDTH = 80  # columns of a table
-PAYS = 1.02  # times AR; less is noise
+WORTHWHILE = 1.02  # speed-up over AR; less is noise
 LEGEND = """\
-range: the speed-up on the slowest and on the fastest batch; first: the time
-until the first token; same: the share of texts that are those of the first line"""
+speed-up: over the first line, above 1 is faster; range: the lowest and the
+highest speed-up of a batch; first: the time to the first token; same: the share
+of texts that equal those of the first line"""
 DEFAULT = Method("Jacobi, default", "jacobi", {})
 OWN = "Jacobi, the checkpoint's"
 DEFAULT_METHODS = (
@@ -38,8 +39,8 @@ DEFAULT_METHODS = (
 
 def methods_of(model) -> tuple[Method, ...]:
     """
-    What is compared by default: `DEFAULT_METHODS`; compiled prompt lookup, where transformers compiles it by itself;
-    and the settings in the model's generation config, if any.
+    The methods that are compared by default: `DEFAULT_METHODS`; compiled prompt lookup, if transformers compiles it by
+    default; and Jacobi decoding with the settings in the model's generation config, if any.
     """
     compiled = [COMPILED_LOOKUP] if compiles_assisted_decoding(unwrap(model)) else []
     settings = setting_of("jacobi", None, unwrap(model))
@@ -60,36 +61,39 @@ def bench(
     progress: Callable[[Iterator, int], Iterator] = lambda runs, total: runs,
 ) -> dict[str, Any]:
     """
-    Decodes the same prompts in several ways, each batch by all of them in turn.
+    Decodes the same prompts with several methods, each batch with all methods in turn.
 
     Args:
-        model: an enabled model. One with an adapter takes part in its fastest form (`fastest_pair`).
-        tokenizer: its tokenizer, which pads.
+        model: an enabled model. A model with an adapter takes part in its fastest form (`fastest_pair`).
+        tokenizer: its tokenizer, for the padding.
         prompts: token ids of each prompt.
-        methods: the ways of decoding; the first is what the others are compared with. `methods_of(model)` if left out.
-            Prompt lookup takes part with batches of one.
-        batch_sizes: rows decoded together; prompts that do not fill a batch are left out.
-        max_new_tokens: how far.
-        repeats: how often each batch is decoded.
-        base: what decodes by AR and by prompt lookup; left out, what `fastest_pair` makes of the model.
-        progress: wraps the iterator over batches, given how many there are.
+        methods: the decoding methods, `methods_of(model)` by default. The others are compared with the first. Prompt
+            lookup takes part only in batches of one.
+        batch_sizes: the numbers of rows decoded together; prompts that do not fill a batch are left out.
+        max_new_tokens: the maximum number of new tokens per prompt.
+        repeats: how many times each batch is decoded.
+        base: the model that decodes by AR and by prompt lookup, by default the second of `fastest_pair(model)`.
+        progress: wraps the iterator over batches, given their number.
 
     Returns:
-        `setup`, what it ran on, and `results`: for each batch size and way `compare`'s figures with `batch_size`,
-        `decoding`, and `runs`, tokens per second of each batch.
+        `setup`, the hardware, software and lengths; and `results`, for each batch size and method the figures of
+        `compare` with `batch_size`, `decoding` (the method's name), and `runs`, the tokens per second of each batch.
 
     Raises:
-        `ValueError`: there are fewer prompts than a batch has rows, or AR has no form that is fast (`fastest_pair`).
+        `ValueError`: there are fewer prompts than rows in a batch, or the model has no fast form for AR
+            (`fastest_pair`).
     """
     methods = methods_of(model) if methods is None else methods
     check_prompts(prompts, batch_sizes)
     if len({method.name for method in methods}) < len(methods):
-        raise UsageError("two ways of decoding have the same name.")
+        raise UsageError("two decoding methods have the same name: give each its own.")
     model, base = fastest_pair(model, base)
     results = []
     for size in batch_sizes:
-        batches = [pad(prompts[start : start + size], tokenizer) for start in range(0, len(prompts) - size + 1, size)]
-        batches = [{name: rows.to(unwrap(model).device) for name, rows in batch.items()} for batch in batches]
+        batches = [
+            pad(prompts[start : start + size], tokenizer, unwrap(model).device)
+            for start in range(0, len(prompts) - size + 1, size)
+        ]
         contestants = {
             method.name: (base if method.decoding != "jacobi" else model, method)
             for method in methods
@@ -104,10 +108,12 @@ def bench(
 
 
 def check_prompts(prompts: Sequence[Sequence[int]], batch_sizes: Sequence[int] = (1,)) -> None:
-    """Raises `UsageError` where a prompt is empty, or there are too few of them for a batch."""
+    """Raises `UsageError` if a prompt is empty, or if there are too few prompts for a batch."""
+    if not prompts:
+        raise UsageError("there are no prompts: give at least one.")
     if not all(prompts):
         raise UsageError("a prompt is empty: leave it out.")
-    if not prompts or max(batch_sizes) > len(prompts):
+    if max(batch_sizes) > len(prompts):
         raise UsageError(f"there are {len(prompts)} prompts, too few for batches of {max(batch_sizes)}: give more.")
 
 
@@ -115,14 +121,15 @@ def evaluation_of(
     report: Mapping[str, Any], model: str, dataset: str, settings: Mapping[str, Any], own: str
 ) -> dict[str, Any]:
     """
-    What `publish(evaluation=...)` takes: how a checkpoint decodes by its own settings, beside AR and prompt lookup.
+    The evaluation for `publish(evaluation=...)`: a checkpoint with its own settings, compared with AR and prompt
+    lookup.
 
     Args:
-        report: what `bench` returned.
+        report: the report of `bench`.
         model: the checkpoint's name.
         dataset: the name of the prompts.
-        settings: how the checkpoint decodes, `decoding` and `jacobi` as in its generation config.
-        own: the name of the way of decoding with these settings.
+        settings: the checkpoint's decoding settings, `decoding` and `jacobi` as in its generation config.
+        own: the name of the method that uses these settings.
     """
     setup = report["setup"]
     length = f"{setup['prompts']} prompts, at most {setup['max_new_tokens']} new tokens"
@@ -155,24 +162,24 @@ def evaluation_of(
 
 
 def described(setup: Mapping[str, Any]) -> str:
-    """What `setup_of` found, as one writes it."""
+    """The result of `setup_of` in one phrase."""
     threads = f"{setup['threads']} thread{'s' if setup['threads'] > 1 else ''}"
     parts = (threads, setup["dtype"], f"{setup['attention']} attention")
     versions = (f"{package} {setup[package]}" for package in ("torch", "transformers"))
     return ", ".join((setup["device"], *parts, *versions))
 
 
-def pad(prompts: Sequence[Sequence[int]], tokenizer) -> dict[str, torch.Tensor]:
+def pad(prompts: Sequence[Sequence[int]], tokenizer, device: torch.device) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, `[batch, length]`, padded on the left."""
     filler = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     length = max(map(len, prompts))
     ids = [[filler] * (length - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
 
 
 def setup_of(model) -> dict[str, Any]:
-    """What a model runs on."""
+    """The hardware and software that a model runs on."""
     inner = unwrap(model)
     on_gpu = inner.device.type == "cuda"
     return {
@@ -186,8 +193,8 @@ def setup_of(model) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU and how many cores there are."""
-    file = Path("/proc/cpuinfo")
+    """The name of the CPU and the number of its cores."""
+    file = Path("/proc/cpuinfo")  # psutil does not report the name
     lines = file.read_text().splitlines() if file.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
@@ -195,8 +202,8 @@ def processor() -> str:
 
 def table(report: Mapping[str, Any]) -> str:
     """
-    The report as a table of `WIDTH` columns, a part for each batch size; a speed-up for text that is not the first
-    one's is marked with a star.
+    The report as a table, `WIDTH` columns wide, with a section for each batch size. A star marks a speed-up for text
+    that differs from the first method's.
     """
     figures = ("TPF", "tokens/s", "speed-up", "range", "first", "memory", "same")
     widths = (6, 9, 9, 13, 8, 8, 5)
@@ -221,14 +228,14 @@ def table(report: Mapping[str, Any]) -> str:
             lines += others
     lines += [*_where_it_pays(report), "", LEGEND]
     if differs:
-        lines += ["* Some of the text is not that of the first line."]
+        lines += ["* Some of the text differs from that of the first line."]
     return "\n".join(lines[1:])
 
 
 def _where_it_pays(report: Mapping[str, Any]) -> list[str]:
-    """With several batch sizes: a line for each with its fastest Jacobi decoding, and from which on none pays."""
+    """For several batch sizes: the fastest Jacobi decoding of each, and the size from which on none pays."""
     jacobi = [row for row in report["results"] if row["decoding"].startswith("Jacobi")]
-    best = {}
+    best: dict[int, dict[str, Any]] = {}
     for row in jacobi:
         best[row["batch_size"]] = max(best.get(row["batch_size"], row), row, key=lambda one: one["speedup"])
     if len(best) < 2:
@@ -236,8 +243,8 @@ def _where_it_pays(report: Mapping[str, Any]) -> list[str]:
     lines = ["", f"{'rows':>4}  {'speed-up':>8}  fastest Jacobi decoding"]
     for size, row in best.items():
         lines.append(f"{size:>4}  {row['speedup']:>7.2f}x  {row['decoding']}"[:WIDTH])
-    loses = min((size for size, row in best.items() if row["speedup"] < PAYS), default=None)
-    return lines + ["It pays at every size." if loses is None else f"It stops paying at batches of {loses}."]
+    loses = min((size for size, row in best.items() if row["speedup"] < WORTHWHILE), default=None)
+    return lines + ["It pays at every batch size." if loses is None else f"It stops paying at batches of {loses}."]
 
 
 def _memory(peak: int | None) -> str:

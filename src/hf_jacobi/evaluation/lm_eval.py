@@ -1,4 +1,4 @@
-"""Models of lm-evaluation-harness that decode by Jacobi decoding: `hf-jacobi`, registered when this is imported."""
+"""Registers the lm-evaluation-harness model `hf-jacobi`, which decodes by Jacobi decoding."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from .measuring import up_to_end
 from .pairs import fastest_pair
 
 
-TASKS = Path(__file__).parent / "tasks"  # the paper's, asked and decoded as its authors do
+TASKS = Path(__file__).parent / "tasks"  # the paper's tasks, with its authors' prompts and decoding settings
 SETTINGS = tuple(field.name for field in dataclasses.fields(JacobiConfig) if field.name != "seed")
 
 
 def check_gen_kwargs(given: Mapping[str, Any]) -> None:
     """
-    Raises `UsageError` where a name or a value in `gen_kwargs` is none that texts can be made with.
+    Raises `UsageError` for an invalid name or value in `gen_kwargs`.
 
-    What lm-eval takes beside the settings of a generation config are `until` and other names for the length.
+    Besides the settings of a generation config, lm-eval accepts `until` and further names for the maximum length.
     """
     decoding = given.get("decoding", "jacobi")
     if decoding not in DECODINGS:
         raise UsageError(f"decoding must be one of {DECODINGS}, got {decoding!r}.")
     settings = {name: value for name, value in given.items() if name in SETTINGS}
     if settings and decoding == "ar":
-        raise UsageError(f"{', '.join(settings)}: settings of Jacobi decoding go with decoding=jacobi, not with ar.")
+        raise UsageError(f"{', '.join(settings)}: settings of Jacobi decoding need decoding=jacobi, not decoding=ar.")
     JacobiConfig(**settings)
     known = {*vars(GenerationConfig()), *SETTINGS, "decoding", "until"}
     unknown = [name for name in given if name not in known and not name.startswith("max_")]
@@ -49,14 +49,14 @@ def evaluation_of(
     results: Mapping[str, Any], stats: JacobiStats, model: str, settings: Mapping[str, Any], setup: str
 ) -> dict[str, Any]:
     """
-    What `publish(evaluation=...)` takes: the scores of each task, and the tokens per forward of all.
+    The evaluation for `publish(evaluation=...)`: the scores of each task, and the tokens per forward over all tasks.
 
     Args:
-        results: what lm-eval's `simple_evaluate` returned.
-        stats: those of the model that wrote the texts.
+        results: the result of lm-eval's `simple_evaluate`.
+        stats: the statistics of the model that generated the texts.
         model: the checkpoint's name.
-        settings: how the texts were decoded, `decoding` and `jacobi` as in a generation config.
-        setup: what it ran on.
+        settings: the decoding settings, `decoding` and `jacobi` as in a generation config.
+        setup: the hardware and software that it ran on.
     """
     decoding = {"ar": "AR", "jacobi": "Jacobi"}[settings["decoding"]]
     rows = [
@@ -74,7 +74,7 @@ def evaluation_of(
 
 
 def _scores(figures: Mapping[str, Any]) -> dict[str, float]:
-    """The scores among the figures of a task, without their errors; a filter is named where there is one."""
+    """The scores of a task without their standard errors; the name of a score includes its filter, if any."""
     scores = {}
     for name, value in figures.items():
         metric, _, kind = name.partition(",")
@@ -87,15 +87,16 @@ def _scores(figures: Mapping[str, Any]) -> dict[str, float]:
 @register_model("hf-jacobi")
 class JacobiLM(HFLM):
     """
-    lm-eval's `hf` model with a choice of how it decodes, by `gen_kwargs`: `decoding=jacobi` (the default) or
-    `decoding=ar`, and any setting of `JacobiConfig` but the seed, such as `block_size=32`. Settings that
-    are left out are those of the model's generation config.
+    lm-eval's `hf` model with a choice of decoding method.
+
+    `gen_kwargs` accepts `decoding=jacobi` (the default) or `decoding=ar`, and every setting of `JacobiConfig` except
+    the seed, such as `block_size=32`. Other settings come from the model's generation config.
 
     Args:
-        pretrained, others: as for lm-eval's `hf` model. An adapter is merged, unless it only drafts.
+        pretrained, others: as for lm-eval's `hf` model. An adapter is merged unless it is draft-only.
 
     Attributes:
-        stats: what decoding took since the model was made: tokens and forwards of all rows.
+        stats: the tokens and forwards of all rows since the model was created.
     """
 
     def __init__(self, pretrained, **others):

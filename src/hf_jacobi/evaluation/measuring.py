@@ -1,4 +1,4 @@
-"""One `generate` call by one way of decoding, and what it took."""
+"""Measures `generate` calls: one call with one decoding method, and several methods against each other."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from ..decoding.mixin import unwrap
 from .pairs import fastest_pair
 
 
-LOOKUP_TOKENS = 10  # what transformers' documentation of prompt lookup uses
-# What a generation config may ask for that is another way of decoding, or another number of texts.
+LOOKUP_TOKENS = 10  # the value in transformers' documentation of prompt lookup
+# Overrides what a generation config can request that would change the decoding method or the number of texts.
 ALONE = {
     "num_beams": 1,
     "num_return_sequences": 1,
@@ -31,14 +31,14 @@ ALONE = {
 @dataclass(frozen=True)
 class Method:
     """
-    A way of decoding.
+    A decoding method.
 
     Args:
-        name: as reports call it.
-        decoding: `"ar"`, `"jacobi"`, or `"prompt_lookup"`, transformers' own n-gram drafts, which take one row.
-        settings: of `JacobiConfig`, for `"jacobi"`; those of the model's generation config if left out.
-        compiled: for `"prompt_lookup"`, whether its forwards are compiled and its cache is static, which transformers
-            does since 5.24. It is compiled while the first prompt is decoded.
+        name: its name in reports.
+        decoding: `"ar"`, `"jacobi"`, or `"prompt_lookup"`: transformers' own n-gram drafts, which support one row.
+        settings: `JacobiConfig` settings for `"jacobi"`; by default those in the model's generation config.
+        compiled: for `"prompt_lookup"`: compile its forwards and use a static cache, which needs transformers 5.24.
+            Compilation happens while the first prompt is decoded.
     """
 
     name: str
@@ -47,10 +47,10 @@ class Method:
     compiled: bool = False
 
     def arguments(self, room: int) -> dict[str, Any]:
-        """What `generate` is called with, for texts of at most `room` tokens."""
+        """The arguments for `generate`, for sequences of at most `room` tokens."""
         if self.decoding == "prompt_lookup":
-            lookup = {"decoding": "ar", "prompt_lookup_num_tokens": LOOKUP_TOKENS}
-            if self.compiled:  # the last draft may reach beyond the text, and the cache has to hold it
+            lookup: dict[str, Any] = {"decoding": "ar", "prompt_lookup_num_tokens": LOOKUP_TOKENS}
+            if self.compiled:  # the last draft can extend past the text, and the cache must hold it
                 length = room + LOOKUP_TOKENS + 1
                 lookup |= {
                     "cache_implementation": "static",
@@ -70,15 +70,15 @@ COMPILED_LOOKUP = Method("prompt lookup, compiled", "prompt_lookup", compiled=Tr
 @dataclass
 class Measured:
     """
-    What a call gave.
+    The result of one call.
 
     Attributes:
-        tokens: the new tokens of each row, without what follows the end.
-        forwards: forwards each row took part in, the prefill counted as one.
-        positions: positions scored in all, the prefill counted as one per row.
-        seconds: wall-clock of the whole call.
-        first_seconds: wall-clock up to the end of the first forward, which gives the first token.
-        peak_bytes: memory in use at the most, on the GPU, else by the process; `None` where that cannot be told.
+        tokens: the new tokens of each row, up to and including the end token.
+        forwards: forwards that each row took part in, the prefill counted as one.
+        positions: positions scored in total, the prefill counted as one per row.
+        seconds: wall-clock time of the call.
+        first_seconds: wall-clock time to the end of the first forward, which yields the first token.
+        peak_bytes: peak memory of the GPU, or of the process on a CPU; `None` where the system does not report it.
     """
 
     tokens: list[list[int]]
@@ -90,17 +90,17 @@ class Measured:
 
     @property
     def count(self) -> int:
-        """New tokens of all rows."""
+        """The number of new tokens in all rows."""
         return sum(map(len, self.tokens))
 
 
 @contextmanager
 def watching_forwards(model, note: Callable[[dict[str, Any]], None]):
     """
-    While this is open, `note` is called with the keyword arguments of each forward that `generate` has run.
+    Calls `note` with the keyword arguments of each forward that `generate` runs inside the context.
 
-    A compiled forward runs the hooks that were there when it was compiled, or none, so that what `generate` compiles
-    is wrapped instead.
+    A compiled forward keeps the hooks from the time of its compilation, so the function that `generate` compiles is
+    wrapped instead.
     """
     compiling = False
 
@@ -113,7 +113,7 @@ def watching_forwards(model, note: Callable[[dict[str, Any]], None]):
 
         def noted(*arguments, **keywords):
             nonlocal compiling
-            compiling = True  # where compiling was given up, the hook runs in it
+            compiling = True  # a forward that falls back to eager code still runs the hook
             try:
                 output = call(*arguments, **keywords)
             finally:
@@ -136,15 +136,15 @@ def measure(
     model, inputs: Mapping[str, torch.Tensor], method: Method, max_new_tokens: int, room: int | None = None
 ) -> Measured:
     """
-    Decodes greedily.
+    Decodes one batch greedily and measures it.
 
     Args:
         model: an enabled model.
         inputs: `input_ids` and `attention_mask`, `[batch, length]`, padded on the left.
-        method: the way of decoding.
-        max_new_tokens: how far.
-        room: how long the longest text may become, of those that are decoded so; compiled forwards are compiled for
-            it. This text's own length if left out.
+        method: the decoding method.
+        max_new_tokens: the maximum number of new tokens per row.
+        room: the length, in tokens, that the cache of a compiled method must hold; pass the longest length of a series
+            to compile once. By default the length of this batch.
     """
     length = inputs["input_ids"].shape[1]
     ends: list[float] = []
@@ -182,7 +182,11 @@ def measure(
 
 
 class PeakMemory:
-    """The most memory in use since it was made: of a GPU, or on Linux of this process."""
+    """
+    The peak memory since this object was created: of a GPU, or of this process on Linux.
+
+    Read from /proc, because psutil cannot reset the peak of a process.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -191,12 +195,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         except OSError:
             self.known = False
 
     def peak(self) -> int | None:
-        """In bytes, `None` where it cannot be told."""
+        """The peak in bytes; `None` where the system does not report it."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         if not self.known:
@@ -212,17 +216,17 @@ def race(
     warm_up: int = 1,
 ) -> Iterator[dict[str, Measured]]:
     """
-    Decodes each prompt by every contestant in turn, so that a machine that slows down does so for all.
+    Decodes each prompt with every contestant in turn, so that a change of the machine's speed affects all of them.
 
     Args:
-        contestants: name to `(model, method)`. A model with an adapter runs AR and prompt lookup in its fastest form
-            (`fastest_pair`).
-        prompts: `input_ids` and `attention_mask` each, `[batch, length]`.
-        max_new_tokens: how far.
-        warm_up: how many of the prompts are decoded beforehand, unmeasured.
+        contestants: maps names to `(model, method)`. A model with an adapter runs AR and prompt lookup in its fastest
+            form (`fastest_pair`).
+        prompts: `input_ids` and `attention_mask` of each batch, `[batch, length]`.
+        max_new_tokens: the maximum number of new tokens per row.
+        warm_up: the number of prompts that are decoded first without being measured.
 
     Yields:
-        For each prompt what each contestant took.
+        For each prompt, the measurement of each contestant.
     """
     contestants = {
         name: (model if method.decoding == "jacobi" else fastest_pair(model)[1], method)
@@ -239,16 +243,17 @@ def race(
 
 def compare(runs: Sequence[Mapping[str, Measured]]) -> dict[str, dict[str, Any]]:
     """
-    The figures of a race; the first contestant is the yardstick.
+    The figures of a race, relative to the first contestant.
 
     Args:
-        runs: what `race` gave.
+        runs: the measurements that `race` yielded.
 
     Returns:
-        For each name `tokens_per_second`, `tokens_per_forward` (of a row), `positions_per_token`, `speedup` (ratio of
-        tokens per second, over all prompts), `slowest`, `median_speedup`, `fastest` (of that ratio on single prompts),
-        `identical` (share of the rows whose text is the first contestant's), `first_token_seconds` (median) and
-        `peak_bytes` (the most; `None` where it cannot be told).
+        For each name `tokens_per_second`; `tokens_per_forward` (per row); `positions_per_token`; `speedup` (tokens per
+        second over those of the first contestant, on all prompts; above 1 is faster); `slowest`, `median_speedup` and
+        `fastest` (the lowest, median and highest speed-up on single prompts); `identical` (the share of rows with the
+        first contestant's text); `first_token_seconds` (median); and `peak_bytes` (maximum; `None` where the system
+        does not report it).
     """
     figures = {}
     first = [next(iter(run.values())) for run in runs]
@@ -260,7 +265,7 @@ def compare(runs: Sequence[Mapping[str, Measured]]) -> dict[str, dict[str, Any]]
         same = sum(
             one == other for run, of_first in zip(mine, first) for one, other in zip(run.tokens, of_first.tokens)
         )
-        peaks = [run.peak_bytes for run in mine]
+        peaks = [run.peak_bytes for run in mine if run.peak_bytes is not None]
         figures[name] = {
             "tokens_per_second": _pace(mine),
             "tokens_per_forward": tokens / sum(sum(run.forwards) for run in mine),
@@ -271,7 +276,7 @@ def compare(runs: Sequence[Mapping[str, Measured]]) -> dict[str, dict[str, Any]]
             "fastest": max(ratios),
             "identical": same / rows,
             "first_token_seconds": median(run.first_seconds for run in mine),
-            "peak_bytes": None if None in peaks else max(peaks),
+            "peak_bytes": max(peaks) if len(peaks) == len(mine) else None,
         }
     return figures
 
@@ -281,13 +286,13 @@ def _pace(runs: Sequence[Measured]) -> float:
 
 
 def now(model) -> float:
-    """Seconds on a clock, once everything that was put on the model's device is done."""
+    """The time in seconds, read after the model's device has finished all its work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
 
 
 def up_to_end(row: list[int], ends: int | list[int] | None) -> int:
-    """How many tokens a row has up to its end, which counts."""
+    """The number of tokens in a row up to and including its end token."""
     known = {ends} if isinstance(ends, int) else set(ends or ())
     return next((index + 1 for index, token in enumerate(row) if token in known), len(row))

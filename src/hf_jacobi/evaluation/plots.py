@@ -1,4 +1,4 @@
-"""Pictures of the library's own outputs, in plain matplotlib. Each function draws into axes and returns them."""
+"""Plots of the library's results with matplotlib. Each function draws into axes and returns them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..trajectories.statistics import BINS, PackingStatistics
 
 PROMPT, COMPLETION, RIGHT, WRONG, PADDING = "#d9d9d9", "#9ecae1", "#a1d99b", "#fdae6b", "#ffffff"
 ACCEPTED, RECYCLED = "#31a354", "#3182bd"
-ABOVE = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "frameon": False}  # where a legend hides nothing
+ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0, 1.0), "frameon": False}  # covers no data
 CURVES = ("consistency_loss", "ar_loss", "noisy_accuracy", "eval_tokens_per_forward", "eval_agreement")
 SHOWN = ("input_ids", "position_ids", "block_ids", "window_start", "labels", "seq_ids", "twin_ids")
 
 
 def noise_levels(statistics: PackingStatistics, axes: Axes | None = None) -> Axes:
     """
-    How noisy the blocks of packed rows are: a histogram of noise levels.
+    A histogram of the noise levels of the blocks in packed rows.
 
     Args:
-        statistics: what `packing_statistics` counted.
-        axes: where to draw; new axes if left out.
+        statistics: the result of `packing_statistics`.
+        axes: the axes to draw into; new ones by default.
     """
     axes = axes or pyplot.figure(figsize=(6, 3.5)).subplots()
     shares = [count / max(1, statistics.blocks) for count in (statistics.converged_blocks, *statistics.histogram)]
@@ -44,20 +44,21 @@ def noise_levels(statistics: PackingStatistics, axes: Axes | None = None) -> Axe
 
 def packed_row(row: dict[str, Sequence[int]], axes: Axes | None = None, first: int = 0, tokens: int = 64) -> Axes:
     """
-    A packed row, token by token: what each column holds, and which tokens are prompt, text, right or wrong noise.
+    A packed row, token by token: the value in each column, and by colour whether a token is prompt, completion,
+    converged noise or other noise.
 
     Args:
-        row: a row of what `pack_trajectories` returns.
-        axes: where to draw; new axes if left out.
-        first: the first token that is drawn.
-        tokens: how many are; the title names the part of a row that is longer.
+        row: a row that `pack_trajectories` made.
+        axes: the axes to draw into; new ones by default.
+        first: the index of the first token to draw.
+        tokens: the number of tokens to draw; the title of a longer row says which part is shown.
 
     Raises:
         `ValueError`: the row has no such token.
     """
     length = len(row["input_ids"])
     if not 0 <= first < length or tokens < 1:
-        raise UsageError(f"the row has tokens 0 to {length - 1}: {tokens} from {first} on are none of them.")
+        raise UsageError(f"the row has tokens 0 to {length - 1}, not {tokens} from {first} on: choose some of these.")
     shown = range(first, min(first + tokens, length))
     axes = axes or pyplot.figure(figsize=(1.2 + 0.48 * len(shown), 0.42 * (len(SHOWN) + 2))).subplots()
     for index in shown:
@@ -65,10 +66,11 @@ def packed_row(row: dict[str, Sequence[int]], axes: Axes | None = None, first: i
             color = _kind(row, index) if line == 0 else "white"
             axes.add_patch(Rectangle((index, -line), 1, 1, facecolor=color, edgecolor="#888888", linewidth=0.5))
             value = row[column][index]
-            axes.text(index + 0.5, 0.5 - line, "·" if value == -100 else value, ha="center", va="center", fontsize=8)
+            shown_value = "·" if value == -100 else str(value)
+            axes.text(index + 0.5, 0.5 - line, shown_value, ha="center", va="center", fontsize=8)
     for line, column in enumerate(SHOWN):
         axes.text(first - 0.2, 0.5 - line, column, ha="right", va="center", fontsize=8, family="monospace")
-    kinds = {"prompt": PROMPT, "completion": COMPLETION, "noisy, right so far": RIGHT, "noisy, has a twin": WRONG}
+    kinds = {"prompt": PROMPT, "completion": COMPLETION, "noisy, converged": RIGHT, "noisy, with a twin": WRONG}
     handles = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in kinds.items()]
     axes.legend(handles=handles, ncols=4, fontsize=8, **ABOVE)
     if len(shown) < length:
@@ -88,11 +90,11 @@ def _kind(row: dict[str, Sequence[int]], index: int) -> str:
 
 def bench_bars(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     """
-    Speed-up over the first way of decoding, by batch size, with the range over batches.
+    The speed-up over the first decoding method by batch size, with the range over batches.
 
     Args:
-        report: what `bench` returned.
-        axes: where to draw; new axes if left out.
+        report: the report of `bench`.
+        axes: the axes to draw into; new ones by default.
     """
     rows = report["results"]
     axes = axes or pyplot.figure(figsize=(8, max(4, 0.2 * len(rows)))).subplots()
@@ -111,8 +113,8 @@ def bench_bars(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.axvline(1.0, color="gray", linewidth=0.8)
-    axes.set_xlabel(f"tokens per second against {names[0]}")
-    if len(sizes) > 1:  # beside the axes, where no bar is
+    axes.set_xlabel(f"speed-up over {names[0]}")
+    if len(sizes) > 1:  # beside the axes, so that it covers no bar
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
     return axes
 
@@ -126,80 +128,90 @@ def trajectory(
     row: int = 0,
 ) -> Axes:
     """
-    How a text came about: one line per forward, one column per position.
+    The drafts of one text: a line for each forward, a column for each index in the sequence.
 
-    Each line shows the draft of that forward. Green was right and committed; blue was committed out of the pool; pale
-    green right, but behind something wrong; orange wrong. Grey is text that was there before.
+    Grey tokens were committed before. Of the draft, green tokens were correct and committed, blue ones were replaced
+    by committed tokens from the pool, pale green ones were correct but follow a wrong token, orange ones were wrong.
 
     Args:
-        record: `output.trajectory`, or one of it.
-        tokenizer: writes the tokens into the cells; left out, they stay empty.
-        first: the first forward shown; 0 is the prefill, which drafts nothing.
-        forwards: how many are shown.
-        axes: where to draw; new axes if left out.
-        row: which text of `output.trajectory` is drawn; the title names it where there are several.
+        record: `output.trajectory`, or one of its records.
+        tokenizer: decodes the tokens, which are then written into the cells.
+        first: the first forward to show; 0 is the prefill, which drafts nothing.
+        forwards: the number of forwards to show.
+        axes: the axes to draw into; new ones by default.
+        row: the row of `output.trajectory` to draw; the title names it if there are several.
 
     Raises:
-        `ValueError`: nothing was recorded, or there is no such text.
+        `ValueError`: nothing was recorded, or there is no such row.
     """
-    several = not hasattr(record, "steps")
-    if several and not record:
-        raise UsageError("nothing was recorded: decode with return_dict_in_generate=True, output_trajectory=True.")
-    if several and not -len(record) <= row < len(record):
-        raise UsageError(f"there are {len(record)} texts, 0 to {len(record) - 1}: {row} is none of them.")
-    rows, record = (len(record), record[row]) if several else (1, record)
-    steps = [step for step in record.steps[first : first + forwards] if step.draft]
-    text = record.tokens
-    begin = min((step.start for step in steps), default=record.prompt_length)
+    one, title = _row_of(record, row)
+    steps = [step for step in one.steps[first : first + forwards] if step.draft]
+    begin = min((step.start for step in steps), default=one.prompt_length)
     end = max((step.start + len(step.draft) for step in steps), default=begin + 1)
     axes = axes or pyplot.figure(figsize=(max(4, 0.32 * (end - begin)), max(2, 0.3 * len(steps)))).subplots()
     for line, step in enumerate(steps):
         if step.start > begin:
             axes.add_patch(Rectangle((begin, line), step.start - begin, 1, facecolor=PROMPT, edgecolor="none"))
-        for offset, token in enumerate(step.draft):
-            position = step.start + offset
-            place = position - record.prompt_length
-            right = place < len(text) and (place < 0 or text[place] == token)
-            color = state_of(offset, right, step)
-            axes.add_patch(Rectangle((position, line), 1, 1, facecolor=color, edgecolor="white", linewidth=0.5))
-            if tokenizer is not None:
-                word = tokenizer.decode([token]).replace("$", r"\$")[:6]
-                axes.text(position + 0.5, line + 0.5, word, ha="center", va="center", fontsize=5)
-    axes.set(xlim=(begin, end), ylim=(len(steps), 0), xlabel="position", ylabel="forward")
-    if rows > 1:
-        axes.set_title(f"text {row % rows} of 0 to {rows - 1}", fontsize=9)
-    axes.set_xticks([tick for tick in range(begin, end) if (tick - record.prompt_length) % 8 == 0])
-    axes.set_xticklabels([str(int(tick) - record.prompt_length) for tick in axes.get_xticks()])
+        _draw_draft(axes, line, step, one, tokenizer)
+    axes.set(xlim=(begin, end), ylim=(len(steps), 0), xlabel="index after the prompt", ylabel="forward")
+    axes.set_title(title, fontsize=9)
+    axes.set_xticks([tick for tick in range(begin, end) if (tick - one.prompt_length) % 8 == 0])
+    axes.set_xticklabels([str(int(tick) - one.prompt_length) for tick in axes.get_xticks()])
     shown = {
-        "there before": PROMPT,
-        "right, committed": ACCEPTED,
+        "committed before": PROMPT,
+        "correct, committed": ACCEPTED,
         "committed from the pool": RECYCLED,
-        "right, behind a wrong one": RIGHT,
+        "correct, after a wrong one": RIGHT,
         "wrong": WRONG,
     }
     handles = [Patch(color=color, label=label) for label, color in shown.items()]
-    axes.legend(handles=handles, loc="upper right", fontsize=7, frameon=False)  # drafts never get into that corner
+    axes.legend(handles=handles, loc="upper right", fontsize=7, frameon=False)  # drafts never reach that corner
     return axes
 
 
-def state_of(offset: int, right: bool, step: TrajectoryStep) -> str:
+def _row_of(record: Trajectory | Sequence[Trajectory] | None, row: int) -> tuple[Trajectory, str]:
+    """The record of a row, and its title, which is empty if there is only one."""
+    if not record:
+        raise UsageError("nothing was recorded: decode with return_dict_in_generate=True, output_trajectory=True.")
+    if not isinstance(record, Sequence):
+        return record, ""
+    count = len(record)
+    if not -count <= row < count:
+        raise UsageError(f"there are {count} texts, 0 to {count - 1}, and no text {row}: choose one of these.")
+    return record[row], f"text {row % count} of 0 to {count - 1}" if count > 1 else ""
+
+
+def _draw_draft(axes: Axes, line: int, step: TrajectoryStep, record: Trajectory, tokenizer) -> None:
+    text = record.tokens
+    for offset, token in enumerate(step.draft):
+        index = step.start + offset
+        place = index - record.prompt_length
+        is_correct = place < len(text) and (place < 0 or text[place] == token)
+        color = state_of(offset, is_correct, step)
+        axes.add_patch(Rectangle((index, line), 1, 1, facecolor=color, edgecolor="white", linewidth=0.5))
+        if tokenizer is not None:
+            word = tokenizer.decode([token]).replace("$", r"\$")[:6]
+            axes.text(index + 0.5, line + 0.5, word, ha="center", va="center", fontsize=5)
+
+
+def state_of(offset: int, is_correct: bool, step: TrajectoryStep) -> str:
     """The colour of the token at `offset` in the draft of a forward."""
     if offset == 0:
         return PROMPT
-    if offset <= len(step.accepted) and right:
+    if offset <= len(step.accepted) and is_correct:
         return ACCEPTED
-    if offset < len(step.accepted):  # committed, though it was not in the draft; the last one is the model's own
+    if offset < len(step.accepted):  # committed, but not in the draft; the last committed token is the model's own
         return RECYCLED
-    return RIGHT if right else WRONG
+    return RIGHT if is_correct else WRONG
 
 
 def accepted_tokens(stats: JacobiStats, axes: Axes | None = None) -> Axes:
     """
-    How many tokens each forward committed.
+    The number of tokens that each forward committed.
 
     Args:
-        stats: `output.jacobi_stats`, or of one row.
-        axes: where to draw; new axes if left out.
+        stats: `output.jacobi_stats`, or the statistics of one row.
+        axes: the axes to draw into; new ones by default.
     """
     axes = axes or pyplot.figure(figsize=(7, 2.5)).subplots()
     axes.bar(range(len(stats.accepted_per_forward)), stats.accepted_per_forward, width=1.0, color=ACCEPTED)
@@ -214,12 +226,12 @@ def training_curves(
     history: Sequence[Mapping[str, float]], names: Sequence[str] = CURVES, axes: Sequence[Axes] | None = None
 ) -> Sequence[Axes]:
     """
-    What was logged over a training.
+    The logged values of a training by step.
 
     Args:
-        history: `trainer.state.log_history`, or that of a `trainer_state.json`.
-        names: of what is shown, each in axes of its own; those never logged are left out.
-        axes: as many axes as there are names; new ones if left out.
+        history: `trainer.state.log_history`, or `log_history` in a `trainer_state.json`.
+        names: the values to show, each in its own axes; values that were never logged are left out.
+        axes: one for each name; new ones by default.
 
     Returns:
         The axes.
@@ -229,7 +241,7 @@ def training_curves(
     """
     shown = [name for name in names if any(name in entry for entry in history)]
     if not shown:
-        raise UsageError(f"none of {list(names)} was logged.")
+        raise UsageError(f"none of {list(names)} was logged: name values that were.")
     if axes is None:
         figure = pyplot.figure(figsize=(3.5 * len(shown), 3), layout="constrained")
         axes = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -242,13 +254,13 @@ def training_curves(
 
 def attention_mask(row: Mapping[str, Sequence[int]], axes: Axes | None = None) -> Axes:
     """
-    Which token of a packed row sees which: a line for each token that looks, a column for each it may see.
+    The noise-aware mask of a packed row: a line for each query token, a column for each key token.
 
     Args:
         row: a row that `pack_trajectories` made.
-        axes: where to draw; new axes if left out.
+        axes: the axes to draw into; new ones by default.
     """
-    from ..training.mask import RowTensors, visible  # needs more than the rest of this file
+    from ..training.mask import RowTensors, visible  # needs packages that the rest of this file does not
 
     rows = RowTensors.of({name: torch.tensor([list(row[name])]) for name in SHOWN})
     count = len(row["input_ids"])
@@ -259,17 +271,17 @@ def attention_mask(row: Mapping[str, Sequence[int]], axes: Axes | None = None) -
     noise = next((place for place, block in enumerate(row["block_ids"]) if block >= 0), count)
     for draw in (axes.axhline, axes.axvline):
         draw(noise - 0.5, color="black", linewidth=0.6)
-    axes.set(xlabel="token that is seen", ylabel="token that looks")
+    axes.set(xlabel="key token", ylabel="query token")
     return axes
 
 
 def knee(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     """
-    What a forward takes by how many tokens it scores: flat up to the knee, where more tokens cost next to nothing.
+    The time of a forward by the number of tokens that it scores: nearly flat up to the knee.
 
     Args:
-        report: what `tune` returned.
-        axes: where to draw; new axes if left out.
+        report: the report of `tune`.
+        axes: the axes to draw into; new ones by default.
     """
     axes = axes or pyplot.figure(figsize=(4.5, 3.2)).subplots()
     for rows, seconds in report["costs"]["seconds"].items():
@@ -280,17 +292,18 @@ def knee(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     if len(report["costs"]["seconds"]) > 1:
         axes.legend(fontsize=7, **ABOVE)
     axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens of a row in a forward", ylabel="milliseconds", ylim=(0, None))
+    axes.set(xlabel="tokens per row in a forward", ylabel="milliseconds", ylim=(0, None))
     return axes
 
 
 def tuned_settings(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     """
-    Predicted tokens per second over tokens and positions per forward, a point for each setting, the chosen one marked.
+    The predicted tokens per second by tokens and positions per forward, with a point for each setting. A star marks
+    the chosen one.
 
     Args:
-        report: what `tune` returned.
-        axes: where to draw; new axes if left out.
+        report: the report of `tune`.
+        axes: the axes to draw into; new ones by default.
     """
     axes = axes or pyplot.figure(figsize=(5.5, 4)).subplots()
     costs = report["costs"]
@@ -314,11 +327,11 @@ def tuned_settings(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
 
 def predicted_against_measured(report: Mapping[str, Any], axes: Axes | None = None) -> Axes:
     """
-    Tokens per second of the settings that were checked, as predicted and as measured.
+    Predicted and measured tokens per second of the best few settings.
 
     Args:
-        report: what `tune` returned.
-        axes: where to draw; new axes if left out.
+        report: the report of `tune`.
+        axes: the axes to draw into; new ones by default.
     """
     axes = axes or pyplot.figure(figsize=(4, 4)).subplots()
     pairs = [

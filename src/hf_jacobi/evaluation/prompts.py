@@ -1,4 +1,4 @@
-"""Short questions as people put them to an assistant, written for this project: what is benchmarked by default."""
+"""Short questions to an assistant, written for this project: the default prompts of the benchmarks."""
 
 CHAT = [
     "What is the capital of France?",

@@ -1,4 +1,4 @@
-"""Trainings in phases, each of which collects, packs, trains and chooses. Needs what the extra `train` brings."""
+"""Trains in phases, each of which collects, packs, trains and chooses a checkpoint. Needs the extra `train`."""
 
 from .recipe import Phase, Recipe, read_recipe
 from .run import run_recipe

@@ -1,42 +1,47 @@
-"""Which checkpoint of a training is taken: the fastest of those that keep their quality."""
+"""Chooses a checkpoint of a training: the fastest of those that keep their quality."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-
 from ..decoding.mixin import unwrap
+from ..evaluation.bench import pad
 from ..evaluation.measuring import AR, Method, measure
 from ..training.figures import Score, Tally
 from .recipe import Choice
 
 
+def _tell_nobody(done: int) -> None:
+    pass
+
+
 def decode(
-    model, tokenizer, prompts: list[list[int]], method: Method, choice: Choice, tell: Callable[[int], Any] = bool
+    model,
+    tokenizer,
+    prompts: list[list[int]],
+    method: Method,
+    choice: Choice,
+    tell: Callable[[int], Any] = _tell_nobody,
 ) -> list[tuple[list[int], int]]:
     """
-    The text of each prompt, and in how many forwards it came about.
+    The completion of each prompt, and the number of forwards that it took.
 
     Args:
         model: an enabled model.
         tokenizer: its tokenizer.
-        prompts: their tokens.
-        method: how they are decoded.
-        choice: how far, and how many together.
-        tell: called with how many are done.
+        prompts: the token ids of each prompt.
+        method: the decoding method.
+        choice: gives the maximum number of new tokens and the batch size.
+        tell: called with the number of prompts done.
     """
     table = getattr(unwrap(model).config.get_text_config(decoder=True), "max_position_embeddings", None)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    found = []
+    found: list[tuple[list[int], int]] = []
     for first in range(0, len(prompts), choice.batch_size):
         batch = prompts[first : first + choice.batch_size]
         width = max(map(len, batch))
         room = choice.max_new_tokens if table is None else max(1, min(choice.max_new_tokens, table - width))
-        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in batch], device=model.device)
-        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch], device=model.device)
-        measured = measure(model, {"input_ids": ids, "attention_mask": mask}, method, room)
+        measured = measure(model, pad(batch, tokenizer, model.device), method, room)
         found += zip(measured.tokens, measured.forwards)
         tell(len(found))
     return found
@@ -50,20 +55,20 @@ def figures_of(
     choice: Choice,
     score: Score | None,
     before: list[list[int]] | None = None,
-    tell: Callable[[int], Any] = bool,
+    tell: Callable[[int], Any] = _tell_nobody,
 ) -> tuple[dict[str, float], list[list[int]]]:
     """
-    What `Tally` says of a model on held-out prompts, and its texts one token at a time.
+    The figures of `Tally` for a model on held-out prompts, and the model's AR completions.
 
     Args:
         model: an enabled model.
         tokenizer: its tokenizer.
-        held_out: the prompts, each a row and its tokens.
-        settings: of `JacobiConfig`.
-        choice: how far, and how many together.
-        score: whether the text of a row is right.
-        before: the texts before all training; those of this model if left out.
-        tell: called with how many are done.
+        held_out: the prompts, each a row and its token ids.
+        settings: `JacobiConfig` settings.
+        choice: gives the maximum number of new tokens and the batch size.
+        score: whether the completion of a row is correct.
+        before: the AR completions before all training, by default those of this model.
+        tell: called with the number of prompts done.
     """
     prompts = [ids for _, ids in held_out]
     plain = [text for text, _ in decode(model, tokenizer, prompts, AR, choice)]
@@ -76,12 +81,12 @@ def figures_of(
 
 
 def quality(point: dict[str, Any]) -> float:
-    """What counts as quality: the share of right answers where there is a scoring function, else the agreement."""
+    """The quality of a checkpoint: its share of correct answers if there is a scoring function, else its agreement."""
     return point.get("score", point["agreement"])
 
 
 def keeps(point: dict[str, Any], before: dict[str, Any], choice: Choice) -> bool:
-    """Whether a checkpoint is as good as is asked, compared with the model before all training."""
+    """Whether a checkpoint keeps the required quality, compared with the model before all training."""
     if "score" in point:
         return point["score"] >= before["score"] - choice.max_score_loss
     return point["agreement"] >= choice.min_agreement
@@ -89,12 +94,13 @@ def keeps(point: dict[str, Any], before: dict[str, Any], choice: Choice) -> bool
 
 def choose(points: Sequence[dict[str, Any]], before: dict[str, Any], choice: Choice) -> dict[str, Any]:
     """
-    The best among the fastest and those nearly as fast, of all that keep their quality; where none does, the best.
+    The checkpoint to keep: of those that keep their quality and are nearly as fast as the fastest of them, the one
+    with the highest quality. If none keeps its quality, the one with the highest quality.
 
     Args:
         points: the figures of the checkpoints.
-        before: those of the model before all training.
-        choice: what counts as kept, and as nearly as fast.
+        before: the figures of the model before all training.
+        choice: defines which quality is kept and which speed is nearly as fast.
     """
     kept = [point for point in points if keeps(point, before, choice)]
     if not kept:

@@ -1,4 +1,4 @@
-"""One line that says where a recipe is: the phase, the stage, how much of it is done."""
+"""Shows the progress of a recipe in one line: phase, stage, and the share of the stage that is done."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from transformers.utils import logging
 
 class Display:
     """
-    A bar that begins anew with each stage.
+    A progress bar that restarts with each stage.
 
     Args:
-        show: whether there is one.
+        show: whether to show the bar.
     """
 
     def __init__(self, show: bool):
         self.bar = tqdm(disable=not show, dynamic_ncols=True)
 
     def begin(self, title: str) -> None:
-        """Another stage."""
+        """Starts a stage."""
         self.bar.reset()
         self.bar.set_description_str(title)
 
     def tell(self, done: int, total: int | None) -> None:
-        """How much of the stage is done."""
+        """Updates how much of the stage is done."""
         if self.bar.disable:
             return
         self.bar.total, self.bar.n = total, done
@@ -36,7 +36,7 @@ class Display:
 
 @contextmanager
 def showing(show: bool):
-    """A `Display`, and no bars of other libraries meanwhile."""
+    """Gives a `Display` and hides the progress bars of other libraries."""
     theirs, ours = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
     disable_progress_bars()

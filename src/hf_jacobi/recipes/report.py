@@ -1,4 +1,4 @@
-"""What a recipe came to: a table, and a picture of speed and quality over the steps of each phase."""
+"""Reports the result of a recipe: a table, and a plot of speed and quality over the steps of each phase."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .choosing import quality
 
 def markdown(report: dict[str, Any]) -> str:
     """The report as Markdown."""
-    measure = "right answers" if report["scored"] else "agreement"
+    measure = "correct answers" if report["scored"] else "agreement"
     lines = [
         f"# {report['model']}, trained in {len(report['phases'])} phase{'s'[: len(report['phases']) > 1]}",
         "",
@@ -27,7 +27,7 @@ def markdown(report: dict[str, Any]) -> str:
             f"Blocks of {phase['block_size']}; {text['sequences']} completions, {text['tokens']} tokens, "
             f"{text['tokens_per_iteration']:.2f} tokens per Jacobi iteration; {rows['rows']} rows to train on.",
             "",
-            f"| step | tokens per forward | of right answers | {measure} | repetition |",
+            f"| step | tokens per forward | of correct answers | {measure} | repetition |",
             "| --- | --- | --- | --- | --- |",
         ]
         for point in phase["curve"]:
@@ -38,7 +38,7 @@ def markdown(report: dict[str, Any]) -> str:
                 f"{'' if right is None else f'{right:.2f}'} | {quality(point):.3f} | {point['repetition']:.3f} |"
             )
         if not phase["kept"]:
-            lines += ["", "No checkpoint kept the quality that was asked for: the best of them was taken."]
+            lines += ["", "No checkpoint kept the required quality. The one with the highest quality was chosen."]
     return "\n".join(lines) + "\n"
 
 
@@ -47,7 +47,7 @@ def _speed(point: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], file: Path) -> bool:
-    """Draws the curve of each phase; whether that could be done: it needs matplotlib."""
+    """Draws the curve of each phase into a PNG file; false without matplotlib."""
     try:
         from ..evaluation.plots import training_curves
     except ModuleNotFoundError:

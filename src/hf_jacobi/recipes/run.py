@@ -1,10 +1,11 @@
-"""`run_recipe`: phase after phase, each collecting, packing, training and choosing; resumable at any moment."""
+"""`run_recipe` runs the phases of a recipe; an interrupted run can be resumed at any point."""
 
 from __future__ import annotations
 
 import gc
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +17,19 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..decoding.errors import MissingFile, UsageError
 from ..decoding.files import read_json, write_whole
+from ..training.config import JacobiForcingConfig
 from ..training.figures import score_function
 from ..trajectories.collect import process_state
 from ..trajectories.encoding import BadPrompt
 from ..trajectories.prompts import check_columns, encode_prompt, open_prompts
 from ..trajectories.shards import LOCK, alone_in
 from . import stages
-from .display import showing
+from .display import Display, showing
 from .recipe import SECTIONS, Phase, Recipe, read_recipe
 from .report import draw, markdown
 
 
-OPENED = ("data", "split", "name")  # keys of prompts that are named with a split
+OPENED = ("data", "split", "name")  # the settings of prompts that are given as a dictionary
 
 
 def run_recipe(
@@ -38,32 +40,30 @@ def run_recipe(
     progress: bool = True,
 ) -> dict[str, Any]:
     """
-    Trains a model in phases. Each phase collects trajectories from the model as it is then, packs them, trains, and
-    takes the checkpoint that decodes held-out prompts fastest among those that keep their quality. Started again with
-    the same arguments, it goes on where it was interrupted, and comes to the same.
+    Trains a model in phases. Each phase collects trajectories from the current model, packs them, trains, and chooses
+    the checkpoint that decodes held-out prompts fastest among those that keep their quality. An interrupted run
+    resumes when it is started again with the same arguments, and gives the same result.
 
     Args:
-        recipe: a YAML file or a dictionary; see `read_recipe`, and `examples/recipes`.
-        output_dir: where everything is written: a folder for each phase, the finished `model`, and the report.
-        score: says of a row of held-out prompts and the text of its completion whether the answer is right; takes the
-            place of `choose.score`.
+        recipe: a YAML file or a dictionary; see `read_recipe` and `examples/recipes`.
+        output_dir: the folder for a subfolder per phase, the finished `model`, and the report.
+        score: a function of a held-out prompt's row and the text of its completion that says whether the answer is
+            correct; replaces `choose.score`.
         progress: whether to show a progress bar.
 
     Returns:
-        The report, as in `report.json`: `before`, the figures of the model that it began with, and `phases`, each
-        with its `curve` (figures by step), the step that was `chosen`, and whether that one `kept` its quality.
+        The report, as in `report.json`: `before`, the figures of the initial model, and `phases`, each with its
+        `curve` (figures by step), the step that was `chosen`, and whether the chosen checkpoint `kept` its quality.
 
     Raises:
-        `ValueError`: the recipe is wrong, or `output_dir` was begun with another one; before any work is done.
+        `ValueError`: the recipe is invalid, or `output_dir` belongs to another recipe. Raised before any work is done.
+        `OSError`: `output_dir` cannot be written.
     """
     recipe = with_score(read_recipe(recipe), score)
     folder = Path(output_dir).expanduser()
     work = Work(recipe, folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / LOCK).touch()
-    except OSError as error:
-        raise MissingFile(f"{folder} cannot be written ({error.strerror}): name another folder.") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOCK).touch()
     with alone_in(folder):
         work.note_recipe()
         with showing(progress) as display:
@@ -73,7 +73,7 @@ def run_recipe(
 
 
 def with_score(recipe: Recipe, score: Callable[[Any, str], bool] | None) -> Recipe:
-    """The recipe with a scoring function for all of its phases."""
+    """The recipe with a scoring function for all its phases."""
     if score is None:
         return recipe
     if not callable(score):
@@ -84,25 +84,27 @@ def with_score(recipe: Recipe, score: Callable[[Any, str], bool] | None) -> Reci
 
 class Work:
     """
-    A recipe with all that it names opened and looked at, before any work is done.
+    A recipe whose files, models and settings have been opened and checked.
 
     Args:
         recipe: the recipe.
-        folder: where everything is written.
+        folder: the output folder.
 
     Raises:
-        `ValueError`: the model, the prompts or a scoring function are not there, a setting is nothing for this
-            machine, or the folder was begun with another recipe.
+        `ValueError`: the model, the prompts or a scoring function cannot be found, this machine does not support a
+            setting, or the folder belongs to another recipe.
+        `OSError`: the folder cannot be written.
     """
 
     def __init__(self, recipe: Recipe, folder: Path):
         self.recipe, self.folder = recipe, folder
         self.place = stages.Place(folder, recipe)
         self._check_folder()
+        check_writable(folder)
         if (count := process_state().num_processes) > 1:
             raise UsageError(
-                f"a recipe runs in one process, not in {count}: use `hf-jacobi collect`, `pack` and `train` by "
-                "themselves with `accelerate launch`."
+                f"a recipe runs in one process, not in {count}: run `hf-jacobi collect`, `pack` and `train` one by "
+                "one with `accelerate launch`."
             )
         self.scores = {phase.name: self._score(phase) for phase in recipe.phases}
         self.arguments = {
@@ -111,8 +113,7 @@ class Work:
         }
         self.device = next(iter(self.arguments.values())).device
         self.tokenizer = tokenizer_of(recipe.model)
-        if recipe.adapter is not None:
-            stages.check_adapter_fits(recipe)
+        stages.check_adapter_fits(recipe)
         self.prompts, held_out = self._open()
         self.held_out = self._encode(held_out)
 
@@ -123,20 +124,19 @@ class Work:
         if not file.exists():
             if self.folder.exists() and (there := [one.name for one in self.folder.iterdir() if one.name != LOCK]):
                 raise UsageError(
-                    f"{self.folder} holds other work ({', '.join(sorted(there)[:3])}): name an empty folder or a new "
-                    "one."
+                    f"{self.folder} holds other work ({', '.join(sorted(there)[:3])}): name an empty or a new folder."
                 )
             return
         before, now = read_json(file), json.loads(json.dumps(self.recipe.to_dict()))
         if other := differences(before, now):
             raise UsageError(
-                f"{self.folder} was begun with another recipe ({'; '.join(other[:3])}): go on with that one, or name "
-                "another folder."
+                f"{self.folder} belongs to another recipe ({'; '.join(other[:3])}): use that recipe, or name another "
+                "folder."
             )
 
     def note_recipe(self) -> None:
-        """Writes the recipe down, by which a later run knows that it is still the same."""
-        self._check_folder()  # another run may have begun since
+        """Writes the recipe into the folder, so that a later run can check that it has not changed."""
+        self._check_folder()  # another run can have started in the meantime
         stages.write_json(self.folder / "recipe.json", self.recipe.to_dict())
 
     def _score(self, phase: Phase):
@@ -144,7 +144,7 @@ class Work:
         return score_function(score) if isinstance(score, str) else score
 
     def _open(self) -> tuple[Any, Any]:
-        """The prompts, and those that are held out."""
+        """The prompts for the training, and the held-out prompts."""
         first = self.recipe.phases[0]
         column = (first.collect or {}).get("prompt_column")
         found = []
@@ -164,7 +164,7 @@ class Work:
         return stages.some_of(rows, 0, len(rows) - count), stages.some_of(rows, len(rows) - count, len(rows))
 
     def _encode(self, rows) -> list[tuple[Any, list[int]]]:
-        """The held-out prompts, rows and tokens."""
+        """The held-out prompts, each a row and its token ids."""
         phase = self.recipe.phases[0]
         settings = phase.collect or {}
         column, as_chat = settings.get("prompt_column"), settings.get("as_chat", False)
@@ -181,11 +181,11 @@ class Work:
             if len(found) == phase.choose.count:
                 break
         if not found:
-            raise UsageError("not one held-out prompt can be used: look at `held_out`, or at the end of `prompts`.")
+            raise UsageError("no held-out prompt can be used: check `held_out`, or the end of `prompts`.")
         return found
 
-    def run(self, phase: Phase, display) -> None:
-        """A phase, from its first stage that is not done."""
+    def run(self, phase: Phase, display: Display) -> None:
+        """Runs the stages of a phase that are not done."""
         place, score = self.place, self.scores[phase.name]
         number = self.recipe.phases.index(phase) + 1
 
@@ -220,7 +220,7 @@ class Work:
             shutil.rmtree(self.place.of(phase) / "training", ignore_errors=True)
 
     def report(self) -> dict[str, Any]:
-        """Writes the report, as JSON, as Markdown, and as a picture where matplotlib is installed."""
+        """Writes the report as JSON and Markdown, and as a plot if matplotlib is installed."""
         before = read_json(self.folder / "before.json")
         for name in ("texts", "prompts"):
             before.pop(name)
@@ -238,7 +238,7 @@ class Work:
 
 
 def free_memory() -> None:
-    """Lets go of the model of the stage before, which holds on to itself in circles."""
+    """Frees the model of the previous stage, which holds reference cycles."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -246,14 +246,14 @@ def free_memory() -> None:
 
 def tokenizer_of(model: str):
     """
-    The tokenizer of a model that is there.
+    The tokenizer of a model.
 
     Raises:
-        `ValueError`: it is not, or has none.
+        `ValueError`: the model or its tokenizer cannot be loaded.
     """
     path = Path(model)
     if not path.exists() and (model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise MissingFile(f"there is no model {model}: name a folder, or a model on the Hub.")
+        raise MissingFile(f"there is no model {model}: name a folder or a model on the Hub.")
     what = "the model"
     try:
         AutoConfig.from_pretrained(model)
@@ -265,22 +265,37 @@ def tokenizer_of(model: str):
 
 
 def opened(name: str, source: Any):
-    """The rows of prompts that a recipe names: data, their name, or `data` with a `split` and a `name`."""
+    """The rows of a recipe's prompts, given as data, as a name, or as `data` with a `split` and a `name`."""
     if isinstance(source, Mapping):
         if unknown := [key for key in source if key not in OPENED]:
-            raise UsageError(f"`{name}` has no setting {unknown[0]!r}: there are {', '.join(OPENED)}.")
+            raise UsageError(f"`{name}` has no setting {unknown[0]!r}: the settings are {', '.join(OPENED)}.")
         if not source.get("data"):
-            raise UsageError(f"`{name}` names no data: give it `data`, a file, a folder or a data set on the Hub.")
+            raise UsageError(f"`{name}` names no data: set `data` to a file, a folder or a data set on the Hub.")
         rows = open_prompts(source["data"], source.get("split"), source.get("name"))
     else:
         rows = open_prompts(source)
     if isinstance(rows, IterableDataset):
-        raise UsageError(f"`{name}` is a stream, which has no length: pass a data set that has one.")
+        raise UsageError(f"`{name}` is a stream, which has no length: pass a data set with a length.")
     return rows
 
 
+def check_writable(folder: Path) -> None:
+    """
+    Tries to write to a folder, or to the folder in which it would be created, and leaves nothing there.
+
+    Raises:
+        `MissingFile`: that fails.
+    """
+    try:
+        place = next(one for one in (folder, *folder.parents) if one.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise MissingFile(f"{folder} cannot be written ({error.strerror}): name another folder.") from error
+
+
 def differences(before: Any, now: Any, name: str = "") -> list[str]:
-    """Where two recipes differ, a phrase each."""
+    """The differences between two recipes, a phrase for each."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = [*before, *(key for key in now if key not in before)]
         return [
@@ -301,7 +316,7 @@ def _short(value: Any) -> str:
 
 
 def plan(recipe: Recipe, output_dir: str | Path) -> str:
-    """What `run_recipe` would do, and how far it is: for `hf-jacobi recipe --dry-run`."""
+    """The steps of `run_recipe`, and which of them are done: for `hf-jacobi recipe --dry-run`."""
     work = Work(recipe, Path(output_dir).expanduser())
     lines = [
         f"model      {recipe.model}" + (f", with an adapter ({_settings(recipe.adapter)})" if recipe.adapter else ""),
@@ -309,20 +324,24 @@ def plan(recipe: Recipe, output_dir: str | Path) -> str:
     ]
     for phase in recipe.phases:
         done = work.place.stages_done(phase)
-        args = work.arguments[phase.name]
-        length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
-        collect = "the trajectories of the phase before" if phase.collect is None else _settings(phase.collect)
-        steps = {
-            "collect": f"blocks of {phase.block_size}; {collect}",
-            "pack": _settings(phase.pack),
-            "train": f"{length}; {_settings(phase.train)}",
-            "choose": f"among checkpoints every {args.save_steps if 'save_steps' in phase.train else 'quarter'}"
-            f"{' steps' if 'save_steps' in phase.train else ''}, {phase.choose.max_new_tokens} tokens of each prompt",
-        }
         lines += ["", f"phase {phase.name}, from {work.place.start(phase)}"]
+        steps = _steps(phase, work.arguments[phase.name])
         lines += [f"  {name:9}{text}{', done' if name in done else ''}" for name, text in steps.items()]
     return "\n".join([*lines, "", f"result     {work.folder / 'model'}"])
 
 
+def _steps(phase: Phase, args: JacobiForcingConfig) -> dict[str, str]:
+    """The stages of a phase, each with its settings in words."""
+    length = f"{args.max_steps} steps" if args.max_steps > 0 else f"{args.num_train_epochs:g} epochs"
+    collect = "the trajectories of the previous phase" if phase.collect is None else _settings(phase.collect)
+    interval = f"every {args.save_steps} steps" if "save_steps" in phase.train else "every quarter of the training"
+    return {
+        "collect": f"blocks of {phase.block_size}; {collect}",
+        "pack": _settings(phase.pack),
+        "train": f"{length}; {_settings(phase.train)}",
+        "choose": f"a checkpoint {interval}, {phase.choose.max_new_tokens} tokens for each prompt",
+    }
+
+
 def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "as by default"
+    return ", ".join(f"{name}={value}" for name, value in settings.items()) or "the default settings"

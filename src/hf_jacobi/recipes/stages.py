@@ -1,4 +1,4 @@
-"""The stages of a phase. Each leaves files behind, and does nothing where these are whole."""
+"""The stages of a phase. Each writes files, and is skipped if these are complete."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -31,19 +31,23 @@ from .choosing import choose, figures_of, keeps
 from .recipe import Phase, Recipe
 
 
-CHECKPOINTS = 4  # of a phase, where `save_steps` is left out
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+
+CHECKPOINTS = 4  # in a phase without `save_steps`
 LOG_STEPS = 10  # at most, between two lines of the log
-# What a log says of the clock, or of the process since it was started: no two runs would agree on it.
+# Values of a log that depend on the clock or on the process, so they differ from run to run.
 OF_CLOCK = ("runtime", "per_second", "train_loss", "total_flos")
 LEFT_OUT = ("optimizer*", "*.pth", "scheduler.pt", "scaler.pt", "training_args.bin", "trainer_state.json")
 
 
 class Place:
     """
-    Where a recipe keeps what it makes.
+    The folders of a recipe.
 
     Args:
-        folder: of the recipe.
+        folder: the output folder of the recipe.
         recipe: the recipe.
     """
 
@@ -56,23 +60,23 @@ class Place:
         return self.folder / phase.name
 
     def trajectories(self, phase: Phase) -> Path:
-        """The folder of its trajectories, which may be the one before's."""
+        """The folder of its trajectories, which can belong to an earlier phase."""
         while phase.collect is None:
             phase = self.recipe.phases[self.recipe.phases.index(phase) - 1]
         return self.of(phase) / "trajectories"
 
     def model(self, phase: Phase) -> Path:
-        """The folder of the model that it ends with; that of the last one is the result."""
+        """The folder of the model that it ends with; the last phase's model is the result."""
         is_last = phase is self.recipe.phases[-1]
         return self.folder / "model" if is_last else self.of(phase) / "model"
 
     def start(self, phase: Phase) -> str:
-        """The name or folder of the model that it begins with."""
+        """The name or folder of the model that it starts from."""
         number = self.recipe.phases.index(phase)
         return str(self.model(self.recipe.phases[number - 1])) if number else self.recipe.model
 
     def stages_done(self, phase: Phase) -> list[str]:
-        """Which stages of a phase are done, in their order."""
+        """The stages of a phase that are done, in order."""
         marks = {
             "collect": self.trajectories(phase) / ".done",
             "pack": self.of(phase) / "packed" / ".done",
@@ -83,19 +87,24 @@ class Place:
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Writes a JSON file completely or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, json.dumps(content, indent=1) + "\n")
 
 
-def load(name: str, base: str, dtype: str, device: torch.device, **settings):
-    """A model, an adapter on its base, ready to decode."""
-    model = AutoModelForCausalLM.from_pretrained(base if is_adapter(name) else name, dtype=dtype, **settings)
-    if is_adapter(name):
-        from peft import PeftModel
+def load(name: str, base: str, dtype: str, device: torch.device):
+    """An enabled model in evaluation mode; an adapter is loaded onto `base`."""
+    model = AutoModelForCausalLM.from_pretrained(base if is_adapter(name) else name, dtype=dtype)
+    return enable(_with_adapter(model, name).eval().to(device))
 
-        model = PeftModel.from_pretrained(model, name)
-    return enable(model.eval().to(device))
+
+def _with_adapter(model, name: str, **settings: Any):
+    """The model with the adapter in a folder, or the model itself if `name` is not such a folder."""
+    if not is_adapter(name):
+        return model
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, name, **settings)
 
 
 def is_adapter(name: str) -> bool:
@@ -104,7 +113,8 @@ def is_adapter(name: str) -> bool:
 
 
 def collect(place: Place, phase: Phase, rows, tokenizer, device, tell) -> None:
-    """Collects the trajectories of a phase by the model that it begins with."""
+    """Collects the trajectories of a phase with the model that it starts from."""
+    assert phase.collect is not None  # without `collect`, this stage counts as done
     folder = place.trajectories(phase)
     arguments = dict(phase.collect)
     skip, most = arguments.pop("skip_prompts", 0) or 0, arguments.pop("max_prompts", None)
@@ -118,10 +128,10 @@ def collect(place: Place, phase: Phase, rows, tokenizer, device, tell) -> None:
 
 
 def some_of(rows, first: int, end: int):
-    """A part of some rows."""
+    """The rows from `first` up to `end`."""
     chosen = range(min(first, len(rows)), min(end, len(rows)))
     if not chosen:
-        raise UsageError(f"skip_prompts={first} leaves nothing of {len(rows)} prompts: lower it.")
+        raise UsageError(f"skip_prompts={first} skips all {len(rows)} prompts: lower it.")
     return rows.select(chosen) if isinstance(rows, Dataset) else rows[chosen.start : chosen.stop]
 
 
@@ -131,6 +141,7 @@ def pack(place: Place, phase: Phase, rows, tokenizer, score: Score | None) -> No
     trajectories = open_prompts(str(place.trajectories(phase)))
     arguments = dict(phase.pack)
     if arguments.pop("only_right", False):
+        assert score is not None  # `read_recipe` refuses `only_right` without `choose.score`
         trajectories = right_ones(trajectories, rows, tokenizer, score)
     if "noise" in arguments:
         pack_completions(trajectories, tokenizer, phase.block_size, output_dir=folder, **arguments)
@@ -140,7 +151,7 @@ def pack(place: Place, phase: Phase, rows, tokenizer, score: Score | None) -> No
 
 
 def right_ones(trajectories: Dataset, rows, tokenizer, score: Score) -> Dataset:
-    """The trajectories whose text is the right answer."""
+    """The trajectories whose text is a correct answer."""
     asked = {name_of_prompt(number, row): row for number, row in enumerate(rows)}
     right = [
         number
@@ -148,21 +159,21 @@ def right_ones(trajectories: Dataset, rows, tokenizer, score: Score) -> Dataset:
         if score(asked[row["prompt_id"]], tokenizer.decode(row["completion_ids"], skip_special_tokens=True))
     ]
     if not right:
-        raise UsageError(f"not one of {len(trajectories)} completions is right: leave pack.only_right out.")
+        raise UsageError(f"none of {len(trajectories)} completions is correct: leave out pack.only_right.")
     return trajectories.select(right)
 
 
 def training_arguments(recipe: Recipe, phase: Phase, folder: Path, rows: int | None = None) -> JacobiForcingConfig:
     """
-    The trainer's arguments in a phase.
+    The trainer's arguments for a phase.
 
     Args:
-        recipe, phase: what they say.
-        folder: of the checkpoints.
-        rows: how many there are to train on, if that is known: by it the checkpoints are spread over epochs.
+        recipe, phase: the recipe and its phase.
+        folder: the folder of the checkpoints.
+        rows: the number of rows to train on, if it is known; needed to spread checkpoints over epochs.
 
     Raises:
-        `ValueError`: a value is out of range, or nothing for this machine.
+        `ValueError`: a value is out of range, or this machine does not support it.
     """
     given = {
         "report_to": "none",
@@ -192,7 +203,7 @@ def training_arguments(recipe: Recipe, phase: Phase, folder: Path, rows: int | N
 
 
 class Telling(TrainerCallback):
-    """Tells the display of each step, and has the last one saved."""
+    """Reports each step to the display, and saves a checkpoint after the last step."""
 
     def __init__(self, tell):
         self.tell = tell
@@ -207,21 +218,18 @@ class Telling(TrainerCallback):
 
 
 def train(place: Place, phase: Phase, tokenizer, tell) -> None:
-    """Trains the model of a phase, from its last whole checkpoint on if there is one."""
+    """Trains the model of a phase, starting from its last complete checkpoint if there is one."""
     recipe, folder = place.recipe, place.of(phase) / "training"
-    packed = open_prompts(str(place.of(phase) / "packed"))
+    packed: Dataset = open_prompts(str(place.of(phase) / "packed"))
     arguments = training_arguments(recipe, phase, folder, len(packed))
-    start, peft_config = place.start(phase), None
-    inner = load_model(recipe.model if is_adapter(start) else start, arguments.model_init_kwargs)
-    arguments.model_init_kwargs = None  # a model that is there takes none
-    if is_adapter(start):
-        from peft import PeftModel
-
-        inner = PeftModel.from_pretrained(inner, start, is_trainable=True)
-    elif recipe.adapter is not None:
-        peft_config = lora(recipe)
+    start = place.start(phase)
+    model_settings = arguments.model_init_kwargs
+    assert not isinstance(model_settings, str)  # the arguments have parsed it
+    arguments.model_init_kwargs = None  # the trainer gets a loaded model, which needs none
+    model = load_model(recipe.model if is_adapter(start) else start, model_settings)
+    peft_config = None if recipe.adapter is None or is_adapter(start) else lora(recipe.adapter)
     trainer = JacobiForcingTrainer(
-        model=inner,
+        model=_with_adapter(model, start, is_trainable=True),
         args=arguments,
         train_dataset=packed,
         processing_class=tokenizer,
@@ -229,7 +237,7 @@ def train(place: Place, phase: Phase, tokenizer, tell) -> None:
         callbacks=[Telling(tell)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.base_name = recipe.model  # of the card: not the folder of the phase before
+    trainer.base_name = recipe.model  # for the card, which must not name the folder of the previous phase
     last = whole_checkpoints(folder)[-1:]
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     log = [
@@ -239,22 +247,24 @@ def train(place: Place, phase: Phase, tokenizer, tell) -> None:
     write_json(place.of(phase) / "log.json", [line for line in log if "loss" in line])
 
 
-def lora(recipe: Recipe):
-    """The configuration of the recipe's adapter."""
+def lora(adapter: dict[str, Any]) -> LoraConfig:
+    """The LoRA configuration of a recipe's `adapter`."""
     from peft import LoraConfig
 
     with of_usage(ValueError, TypeError):
-        return LoraConfig(**{"task_type": "CAUSAL_LM", **recipe.adapter})
+        return LoraConfig(**{"task_type": "CAUSAL_LM", **adapter})
 
 
 def check_adapter_fits(recipe: Recipe) -> None:
-    """Raises `UsageError` for an adapter that the model cannot have, or that could not only draft."""
+    """Raises `UsageError` for an adapter that does not fit the model, or that cannot be draft-only but should be."""
+    if recipe.adapter is None:
+        return
     from peft import get_peft_model
 
-    config = lora(recipe)
+    config = lora(recipe.adapter)
     if recipe.phases[0].train.get("adapter_scope") == "draft":
         refuse_changing(config, "the recipe's adapter")
-    config.init_lora_weights = True  # other ways compute with the weights
+    config.init_lora_weights = True  # other initializations compute with the weights, which the meta device lacks
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model))
     with of_usage(ValueError, TypeError, RuntimeError):
@@ -262,11 +272,11 @@ def check_adapter_fits(recipe: Recipe) -> None:
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a training in their order; one that was left half-written is removed."""
+    """The complete checkpoints of a training in order; incomplete ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda one: int(one.name.rsplit("-", 1)[1]))
     for one in found:
         try:
-            json.loads((one / "trainer_state.json").read_text())  # which is written last
+            json.loads((one / "trainer_state.json").read_text())  # the trainer writes this file last
         except (OSError, ValueError):
             shutil.rmtree(one)
     return [one for one in found if one.exists()]
@@ -274,10 +284,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 def choose_checkpoint(place: Place, phase: Phase, tokenizer, held_out, before, score, device, tell) -> None:
     """
-    Decodes held-out prompts by the model that a phase began with and by its checkpoints, and keeps one of these.
+    Decodes held-out prompts with the model that a phase started from and with its checkpoints, and keeps one of these.
 
     Args:
-        held_out: rows and tokens of prompts.
+        held_out: the prompts, each a row and its token ids.
         before: the figures and texts of the model before all training (`reference`).
     """
     choice, recipe = phase.choose, place.recipe
@@ -302,7 +312,7 @@ def choose_checkpoint(place: Place, phase: Phase, tokenizer, held_out, before, s
 
 
 def copy_whole(source: Path, target: Path) -> None:
-    """Copies what a checkpoint needs to decode: all of it, or nothing."""
+    """Copies the files that a checkpoint needs for decoding, completely or not at all."""
     scratch = target.with_name(f".{target.name}.tmp")
     for leftover in (scratch, target):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -311,7 +321,7 @@ def copy_whole(source: Path, target: Path) -> None:
 
 
 def reference(place: Place, phase: Phase, tokenizer, held_out, score, device, tell) -> dict[str, Any]:
-    """The figures and texts of the model before all training, decoded once as the first phase says."""
+    """The figures and texts of the model before all training, decoded once with the settings of the first phase."""
     file = place.folder / "before.json"
     digest = hashlib.blake2b(json.dumps([ids for _, ids in held_out]).encode(), digest_size=16).hexdigest()
     if not file.exists():
@@ -325,14 +335,14 @@ def reference(place: Place, phase: Phase, tokenizer, held_out, score, device, te
     before = read_json(file)
     if before["prompts"] != digest:
         raise UsageError(
-            f"the held-out prompts are others than those that {place.folder} was begun with: go on with those, or "
-            "name another folder."
+            f"the held-out prompts differ from those that {place.folder} was started with: use those, or name another "
+            "folder."
         )
     return before
 
 
 def report_of(place: Place, phase: Phase) -> dict[str, Any]:
-    """What a phase that is done came to."""
+    """The result of a phase that is done."""
     folder = place.of(phase)
     collected = read_report(place.trajectories(phase)).to_dict()
     kept = ("prompts", "sequences", "tokens", "blocks", "iterations_per_block", "tokens_per_iteration")

@@ -1,5 +1,5 @@
 """
-Metrics for the library `evaluate`, loaded by path, so that no network is needed:
+Metrics for the library `evaluate`, loaded by path and thus without a network:
 
 ```python
 >>> agreement = evaluate.load(path_of("agreement"))
@@ -20,7 +20,7 @@ NAMES = ("agreement", "speedup", "tokens_per_forward")
 
 def path_of(name: str) -> str:
     """
-    What `evaluate.load` is called with.
+    The path of a metric for `evaluate.load`.
 
     Args:
         name: one of `NAMES`.
@@ -29,5 +29,5 @@ def path_of(name: str) -> str:
         `ValueError`: there is no such metric.
     """
     if name not in NAMES:
-        raise UsageError(f"there is no metric {name!r}: they are {', '.join(NAMES)}.")
+        raise UsageError(f"there is no metric {name!r}: name one of {', '.join(NAMES)}.")
     return str(Path(__file__).parent / name)

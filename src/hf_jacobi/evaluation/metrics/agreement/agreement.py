@@ -1,19 +1,19 @@
-"""Share of the text that stayed the same."""
+"""The share of a reference text that another text repeats from its start."""
 
 import datasets
 import evaluate
 
 
-DESCRIPTION = """Share of tokens, up to the first that differs, and share of whole texts that are those of a reference:
-of the same model decoded one token at a time, or as it was before training."""
+DESCRIPTION = """The agreement with reference texts: those of the same model decoded by AR, or of the model before
+training. It is the share of the reference's tokens before the first difference, as in the training log."""
 INPUTS = """
 Args:
     predictions: token ids of each text.
-    references: those of the text it is compared with.
+    references: token ids of each reference text.
 
 Returns:
-    tokens: tokens before the first that differs, over the tokens of the longer text; 0 to 1.
-    texts: share of texts that are the same, 0 to 1.
+    tokens: tokens before the first difference over the tokens of the references, 0 to 1.
+    texts: the share of texts that equal their references, 0 to 1.
 
 Example:
     >>> agreement.compute(predictions=[[5, 6, 7], [8]], references=[[5, 6, 9], [8]])
@@ -37,6 +37,6 @@ class Agreement(evaluate.Metric):
         for text, other in zip(predictions, references):
             differs = (place for place, pair in enumerate(zip(text, other)) if pair[0] != pair[1])
             same += next(differs, min(len(text), len(other)))
-        total = sum(max(len(text), len(other)) for text, other in zip(predictions, references))
+        total = sum(map(len, references))
         texts = sum(list(text) == list(other) for text, other in zip(predictions, references))
         return {"tokens": same / total if total else 1.0, "texts": texts / len(predictions)}

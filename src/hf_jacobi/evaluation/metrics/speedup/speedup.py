@@ -1,4 +1,4 @@
-"""How much faster text was made."""
+"""The speed-up of one decoding method over another."""
 
 import statistics
 
@@ -6,15 +6,16 @@ import datasets
 import evaluate
 
 
-DESCRIPTION = """Ratio of the time of one way of decoding to that of another, in the same run on the same machine."""
+DESCRIPTION = """The time of a reference method, such as AR, over the time of another method, measured in the same run
+on the same machine. Above 1 the other method is faster."""
 INPUTS = """
 Args:
-    predictions: seconds that each text took.
-    references: seconds that the same text took by what it is compared with, such as one token at a time.
+    predictions: seconds for each text.
+    references: seconds for the same text with the reference method.
 
 Returns:
-    speedup: ratio of the sums; above 1 is faster.
-    median, slowest, fastest: of the ratios of single texts.
+    speedup: the sum of the references over the sum of the predictions.
+    median, slowest, fastest: the median, lowest and highest speed-up of single texts.
 
 Example:
     >>> speedup.compute(predictions=[1.0, 2.0], references=[2.0, 10.0])

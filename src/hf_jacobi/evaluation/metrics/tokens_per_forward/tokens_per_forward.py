@@ -1,17 +1,17 @@
-"""Tokens per forward, the measure of parallel decoding that no hardware changes."""
+"""Tokens per forward, the hardware-independent measure of parallel decoding."""
 
 import datasets
 import evaluate
 
 
-DESCRIPTION = """TPF: new tokens over forward passes, the prefill counted as one. 1 is autoregressive decoding."""
+DESCRIPTION = """TPF: new tokens over forward passes, the prefill counted as one. Autoregressive decoding has 1."""
 INPUTS = """
 Args:
     predictions: new tokens of each text (`output.jacobi_stats.per_sequence[i].new_tokens`).
-    references: forward passes each text took part in (`output.jacobi_stats.per_sequence[i].forwards`).
+    references: forward passes that each text took part in (`output.jacobi_stats.per_sequence[i].forwards`).
 
 Returns:
-    tokens_per_forward: ratio of the sums.
+    tokens_per_forward: the sum of the new tokens over the sum of the forward passes.
 
 Example:
     >>> tokens_per_forward.compute(predictions=[12, 20], references=[4, 4])
@@ -32,5 +32,5 @@ class TokensPerForward(evaluate.Metric):
 
     def _compute(self, predictions, references):
         if min(references) < 1:
-            raise ValueError("a text takes at least one forward.")
+            raise ValueError("every text takes at least one forward: pass counts of 1 or more.")
         return {"tokens_per_forward": sum(predictions) / sum(references)}
