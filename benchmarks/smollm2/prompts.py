@@ -3,8 +3,8 @@ Prompts for SmolLM2: short tasks in Python, arithmetic in words, instructions; w
 
     python -m benchmarks.smollm2.prompts FOLDER
 
-writes `train.jsonl` and `held_out.jsonl`. What is held out is subjects, not wordings: a task in Python or a topic that
-is asked for there is asked for nowhere in the training prompts, and neither are the numbers of an arithmetic problem.
+writes `train.jsonl` and `held_out.jsonl`. Subjects are held out, not wordings: a Python task, a topic or the
+numbers of an arithmetic problem that occur there occur nowhere in the training prompts.
 """
 
 from __future__ import annotations
