@@ -5,7 +5,7 @@ Speed-up of Jacobi decoding with default settings on an untrained model, by prom
     python -m benchmarks.default_settings --dtype bfloat16 --prompts 40 --threads 2
     python -m benchmarks.default_settings --dtype bfloat16 --adapter src/hf_jacobi/checkpoints/smollm2-135m-draft
 
-With a draft-only adapter, which was trained on code and arithmetic of this kind, the base model with default settings is
+With a draft-only adapter, which was trained on such code and arithmetic, the base model with default settings is
 measured too.
 
 Chat, code, arithmetic and rewriting take turns. Each prompt is decoded by both in turn, `--repeats` times,

@@ -96,8 +96,8 @@ class Case:
 
     def compare(self, way: str, backward: bool) -> dict:
         """
-        The difference from the dense mask, as ||ours - dense|| / ||dense||: `logits`, `gradients` (not where there is no
-        backward pass).
+        The difference from the dense mask, as ||ours - dense|| / ||dense||: `logits`, and `gradients` if there is a
+        backward pass.
         """
         head = self.model.lm_head
         dense = head(self.step("dense", backward)).detach()

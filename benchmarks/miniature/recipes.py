@@ -61,7 +61,7 @@ class Recipe:
 
     @property
     def mending(self) -> dict[str, Any]:
-        """Its arguments for the steps of mending. Steps of few rows would undo the mending, as most contain no mistake."""
+        """Its arguments for mending. Steps of few rows would undo it, as most contain no mistake."""
         return {
             "learning_rate": 2e-4,
             "ar_loss_weight": self.ar_loss_weight,
