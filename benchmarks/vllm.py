@@ -1,5 +1,5 @@
 """
-Jacobi drafts in vLLM compared with vLLM's own AR and n-gram drafts: tokens per forward and per second, identical or not.
+Jacobi drafts in vLLM compared with vLLM's own AR and n-gram drafts: tokens per forward, tokens a second, identity.
 
     python -m benchmarks.vllm speed                  # the miniature, one request at a time and 8 in flight
     python -m benchmarks.vllm speed --model ~/.cache/hf_jacobi/smollm2-135m-instruct    # which was not trained for it

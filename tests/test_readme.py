@@ -1,4 +1,4 @@
-"""What the README shows runs after its own first command."""
+"""The README's program runs after its first command."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ README = Path(__file__).parents[1] / "README.md"
 
 @pytest.mark.parametrize("cache", [None, "elsewhere"])
 def test_use_runs_without_a_way_to_the_hub(tmp_path, monkeypatch, cache):
-    """With what comes with the package, wherever other weights are kept."""
+    """With the included checkpoint alone, wherever other weights are kept."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
