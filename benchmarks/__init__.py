@@ -1,1 +1,1 @@
-"""Measurements behind the figures of the README; each script says how to run it."""
+"""Measurements for the figures in the README and docs; each script says how to run it."""

@@ -1,13 +1,13 @@
 """
-AR against Jacobi decoding on the demo model or any other: tokens per forward, positions, time, identical or not.
+AR and Jacobi decoding on the demo model or any other: tokens per forward, positions, time, identical or not.
 
     python -m benchmarks.decoding                                       # the README's table
     python -m benchmarks.decoding --prompts 40 --max-new-tokens 128 --only default n16-recycling
     python -m benchmarks.decoding --mixed --only default n4 n4-nopool n8 n8-nopool n16-recycling n16-sliding
     python -m benchmarks.decoding --dtype bfloat16 --prompts 40 --max-new-tokens 128 --only default n16-recycling
 
-Every prompt is decoded by every configuration in turn, so that a machine that slows down does so for all. The result
-is written to `--output` after each prompt, and a run that was interrupted goes on after the last prompt written.
+Every prompt is decoded by every configuration in turn, so that a machine that slows down affects all of them. The
+result is written to `--output` after each prompt, and an interrupted run continues after the last prompt written.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ MIXED = [
 
 
 def decode(model, tokenizer, prompt: str, config: dict | None, max_new_tokens: int) -> dict:
-    """Decodes one prompt greedily; the figures of that."""
+    """Decodes one prompt greedily and returns the figures."""
     inputs = encode(tokenizer, prompt, model.device)
     arguments = {} if config is None else {"jacobi_config": config}
     start = time.perf_counter()
@@ -90,7 +90,7 @@ def decode(model, tokenizer, prompt: str, config: dict | None, max_new_tokens: i
 
 
 def run(arguments) -> dict:
-    """Decodes all prompts with all configurations, going on where the output file ends."""
+    """Decodes all prompts with all configurations, continuing where the output file ends."""
     model, tokenizer = load(arguments.model, arguments.dtype)
     if arguments.adapter:
         model = with_adapter(model, arguments.adapter).model
@@ -155,7 +155,7 @@ def table(result: dict) -> str:
 
 
 def differences(result: dict) -> str:
-    """Where texts that are not AR's begin to differ."""
+    """Where texts that differ from AR's begin to differ."""
     lines = []
     for name in result["setup"]["configs"]:
         places = [first_difference(run["runs"][name]["tokens"], run["runs"]["ar"]["tokens"]) for run in result["runs"]]

@@ -1,17 +1,17 @@
 """
-Jacobi decoding with its default settings against AR, on a model that was never trained for it: speed by prompt.
+Speed-up of Jacobi decoding with default settings on an untrained model, by prompt.
 
     python -m benchmarks.default_settings --dtype float32 --prompts 40
     python -m benchmarks.default_settings --dtype bfloat16 --prompts 40 --threads 2
     python -m benchmarks.default_settings --dtype bfloat16 --adapter src/hf_jacobi/checkpoints/smollm2-135m-draft
 
-With a draft-only adapter, which was trained on code and arithmetic of that kind, the base model's default settings are
-beside it.
+With a draft-only adapter, which was trained on such code and arithmetic, the base model with default settings is
+measured too.
 
-Chat, code, arithmetic and rewriting take turns. Each prompt is decoded by both in turn, as often as `--repeats` says,
-and the fastest run of each counts, so that what else the machine does falls out. On one thread of a busy machine,
-`--clock cpu` counts the time that the thread ran. The first call by Jacobi decoding times forwards (`--given` gives it
-a curve instead); what that takes is told apart.
+Chat, code, arithmetic and rewriting take turns. Each prompt is decoded by both in turn, `--repeats` times,
+and the fastest run of each counts, so that other work on the machine matters less. On one thread of a busy machine,
+`--clock cpu` counts the time that the thread ran. The first call of Jacobi decoding times forwards (`--given` sets the
+curve instead); that time is reported separately.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ REWRITING = (
     "Write this text again in the past tense:\n{}",
     "Write this text again with longer names:\n{}",
 )
-WORST, TOTAL = 0.95, 1.0  # speed-ups that the default settings are to reach
+WORST, TOTAL = 0.95, 1.0  # speed-ups that the default settings should reach
 
 
 def prompts(count: int) -> list[tuple[str, str]]:
@@ -74,7 +74,7 @@ def clocked(model, inputs, max_new_tokens: int, clock, **how) -> tuple[float, li
 
 
 def run(arguments) -> dict:
-    """Decodes every prompt both ways, and prints each as it comes."""
+    """Decodes every prompt both ways, and prints each result at once."""
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(model)
@@ -99,7 +99,7 @@ def run(arguments) -> dict:
         seconds, text, _ = best.pop("AR")
         row = {"kind": kind, "tokens": len(text), "seconds": seconds}
         for name, (took, tokens, rate) in best.items():
-            faster = seconds / len(text) * len(tokens) / took  # per token: in half precision texts part
+            faster = seconds / len(text) * len(tokens) / took  # per token: in half precision texts diverge
             row[name] = {"speedup": faster, "tokens_per_forward": rate, "identical": tokens == text}
         rows.append(row)
         figures = [

@@ -1,9 +1,9 @@
 """
-`hf-jacobi serve` against `generate` in the same process: time to the first token, and tokens a second.
+`hf-jacobi serve` compared with `generate` in the same process: time to the first token, and tokens a second.
 
     python -m benchmarks.serving [MODEL] [--decoding ar] [--max-new-tokens 256] [--repeats 5]
 
-The server runs in a thread; its client is a process of its own that takes part in nothing else. Both ways take turns,
+The server runs in a thread; its client is a separate process that does nothing else. Both ways take turns,
 prompt by prompt; the ratios are medians over pairs.
 """
 

@@ -1,7 +1,7 @@
 """
-Steps of fixed shapes, compiled, against steps as the model is written: AR and Jacobi decoding, one prompt at a time.
+Compiled steps of fixed shapes compared with eager steps: AR and Jacobi decoding, one prompt at a time.
 
-    python -m benchmarks.static                         # the miniature that comes with the package
+    python -m benchmarks.static                         # the miniature that ships with the package
     python -m benchmarks.static --model FOLDER --prompts 12 --max-new-tokens 128
 
 Every prompt is decoded by every way in turn. Each way has decoded the first prompts before the clock starts, so that
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     hf_jacobi.enable(model)
     count = arguments.prompts + arguments.warm_up
     is_miniature = arguments.model == str(MINIATURE)
-    problems = [problem.prompt for problem in held_out_problems(count)]  # so many of each of two tasks
+    problems = [problem.prompt for problem in held_out_problems(count)]  # for each of the two tasks
     texts = problems[::2] if is_miniature else (CHAT * count)[:count]
     inputs = [encode(tokenizer, text, model.device) for text in texts]
     longest = max(prompt["input_ids"].shape[1] for prompt in inputs) + arguments.max_new_tokens

@@ -1,12 +1,12 @@
 """
-What Jacobi Forcing costs beside plain fine-tuning: time and memory of a step, and the memory of its losses.
+What Jacobi Forcing costs compared with plain fine-tuning: time and memory of a step, and the memory of its losses.
 
     python -m benchmarks.training speed       # completions per second against transformers.Trainer on the same texts
     python -m benchmarks.training memory      # peak memory of the losses at a vocabulary of 150,000 and 4,096 tokens
     python -m benchmarks.training attention   # the dense mask against one call over the text and one per window
     python -m benchmarks.training drafts      # a draft-only adapter of SmolLM2: text and noise in one forward, in two
 
-Each measurement runs in a process of its own, as peak memory can only grow.
+Each measurement runs in a separate process, as peak memory can only grow.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def in_own_process(measurement: str, *arguments) -> dict:
 
 
 def peak_megabytes() -> float:
-    """The most memory that this process had at once."""
+    """The peak memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 

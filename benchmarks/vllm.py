@@ -1,5 +1,5 @@
 """
-Jacobi drafts in vLLM against vLLM's own AR and n-gram drafts: tokens per forward, tokens a second, identical or not.
+Jacobi drafts in vLLM compared with vLLM's own AR and n-gram drafts: tokens per forward, tokens a second, identity.
 
     python -m benchmarks.vllm speed                  # the miniature, one request at a time and 8 in flight
     python -m benchmarks.vllm speed --model ~/.cache/hf_jacobi/smollm2-135m-instruct    # which was not trained for it
@@ -7,7 +7,7 @@ Jacobi drafts in vLLM against vLLM's own AR and n-gram drafts: tokens per forwar
     python -m benchmarks.vllm steps                  # forwards in vLLM and in generate(window="sliding")
 
 with `scripts/test-with-vllm --run` before it, which makes the environment and keeps to one thread. All methods are up
-at once and take turns, so that a machine that slows down does so for all.
+at once and take turns, so that a machine that slows down affects all of them.
 """
 
 from __future__ import annotations

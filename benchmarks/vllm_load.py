@@ -91,7 +91,7 @@ NONSENSE: list[dict] = [
 
 
 def prompts_of(count: int) -> list[str]:
-    """Problems, and texts that are cut out of them anywhere."""
+    """Problems, and random excerpts from them."""
     draw = random.Random(5)
     whole = [problem.prompt for problem in held_out_problems(-(-count // 4))][: count // 2]
     texts = "".join(whole)

@@ -1,19 +1,29 @@
-"""What the README shows runs after its own first command."""
+"""The README is short, its program runs after its first command, and `scripts/run-docs` knows the pages."""
 
 import contextlib
 import io
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+
+
+def test_readme_is_short():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+def test_run_docs_skips_and_changes_only_blocks_that_exist():
+    assert runpy.run_path(str(ROOT / "scripts" / "run-docs"), run_name="run_docs")["stale"]() == []
 
 
 @pytest.mark.parametrize("cache", [None, "elsewhere"])
 def test_use_runs_without_a_way_to_the_hub(tmp_path, monkeypatch, cache):
-    """With what comes with the package, wherever other weights are kept."""
+    """With the included checkpoint alone, wherever other weights are kept."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""Attention in training: FlexAttention and attention by windows against the dense mask, results and time."""
+"""Attention in training: FlexAttention and attention by windows compared with the dense mask, in results and time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WAYS = ("dense", "windows", "flex")
 
 def run(stage: Stage) -> None:
     """All figures; FlexAttention has no backward pass on a CPU, so only its forward pass is compared there."""
-    if stage.dry:  # on a CPU FlexAttention would compile with C++: run it as it is written instead
+    if stage.dry:  # on a CPU FlexAttention would compile with C++: run it uncompiled instead
         torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     shape = TOY if stage.dry else QWEN_1_5B | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     lengths = (256,) if stage.dry else (2048, 4096, 8192)
@@ -96,8 +96,8 @@ class Case:
 
     def compare(self, way: str, backward: bool) -> dict:
         """
-        What differs from the dense mask, as ||ours - dense|| / ||dense||: `logits`, `gradients` (not where there is no
-        backward pass).
+        The difference from the dense mask, as ||ours - dense|| / ||dense||: `logits`, and `gradients` if there is a
+        backward pass.
         """
         head = self.model.lm_head
         dense = head(self.step("dense", backward)).detach()

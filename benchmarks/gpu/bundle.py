@@ -1,5 +1,5 @@
 """
-Packs what a GPU machine without a network lacks into folders that are small enough to be brought there.
+Packs what a GPU machine without a network lacks into folders small enough to copy there.
 
     python -m benchmarks.gpu.bundle FOLDER --max-mib 60
 

@@ -1,4 +1,4 @@
-"""A model of any shape whose text is known beforehand, and drafts that are right as often as one wants."""
+"""A model of any shape whose text is known in advance, and drafts that are correct with a given probability."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def forced_drafts(right: float, known: Callable[[list[int], int], list[int]], vo
     """
     While this is open, each draft token is the known one with probability `right`, else another one.
 
-    A forward then commits 1 / (1 - right) tokens in the mean, as long as drafts are long.
+    A forward then commits 1 / (1 - right) tokens on average, if drafts are long.
 
     Args:
         right: that probability.

@@ -19,12 +19,12 @@ from .stage import Stage
 from .timing import Clock, ForwardClock, peak_memory
 
 
-RIGHT = 0.75  # probability that a draft token is right, so that a forward commits about four tokens
+RIGHT = 0.75  # probability that a draft token is correct, so that a forward commits about four tokens
 POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def run(stage: Stage) -> None:
-    """All figures, those that matter most first."""
+    """All figures, the most important first."""
     shape = TOY if stage.dry else QWEN_7B
     dtype = torch.float32 if stage.dry else torch.bfloat16
     tokens, sizes = (12, (8, 16)) if stage.dry else (128, (16, 32, 64))
@@ -89,7 +89,7 @@ def decode(model, way: str | int, context: int, batch: int, tokens: int, kind: s
         arguments |= {"decoding": "jacobi", "jacobi_config": {"block_size": way, "pool_size": 0}}
     if "static" in (way, kind):
         arguments |= {"cache_implementation": "static"}
-    if kind == "static" and not torch.cuda.is_available():  # compiling for a CPU is not what is to be shown here
+    if kind == "static" and not torch.cuda.is_available():  # compiling for a CPU is not measured here
         arguments |= {"compile_config": CompileConfig(backend="eager")}
     figure: dict = {}
     for name in ("warm_up_seconds", "seconds"):
@@ -116,7 +116,7 @@ def decode(model, way: str | int, context: int, batch: int, tokens: int, kind: s
 def positions(model, context: int, sizes: tuple[int, ...]) -> dict:
     """
     What a forward over n positions takes at batch 1, and the rest of its step, in milliseconds: drafts of n positions
-    of which none is right.
+    none of which is correct.
     """
     vocabulary = model.config.vocab_size
     prompt = chain_prompt(1, context, vocabulary, model.device)

@@ -78,7 +78,7 @@ def _commit() -> str | None:
 
 def float32(name: str, device) -> dict:
     """
-    A tiny model of an architecture, batch 1 and 3, with drafts that are right three times in four.
+    A tiny model of an architecture, batch 1 and 3, with drafts that are correct three times in four.
 
     Returns:
         `greedy`: settings whose text is AR's, of how many; `sampled`: settings whose text is that of blocks of one

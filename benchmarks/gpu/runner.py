@@ -1,5 +1,5 @@
 """
-Runs the stages one after the other, each in a process of its own with a time limit, and gathers what they write.
+Runs the stages one after the other, each in a separate process with a time limit, and gathers their figures.
 
 Nothing here imports torch: whatever a stage does (an exception, a hang, a kill for memory), the others get their turn
 and the whole ends in time.
@@ -36,7 +36,7 @@ class Plan:
     What is run.
 
     Args:
-        stages: names out of `STAGES`.
+        stages: names from `STAGES`.
         minutes: for everything.
         output: the folder of the results.
         bundle: folders that `benchmarks.gpu.bundle` made, or none.
@@ -83,7 +83,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def run_stage(name: str, seconds: float, plan: Plan, bundle: Path, scratch: Path, results: dict[str, Any]) -> None:
-    """Runs one stage, and writes its figures into `results` as they come."""
+    """Runs one stage, and writes each of its figures into `results` at once."""
     file, log = scratch / f"{name}.json", scratch / f"{name}.log"
     options = ["--dry-run"] if plan.dry else []
     for stage, kind in (fault.split("=") for fault in plan.faults):
@@ -120,7 +120,7 @@ def _environment(bundle: Path, dry: bool) -> dict[str, str]:
     paths = [str(ROOT), str(ROOT / "src"), str(ROOT / "tests"), str(bundle / "site")]
     paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     settings = {"HF_HUB_OFFLINE": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
-    if dry:  # no compiler is asked for; two threads beside others are slower than one
+    if dry:  # needs no compiler; beside other processes, two threads are slower than one
         settings |= {"TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     return os.environ | settings | {"PYTHONPATH": os.pathsep.join(paths)}
 

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct: an adapter that only drafts, then the whole model, as far as the time goes."""
+"""SmolLM2-135M-Instruct: a draft-only adapter, then the whole model, as far as time allows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ KEPT = (
     "identical",
     "positions_per_token",
 )
-PART = 15 << 20  # bytes of a file that is brought home, at most
+PART = 15 << 20  # bytes of a returned file, at most
 SHORT = 1024  # tokens of a row up to which one call with a dense mask is quicker than many small ones
 
 
@@ -95,7 +95,7 @@ class Session:
     The model, its prompts, and what is learnt.
 
     Attributes:
-        base: the model as it comes, float32.
+        base: the untrained model, float32.
         trained: what the newest training gave, `None` if it failed.
     """
 
@@ -237,7 +237,7 @@ class Session:
     def bring_difference_home(self) -> dict:
         """
         What the whole model learnt, as an adapter for all tokens: the difference of each layer's matrices at a low
-        rank; that of embeddings and norms stays behind. Decoded, too.
+        rank, without embeddings and norms. It is decoded, too.
         """
         rank = self.sizes.kept_rank
         plain = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")

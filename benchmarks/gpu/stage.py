@@ -1,5 +1,5 @@
 """
-One stage of the kit, in a process of its own: what it measures is written down figure by figure.
+One stage of the kit, in a separate process: each figure is written as soon as it is measured.
 
 `benchmarks.gpu.runner` starts it as `python -m benchmarks.gpu.stage NAME ...` and stops it when its time is up.
 """
@@ -95,7 +95,7 @@ class Stage:
         return figure
 
     def write(self) -> None:
-        """Writes what there is, in one move, so that whoever stops the stage never leaves half a file."""
+        """Writes all figures atomically, so that stopping the stage never leaves half a file."""
         scratch = self.file.with_suffix(".part")
         scratch.write_text(json.dumps(self.content))
         os.replace(scratch, self.file)

@@ -198,7 +198,7 @@ def mend(place: Workplace, recipe: Recipe, model: Path, rows: datasets.Dataset, 
 def train(
     place: Workplace, model: Path, rows: datasets.Dataset, folder: Path, adapter: str | None, settings: dict
 ) -> Phase:
-    """Trains a model on rows in their order, going on after the last checkpoint if there is one."""
+    """Trains a model on rows in their order, continuing after the last checkpoint, if any."""
     lora = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = hf_jacobi.JacobiForcingTrainer(
         model=str(model),

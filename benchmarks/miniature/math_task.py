@@ -144,6 +144,6 @@ def make(draw: random.Random) -> Problem:
 
 
 def is_solved(problem: Problem, text: str) -> bool:
-    """Whether the last `Answer:` of a completion is the right number."""
+    """Whether the last `Answer:` of a completion is the correct number."""
     found = ANSWER.findall(text)
     return bool(found) and found[-1] == problem.answer

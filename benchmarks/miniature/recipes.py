@@ -50,7 +50,7 @@ class Recipe:
 
     @property
     def training(self) -> dict[str, Any]:
-        """What `JacobiForcingConfig` is told for the steps before mending."""
+        """The arguments of `JacobiForcingConfig` for the steps before mending."""
         scope = "draft" if self.adapter == "draft" else "all"
         return {
             "learning_rate": self.learning_rate,
@@ -61,7 +61,7 @@ class Recipe:
 
     @property
     def mending(self) -> dict[str, Any]:
-        """What it is told for those of mending. Steps of few rows would undo what they mend: most have no mistake."""
+        """Its arguments for mending. Steps of few rows would undo it, as most contain no mistake."""
         return {
             "learning_rate": 2e-4,
             "ar_loss_weight": self.ar_loss_weight,
@@ -71,7 +71,7 @@ class Recipe:
 
 
 def in_blocks(n: int, blocks: int = 1, ratio: float = 0.85, pool: int = 0) -> Method:
-    """The paper's block-wise decoding, with multi-block decoding and recycling if asked for."""
+    """The paper's block-wise decoding, optionally with multi-block decoding and recycling."""
     name = f"blocks of {n}" + (f", K={blocks}, r={ratio}" if blocks > 1 else "") + (f", pool {pool}" if pool else "")
     settings: dict[str, Any] = {"block_size": n, "window": "block", "pool_size": pool, "draft_init": "prompt"}
     return Method(name, "jacobi", settings | {"max_blocks": blocks, "spawn_ratio": ratio})

@@ -1,4 +1,4 @@
-"""Measurements of the miniature, each kept in a file of its own, so that a run goes on where it stopped."""
+"""Measurements of the miniature, each kept in a separate file, so that a run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from .tasks import held_out_problems
 
 class Results:
     """
-    Figures of models and ways of decoding on held-out problems, measured when first asked for, and again when a model
-    or a way of decoding is no longer what it was.
+    Figures of models and ways of decoding on held-out problems, measured on first use, and again when a model
+    or a way of decoding has changed.
 
     Args:
         place: where models and measurements are kept.
@@ -61,7 +61,7 @@ class Results:
         return summary(answers, self.answers("base", AR, self.count)[: len(answers)])
 
     def race(self, name: str, contestants: list[tuple[str, Method]], count: int) -> dict[str, dict]:
-        """Time of models with ways of decoding on `count` problems of each task; the first is the yardstick."""
+        """Time of models with ways of decoding on `count` problems of each task; the first is the baseline."""
 
         def measure() -> dict:
             models = {model: self.model(model) for model in {model for model, _ in contestants}}

@@ -1,5 +1,5 @@
 """
-Puts a trained miniature where `hf-jacobi demo` finds it, with what was measured of it, and writes its model card.
+Puts a trained miniature where `hf-jacobi demo` finds it, with its figures, and writes its model card.
 
     python -m benchmarks.miniature.ship RECIPE --folder runs/miniature
 
@@ -98,7 +98,7 @@ def ship(model: Path, tokenizer: Path, recipe: str) -> None:
 
 
 def card() -> str:
-    """The model card of the miniature that ships, of what was noted when it was trained and measured."""
+    """The model card of the miniature that ships, from the notes of its training and its figures."""
     note, measured = (json.loads((MINIATURE / name).read_text()) for name in (NOTE, EVALUATION))
     return render_card(MINIATURE.name, note, measured, packaged=True)
 

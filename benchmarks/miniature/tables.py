@@ -79,7 +79,7 @@ def comparison(results: Results, recipes: tuple[str, ...]) -> dict[str, Any]:
 
 
 def by_block_size(results: Results) -> dict[str, Any]:
-    """Jacobi Forcing against CLLM, same budget: trained on blocks of n, decoded in blocks of n, K = 1 and 2."""
+    """Jacobi Forcing compared with CLLM, same budget: trained on blocks of n, decoded in blocks of n, K = 1 and 2."""
     count = min(COMPARED_ON, results.count)
     return {
         recipe: {f"K={k}": results.quality(recipe, in_blocks(n, blocks=k), count) for k in (1, 2)}
@@ -109,7 +109,7 @@ def markdown(head: list[str], rows: list[list]) -> str:
 
 
 def render(figures: dict[str, Any]) -> str:
-    """All tables that there are figures for, as the page `README.md` beside this file shows them."""
+    """All tables for which figures exist, as the page `README.md` beside this file shows them."""
     parts = []
     if "main" in figures:
         parts += ["### Table 1: ways of decoding", _main(figures["main"])]

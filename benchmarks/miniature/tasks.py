@@ -1,4 +1,4 @@
-"""Both tasks together: problems to train on, problems held out, and whether an answer is right."""
+"""Both tasks together: problems to train on, held-out problems, and whether an answer is correct."""
 
 from __future__ import annotations
 

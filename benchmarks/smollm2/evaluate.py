@@ -1,9 +1,9 @@
 """
-A Jacobi-forced SmolLM2 beside the one it was trained from: tokens per forward, time, text, perplexity.
+A Jacobi-forced SmolLM2 compared with the model it was trained from: tokens per forward, time, text, perplexity.
 
     python -m benchmarks.smollm2.evaluate FOLDER held_out.jsonl
 
-which writes FOLDER/evaluation.json; `hf-jacobi push FOLDER ...` makes the card of it.
+writes FOLDER/evaluation.json, from which `hf-jacobi push FOLDER ...` makes the card.
 
 Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model
 with default settings and with those of the trained one, and by that of the trained one; and by AR of the

@@ -45,7 +45,7 @@ def ship(adapter: Path) -> None:
 
 
 def card() -> str:
-    """The model card of the adapter that ships, of what was noted when it was trained and measured."""
+    """The model card of the adapter that ships, from the notes of its training and its figures."""
     note, evaluation = (json.loads((DEMO_ADAPTER / name).read_text()) for name in (NOTE, EVALUATION))
     settings = json.loads((DEMO_ADAPTER / "generation_config.json").read_text())["jacobi"]
     return render_card(DEMO_ADAPTER.name, note | {"jacobi": settings}, evaluation, packaged=True)

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, each in under three minutes, and are kept with what they showed."""
+"""The notebooks run from top to bottom, each in under three minutes, and are stored with their outputs."""
 
 import resource
 from pathlib import Path
@@ -18,7 +18,7 @@ MOST = 180  # seconds of computing, which other processes on the machine do not 
 
 @pytest.fixture(scope="module")
 def demo_model():
-    """SmolLM2, whose unpacking or download is not the notebooks' time."""
+    """SmolLM2, unpacked or downloaded beforehand, so that this does not count as time of a notebook."""
     try:
         demo_checkpoint()
     except OSError as error:
@@ -44,7 +44,7 @@ def test_it_is_kept_as_it_ran(path):
 
 
 def computed() -> float:
-    """Seconds that the processes begun here, and ended, have computed: kernels, and what they began."""
+    """CPU seconds of all child processes that have ended: the kernels and their children."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
