@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 from datasets import Dataset
 
 from ..decoding.errors import UsageError
 from .checks import check_real, check_whole
-from .packing import Sample, check_tokens, lay_out_sample, pack_rows
+from .packing import pack_rows
+from .pieces import token_array
+from .samples import Sample, lay_out_arrays
 
 
 NOISES = ("uniform", "corrupt")
@@ -30,8 +34,8 @@ class NoiseSettings:
     pack_samples: bool
     seed: int
     allowed: Sequence[int]
-    columns = ("prompt_ids", "completion_ids")
-    what = "completions"
+    columns: ClassVar[tuple[str, ...]] = ("prompt_ids", "completion_ids")
+    what: ClassVar[str] = "completions"
 
     def __post_init__(self):
         if self.noise not in NOISES:
@@ -49,7 +53,7 @@ class NoiseSettings:
     def described(self) -> dict[str, Any]:
         """The settings, JSON-serializable."""
         allowed = [self.allowed[0], self.allowed[-1], len(self.allowed)]
-        return vars(self) | {"allowed": allowed}
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"allowed": allowed}
 
     def sample(self, row: dict[str, Any], number: int) -> Sample | None:
         """See `Packing.sample`; the place of a row decides, with the seed, what is drawn."""
@@ -57,37 +61,41 @@ class NoiseSettings:
         if self.max_length is not None:
             room = max(0, self.max_length - len(prompt)) // (1 + self.noisy_copies)
             text = text if len(text) <= room else text[: room - room % self.block_size]
-        if not text:
+        if not len(text):
             return None
-        copies = [
-            self.copy(text, random.Random(f"{self.seed}/{number}/{copy}"), shifted=copy > 0)
-            for copy in range(self.noisy_copies)
-        ]
-        return lay_out_sample(prompt, text, copies, window_size=1)
+        noise, sizes = [], []
+        for copy in range(self.noisy_copies):
+            generator = random.Random(f"{self.seed}/{number}/{copy}")
+            first = generator.randint(1, self.block_size) if copy else self.block_size
+            starts = np.array([0, *range(first, len(text), self.block_size)])
+            noise.append(self.copy(text, starts, generator))
+            sizes.append(np.diff(starts, append=len(text)))
+        return lay_out_arrays(prompt, text, np.concatenate(noise), np.concatenate(sizes), window_size=1)
 
-    def copy(self, text: list[int], generator: random.Random, shifted: bool) -> list[list[int]]:
+    def copy(self, text: np.ndarray, starts: np.ndarray, generator: random.Random) -> np.ndarray:
         """
-        A noisy version of each block of a text, whose first token stays as it is.
+        A noisy version of a text, in which the first token of each block stays as it is.
 
         Args:
             text: the completion.
+            starts: where in it the blocks begin.
             generator: where noise is drawn from.
-            shifted: whether the first block is cut short, at a place that is drawn, so that others begin elsewhere.
         """
-        first = generator.randint(1, self.block_size) if shifted else self.block_size
-        starts = [0, *range(first, len(text), self.block_size)]
-        share = 1.0 if self.noise == "uniform" else self.corrupt_share
-        return [
-            [
-                token if place == start or (share < 1.0 and generator.random() >= share) else self.draw(generator)
-                for place, token in enumerate(text[start:end], start)
-            ]
-            for start, end in zip(starts, [*starts[1:], len(text)])
-        ]
+        replaced = np.ones(len(text), bool)
+        replaced[starts] = False
+        noisy = text.copy()
+        if self.noise == "uniform" or self.corrupt_share == 1.0:
+            drawn = _draw(len(self.allowed), int(replaced.sum()), generator)
+            noisy[replaced] = drawn if isinstance(self.allowed, range) else self._allowed_array[drawn]
+            return noisy
+        for place in np.flatnonzero(replaced).tolist():
+            if generator.random() < self.corrupt_share:
+                noisy[place] = self.allowed[generator.randrange(len(self.allowed))]
+        return noisy
 
-    def draw(self, generator: random.Random) -> int:
-        """A random token."""
-        return self.allowed[generator.randrange(len(self.allowed))]
+    @cached_property
+    def _allowed_array(self) -> np.ndarray:
+        return np.asarray(self.allowed)
 
 
 def pack_completions(
@@ -96,7 +104,7 @@ def pack_completions(
     block_size: int = 16,
     noise: str = "uniform",
     *,
-    corrupt_share: float = 0.5,
+    corrupt_share: float | None = None,
     noisy_copies: int = 1,
     max_length: int | None = None,
     pack_samples: bool = False,
@@ -120,7 +128,7 @@ def pack_completions(
         block_size: n, a token of the text and n - 1 after it.
         noise: `"uniform"`, whole blocks of random tokens (UNO, arXiv 2609.04010), or `"corrupt"`, the text with a
             share of its tokens replaced by random ones.
-        corrupt_share: the chance of each token to be replaced, with `"corrupt"`.
+        corrupt_share: the chance of each token to be replaced, with `"corrupt"` alone; 0.5 if left out.
         noisy_copies: how many noisy versions of the text follow it in a row. The blocks of each but the first begin
             at places of their own.
         max_length, pack_samples, output_dir, shard_size, progress: as of `pack_trajectories`.
@@ -139,10 +147,24 @@ def pack_completions(
     >>> packed = hf_jacobi.pack_completions(rows, tokenizer, noisy_copies=4)
     ```
     """
+    if corrupt_share is not None and noise == "uniform":
+        raise UsageError("`corrupt_share` is for noise='corrupt', not 'uniform', which replaces every token: drop it.")
+    share = 0.5 if corrupt_share is None else corrupt_share
     settings = NoiseSettings(
-        noise, block_size, corrupt_share, noisy_copies, max_length, pack_samples, seed, _allowed(tokenizer)
+        noise, block_size, share, noisy_copies, max_length, pack_samples, seed, _allowed(tokenizer)
     )
     return pack_rows(completions, settings, output_dir, shard_size, progress)
+
+
+def _draw(below: int, count: int, generator: random.Random) -> np.ndarray:
+    """What `count` calls of `generator.randrange(below)` return; each draws 32 bits until the number is below."""
+    bits = below.bit_length()
+    found = np.zeros(0, np.int64)
+    while len(found) < count:
+        words = 2 * (count - len(found)) + 16
+        drawn = np.frombuffer(generator.getrandbits(32 * words).to_bytes(4 * words, "little"), "<u4") >> (32 - bits)
+        found = np.concatenate([found, drawn[drawn < below].astype(np.int64)])
+    return found[:count]
 
 
 def _allowed(tokenizer) -> Sequence[int]:
@@ -158,11 +180,10 @@ def _allowed(tokenizer) -> Sequence[int]:
     return [token for token in tokens if token not in special] or tokens
 
 
-def _checked(row: dict[str, Any], number: int) -> tuple[list[int], list[int]]:
+def _checked(row: Any, number: int) -> tuple[np.ndarray, np.ndarray]:
     """The prompt and the completion of a row."""
     columns = NoiseSettings.columns
     if not isinstance(row, Mapping) or any(row.get(column) is None for column in columns):
         raise UsageError(f"completion {number} needs {list(columns)}, got {row!r:.80}.")
-    for column in columns:
-        check_tokens(row[column], f"{column} of completion {number}")
-    return list(row["prompt_ids"]), list(row["completion_ids"])
+    prompt, text = (token_array(row[column], f"{column} of completion {number}") for column in columns)
+    return prompt, text

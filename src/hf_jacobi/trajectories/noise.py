@@ -7,6 +7,8 @@ import random
 from collections.abc import Callable, Sequence
 from numbers import Real
 
+import numpy as np
+
 from ..decoding.drafting import agreement
 from ..decoding.errors import UsageError
 from .checks import check_whole
@@ -94,3 +96,23 @@ def nearest_state(states: Sequence[Sequence[int]], target: float) -> int:
     """
     levels = [noise_level(state, states[-1]) for state in states]
     return min(range(len(states)), key=lambda index: (abs(levels[index] - target), -levels[index], index))
+
+
+def nearest_states(levels: np.ndarray, targets: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """
+    `nearest_state` of all blocks of a sequence at once.
+
+    Args:
+        levels: `[states]`, the noise levels of the states of all blocks.
+        targets: `[copies, blocks]`, the levels aimed at.
+        counts: `[blocks]`, the states of each block.
+
+    Returns:
+        `[copies, blocks]`, which of the states.
+    """
+    starts = np.cumsum(counts) - counts
+    distances = np.abs(levels - np.repeat(targets, counts, axis=1))
+    near = distances == np.repeat(np.minimum.reduceat(distances, starts, axis=1), counts, axis=1)
+    noisiest = np.maximum.reduceat(np.where(near, levels, -1.0), starts, axis=1)
+    best = near & (levels == np.repeat(noisiest, counts, axis=1))
+    return np.minimum.reduceat(np.where(best, np.arange(len(levels)), len(levels)), starts, axis=1)

@@ -2,95 +2,38 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from numbers import Integral
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
+import datasets
 import numpy as np
-from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.exceptions import DatasetGenerationError
+import pyarrow
+from datasets import Dataset, DatasetInfo, IterableDataset, Split
 from datasets.fingerprint import Hasher
 from tqdm.auto import tqdm
 
 from ..decoding.errors import UsageError
 from .checks import check_whole
-from .noise import NoiseSchedule, converged_prefix, nearest_state, noise_targets
+from .noise import NoiseSchedule, nearest_states, noise_targets
+from .pieces import TRAJECTORY_COLUMNS, digest_of_piece, pieces_of, read_trajectory, rows_in
+from .samples import (
+    COLUMNS,
+    PACKED_FEATURES,
+    Sample,
+    fill_rows,
+    lay_out_arrays,
+    table_of,
+)
 from .shards import ShardFolder, in_shards
-from .statistics import packing_statistics
+from .statistics import PackingStatistics
 
 
-COLUMNS = ("input_ids", "position_ids", "block_ids", "window_start", "labels", "seq_ids", "twin_ids")
-PACKED_FEATURES = Features({column: List(Value("int32")) for column in COLUMNS})
-TRAJECTORY_COLUMNS = ("prompt_ids", "completion_ids", "block_size", "trajectories")
-MOST_TOKENS = 2**31  # what an int32 column holds
-BUFFER = 256  # samples that bin packing looks at together
-
-
-@dataclass
-class Half:
-    """The clean or the noisy half of a sample, one entry per token; the columns are those of `pack_trajectories`."""
-
-    input_ids: list[int] = field(default_factory=list)
-    position_ids: list[int] = field(default_factory=list)
-    block_ids: list[int] = field(default_factory=list)
-    window_start: list[int] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
-    twins: list[int] = field(default_factory=list)  # position of the twin in the clean half, -1 if there is none
-
-    def append(self, token: int, position: int, block: int, start: int, label: int, twin: int) -> None:
-        self.input_ids.append(token)
-        self.position_ids.append(position)
-        self.block_ids.append(block)
-        self.window_start.append(start)
-        self.labels.append(label)
-        self.twins.append(twin)
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-@dataclass
-class Sample:
-    """One sequence: its clean half, and its noisy half."""
-
-    clean: Half
-    noisy: Half
-
-    def __len__(self) -> int:
-        return len(self.clean) + len(self.noisy)
-
-
-def lay_out_sample(prompt: list[int], text: list[int], copies: list[list[list[int]]], window_size: int) -> Sample:
-    """
-    Lays out one sequence.
-
-    Args:
-        prompt: its prompt.
-        text: the clean tokens after it.
-        copies: for each noisy copy of the text the states of its blocks, one after the other.
-        window_size: w, blocks of a window.
-    """
-    clean, noisy = Half(), Half()
-    for position, token in enumerate([*prompt, *text]):
-        clean.append(token, position, -1, 0, token if position >= len(prompt) else -100, -1)
-    for states in copies:
-        start = window_start = len(prompt)
-        for index, state in enumerate(states):
-            if index % window_size == 0:
-                window_start = start
-            final = text[start - len(prompt) :][: len(state)]
-            right = converged_prefix(state, final)
-            for position, token in enumerate(state, start):
-                noisy.append(token, position, index, window_start, -100, position if position >= start + right else -1)
-            start += len(state)
-    return Sample(clean, noisy)
+BATCH = 256  # rows that are put together at once
 
 
 @dataclass(frozen=True)
@@ -105,8 +48,8 @@ class PackSettings:
     pack_samples: bool
     seed: int
     noisy_copies: int = 1
-    columns = TRAJECTORY_COLUMNS
-    what = "trajectories"
+    columns: ClassVar[tuple[str, ...]] = TRAJECTORY_COLUMNS
+    what: ClassVar[str] = "trajectories"
 
     def __post_init__(self):
         check_whole("noisy_copies", self.noisy_copies, 1)
@@ -116,8 +59,7 @@ class PackSettings:
         if self.max_length is not None:
             check_whole("max_length", self.max_length, 1)
         levels = 1 if self.noise_schedule == "constant" else self.window_size
-        draws = callable(self.noise_schedule) or self.noise_schedule == "random"
-        if not draws and self.noisy_copies > levels:
+        if not self._draws and self.noisy_copies > levels:
             raise UsageError(
                 f"`noisy_copies={self.noisy_copies}` would be alike, as the {self.noise_schedule!r} schedule has "
                 f"{levels} levels: pass noise_schedule='random', or at most so many."
@@ -126,114 +68,66 @@ class PackSettings:
     def described(self) -> dict[str, Any]:
         """The settings, JSON-serializable: a schedule that is a function stands there as a digest of it."""
         schedule = Hasher.hash(self.noise_schedule) if callable(self.noise_schedule) else self.noise_schedule
-        described = vars(self) | {"noise_schedule": schedule}
+        described = {field.name: getattr(self, field.name) for field in fields(self)} | {"noise_schedule": schedule}
         if self.noisy_copies == 1:  # as folders were described before there were copies
             del described["noisy_copies"]
         return described
 
-    def sample(self, row: dict[str, Any], number: int) -> Sample | None:
-        """See `Packing.sample`; the place of a row decides, with the seed, what is drawn."""
-        _check_row(row, number)
-        prompt = row["prompt_ids"]
-        room = None if self.max_length is None else self.max_length - len(prompt)
-        blocks = []
-        for states in row["trajectories"]:
-            if room is not None:
-                room -= (1 + self.noisy_copies) * len(states[-1])
-                if room < 0:
-                    break
-            blocks.append(states)
-        text = [token for states in blocks for token in states[-1]]
-        copies = [_noisy_copy(blocks, number, copy, self) for copy in range(self.noisy_copies)]
-        return lay_out_sample(prompt, text, copies, self.window_size) if blocks else None
-
-
-def _noisy_copy(blocks: list[list[list[int]]], number: int, copy: int, settings: PackSettings) -> list[list[int]]:
-    """The state of each block in one copy; each copy is further on in the window's noise levels than the last."""
-    size = settings.window_size
-    generator = random.Random(f"{settings.seed}/{number}" + (f"/{copy}" if copy else ""))
-    chosen = []
-    for index, states in enumerate(blocks):
-        if index % size == 0:
-            targets = noise_targets(settings.noise_schedule, size, settings.min_noise, settings.max_noise, generator)
-        place = (index + copy * size // settings.noisy_copies) % size
-        chosen.append(states[nearest_state(states, targets[place])])
-    return chosen
-
-
-def _check_row(row: dict[str, Any], number: int) -> None:
-    """Raises `ValueError` for a row whose blocks do not make up its text."""
-    if not isinstance(row, Mapping):
-        raise UsageError(f"trajectory {number} is no row with columns: {row!r:.80}.")
-    if missing := [column for column in TRAJECTORY_COLUMNS if row.get(column) is None]:
-        raise UsageError(f"trajectory {number} lacks {missing}: rows need {list(TRAJECTORY_COLUMNS)}.")
-    check_whole(f"block_size of trajectory {number}", row["block_size"], 1)
-    try:
-        lengths = [{len(state) for state in states} for states in row["trajectories"]]
-    except TypeError:
-        raise UsageError(
-            f"trajectory {number} has no list of blocks, each a list of states, each a list of tokens."
-        ) from None
-    if any(len(length) != 1 for length in lengths):
-        raise UsageError(f"trajectory {number} has a block of no states, or of states of different lengths.")
-    for tokens in (row["prompt_ids"], row["completion_ids"], *row["trajectories"]):
-        check_tokens(tokens, f"trajectory {number}")
-    sizes = [length.pop() for length in lengths]
-    if any(size != row["block_size"] for size in sizes[:-1]) or (sizes and not 0 < sizes[-1] <= row["block_size"]):
-        raise UsageError(
-            f"trajectory {number} has blocks of {sizes} tokens, but its block_size is {row['block_size']}."
+    def sample(self, row: Any, number: int) -> Sample | None:
+        """See `Packing.sample`; the place of a row and the seed decide what is drawn."""
+        read = read_trajectory(row, number)
+        prompt, states = read.prompt, read.states
+        if self.max_length is not None:
+            ends = np.cumsum((1 + self.noisy_copies) * states.lengths[states.finals])
+            states = states.first_blocks(int(np.searchsorted(ends, self.max_length - len(prompt), side="right")))
+        if not len(states.counts):
+            return None
+        chosen = nearest_states(
+            states.noise_levels(), self._targets(len(states.counts), number), states.counts
+        ).ravel()
+        return lay_out_arrays(
+            prompt, states.joined(states.finals), states.joined(chosen), states.lengths[chosen], self.window_size
         )
-    if [token for states in row["trajectories"] for token in states[-1]] != list(row["completion_ids"]):
-        raise UsageError(f"trajectory {number} has other text in completion_ids than its blocks end in.")
 
-
-def check_tokens(tokens: Sequence, what: str) -> None:
-    """Raises `ValueError` for a list of tokens, or of such lists of one length, that holds something else."""
-    array = np.asarray(tokens)
-    if array.size and (array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST_TOKENS):
-        flat = np.asarray(tokens, dtype=object).ravel()
-        odd = next((token for token in flat if not isinstance(token, Integral) or not 0 <= token < MOST_TOKENS), None)
-        raise UsageError(f"{what} holds {odd!r}, which is no token: they are whole numbers from 0 on.")
-
-
-def join_samples(samples: list[Sample]) -> dict[str, list[int]]:
-    """One row out of some samples: all their clean halves, then all their noisy ones."""
-    row: dict[str, list[int]] = {column: [] for column in COLUMNS}
-    first_clean: list[int] = []
-    for halves in ([sample.clean for sample in samples], [sample.noisy for sample in samples]):
-        for number, half in enumerate(halves):
-            if len(first_clean) <= number:
-                first_clean.append(len(row["input_ids"]))
-            for column in ("input_ids", "position_ids", "block_ids", "window_start", "labels"):
-                row[column] += getattr(half, column)
-            row["seq_ids"] += [number] * len(half)
-            row["twin_ids"] += [twin if twin < 0 else first_clean[number] + twin for twin in half.twins]
-    return row
-
-
-def fill_rows(samples: Iterable[Sample], max_length: int) -> Iterator[list[Sample]]:
-    """
-    Bin packing, first fit by falling length within a buffer of `BUFFER` samples: rows of at most `max_length` tokens.
-    """
-    for _, buffer in in_shards(samples, BUFFER):
-        rows: list[list[Sample]] = []
-        for sample in sorted(buffer, key=len, reverse=True):
-            for row in rows:
-                if sum(map(len, row)) + len(sample) <= max_length:
-                    row.append(sample)
-                    break
+    def _targets(self, blocks: int, number: int) -> np.ndarray:
+        """
+        The noise level aimed at for each block in each copy, `[copies, blocks]`. Each copy is further on in the
+        window's noise levels than the last.
+        """
+        size, windows = self.window_size, -(-blocks // self.window_size)
+        targets = []
+        for copy in range(self.noisy_copies):
+            if self._draws:
+                generator = random.Random(f"{self.seed}/{number}" + (f"/{copy}" if copy else ""))
+                levels = np.array([self._levels(generator) for _ in range(windows)])
             else:
-                rows.append([sample])
-        yield from rows
+                levels = np.tile(self._fixed_levels, (windows, 1))
+            targets.append(np.roll(levels, -(copy * size // self.noisy_copies), axis=1).ravel()[:blocks])
+        return np.stack(targets)
+
+    @property
+    def _draws(self) -> bool:
+        return callable(self.noise_schedule) or self.noise_schedule == "random"
+
+    def _levels(self, generator: random.Random | None = None) -> list[float]:
+        return noise_targets(self.noise_schedule, self.window_size, self.min_noise, self.max_noise, generator)
+
+    @cached_property
+    def _fixed_levels(self) -> list[float]:
+        return self._levels()
 
 
 class Packing(Protocol):
     """How rows of some kind become samples; `PackSettings` for trajectories, `NoiseSettings` for plain completions."""
 
-    columns: tuple[str, ...]  # of the rows
-    what: str  # they are called in errors
-    max_length: int | None
-    pack_samples: bool
+    columns: ClassVar[tuple[str, ...]]  # of the rows
+    what: ClassVar[str]  # the name of the rows in errors
+
+    @property
+    def max_length(self) -> int | None: ...
+
+    @property
+    def pack_samples(self) -> bool: ...
 
     def sample(self, row: dict[str, Any], number: int) -> Sample | None:
         """The sample of a row, cut at a block boundary to `max_length`; `None` if not even one block fits."""
@@ -242,13 +136,20 @@ class Packing(Protocol):
         """The settings, JSON-serializable."""
 
 
-def packed_rows(trajectories: Iterable[dict], settings: Packing, first: int = 0) -> Iterator[dict[str, list[int]]]:
-    """The training rows of trajectories or completions whose places count from `first`."""
-    laid_out = (settings.sample(row, number) for number, row in enumerate(trajectories, start=first))
+def packed_tables(rows: Iterable[Any], settings: Packing, first: int = 0) -> Iterator[pyarrow.Table]:
+    """The training rows of trajectories or completions whose places count from `first`, some at a time."""
+    laid_out = (settings.sample(row, number) for number, row in enumerate(rows, start=first))
     samples = (sample for sample in laid_out if sample is not None)
-    groups = fill_rows(samples, settings.max_length) if settings.pack_samples else ([sample] for sample in samples)
-    for group in groups:
-        yield join_samples(group)
+    full = settings.max_length if settings.pack_samples else None
+    groups = ([sample] for sample in samples) if full is None else fill_rows(samples, full)
+    for _, batch in in_shards(groups, BATCH):
+        yield table_of(batch)
+
+
+def packed_rows(rows: Iterable[Any], settings: Packing, first: int = 0) -> Iterator[dict[str, list[int]]]:
+    """The rows of `packed_tables`, one by one."""
+    for table in packed_tables(rows, settings, first):
+        yield from table.to_pylist()
 
 
 def pack_trajectories(
@@ -320,15 +221,7 @@ def pack_rows(
     if output_dir is not None:
         packed = _pack_into(output_dir, rows, settings, shard_size, progress)
     else:
-        if next(packed_rows(rows, settings), None) is None:
-            raise UsageError(_nothing_fits(rows, settings))
-        # A fingerprint of its own: by default `datasets` would return what a reader of the same name gave before.
-        try:
-            packed = Dataset.from_generator(
-                lambda: packed_rows(rows, settings), features=PACKED_FEATURES, fingerprint=uuid.uuid4().hex
-            )
-        except DatasetGenerationError as error:
-            raise error.__cause__ or error from None
+        packed = _pack_into_cache(rows, settings)
     if not len(packed):
         raise UsageError(_nothing_fits(rows, settings))
     return packed
@@ -366,25 +259,39 @@ def _nothing_fits(rows: Iterable[dict], settings: Packing) -> str:
     return f"there is no sample that fits into max_length={settings.max_length} with even one block."
 
 
-def _digest(rows: list[dict[str, Any]], columns: tuple[str, ...] = TRAJECTORY_COLUMNS) -> str:
-    known = [[row[column] for column in columns] for row in rows]
-    text = json.dumps(known, default=lambda array: array.tolist())  # of numpy, say
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+def _pack_into_cache(rows: Iterable[Any], settings: Packing) -> Dataset:
+    """Writes one file in the cache of `datasets`: `Dataset.from_generator` would take the rows one by one."""
+    path = Path(datasets.config.HF_DATASETS_CACHE) / "hf_jacobi" / f"packed-{uuid.uuid4().hex}.arrow"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    source = (row for _, piece in pieces_of(rows, BATCH, settings.columns) for row in rows_in(piece))
+    try:
+        with pyarrow.ipc.new_stream(path, PACKED_FEATURES.arrow_schema) as writer:
+            for table in packed_tables(source, settings):
+                writer.write_table(table)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+    return Dataset.from_file(str(path), info=DatasetInfo(features=PACKED_FEATURES), split=Split.TRAIN)
 
 
-def _pack_into(output_dir, trajectories, settings: Packing, shard_size: int, progress: bool) -> Dataset:
-    """Writes the shards that are missing in a folder, and returns all of it."""
-    digest = partial(_digest, columns=settings.columns)
+def _pack_into(
+    output_dir: str | Path, rows: Iterable[Any], settings: Packing, shard_size: int, progress: bool
+) -> Dataset:
+    """Writes the shards that are missing in a folder, and returns all of them."""
+    digest = partial(digest_of_piece, columns=settings.columns)
     files = ShardFolder(output_dir, "packed", PACKED_FEATURES, settings.described() | {"shard_size": shard_size})
-    total = len(trajectories) if hasattr(trajectories, "__len__") else None
+    total = len(rows) if isinstance(rows, Sized) else None
     shards = 0
     with files.locked(), tqdm(total=total, unit=" samples", desc="packing", disable=not progress) as bar:
-        for shard, piece in in_shards(trajectories, shard_size):
+        for shard, piece in pieces_of(rows, shard_size, settings.columns):
             shards += 1
             if not files.is_done(shard, piece, digest):
-                rows = list(packed_rows(piece, settings, first=shard * shard_size))
-                counts = packing_statistics(rows).counts() | {"trajectories": len(piece)}
-                files.write(shard, rows, counts, digest(piece), len(piece))
+                tables = list(packed_tables(rows_in(piece), settings, first=shard * shard_size))
+                table = pyarrow.concat_tables(tables) if tables else PACKED_FEATURES.arrow_schema.empty_table()
+                statistics = PackingStatistics()
+                statistics.add_table(table)
+                counts = statistics.counts() | {"trajectories": len(piece)}
+                files.write(shard, table, counts, digest(piece), len(piece))
             bar.update(len(piece))
         files.check_end(shards)
         return files.dataset()

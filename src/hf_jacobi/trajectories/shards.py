@@ -16,14 +16,9 @@ import pyarrow
 import pyarrow.parquet
 from datasets import Dataset, Features, concatenate_datasets, disable_progress_bars, enable_progress_bars
 from datasets.utils import are_progress_bars_disabled
+from filelock import FileLock, Timeout
 
 from ..decoding.errors import MissingFile, UsageError
-
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 LOCK = ".hf_jacobi.lock"
@@ -101,7 +96,7 @@ class ShardFolder:
         """The files that are there, in order."""
         return shard_files(self.folder, self.name)
 
-    def is_done(self, number: int, piece: list, digest: Callable[[list], str]) -> bool:
+    def is_done(self, number: int, piece: Any, digest: Callable[[Any], str]) -> bool:
         """
         Whether a shard is there and made from all of `piece`; one made from its beginning is to be made again.
 
@@ -136,7 +131,7 @@ class ShardFolder:
     def write(
         self,
         number: int,
-        rows: list[dict],
+        rows: list[dict] | pyarrow.Table,
         counts: dict[str, float],
         digest: str,
         made_from: int,
@@ -161,8 +156,9 @@ class ShardFolder:
 
         def write(path: Path) -> None:
             with pyarrow.parquet.ParquetWriter(path, schema, write_page_checksum=True) as writer:
-                if rows:  # a file of no row groups is what `datasets` reads as empty
-                    writer.write_table(pyarrow.Table.from_pylist(rows, schema=schema))
+                if len(rows):  # `datasets` reads a file without row groups as empty
+                    table = pyarrow.Table.from_pylist(rows, schema) if isinstance(rows, list) else rows
+                    writer.write_table(table.replace_schema_metadata(schema.metadata))
 
         if seconds is not None:
             self._write_at_once(seconds_of(self.path(number)), lambda path: path.write_text(f"{seconds}\n"))
@@ -197,15 +193,17 @@ class ShardFolder:
 
 
 @contextmanager
-def alone_in(folder: Path):
-    """Keeps other runs out of a folder; `UsageError` where one is at work in it."""
-    with open(folder / LOCK, "w") as file:
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UsageError(f"another run is at work in {folder}: wait for it, or stop it.") from None
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder; raises `UsageError` where another run is at work in it."""
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"another run is at work in {folder}: wait for it, or stop it.") from None
+    try:
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any
 
+import numpy as np
+import pyarrow
+from datasets import Dataset
 
+
+READ = ("seq_ids", "block_ids", "position_ids", "window_start", "labels", "twin_ids")
 BINS = 10  # of noise levels above 0; converged blocks are counted by themselves
 
 
@@ -52,38 +55,56 @@ class PackingStatistics:
         """The mean noise level at each place in a window."""
         return [total / count for _, (count, total) in sorted(self.by_place.items())]
 
-    def add(self, row: dict[str, list[int]]) -> None:
+    def add(self, row: Mapping[str, Sequence[int]]) -> None:
         """Counts a row."""
-        self.rows += 1
-        self.samples += max(row["seq_ids"]) + 1
-        self.label_tokens += sum(label != -100 for label in row["labels"])
-        noisy = [index for index, block in enumerate(row["block_ids"]) if block >= 0]
-        self.noisy_tokens += len(noisy)
-        self.clean_tokens += sum(
-            block < 0 and sequence >= 0 for block, sequence in zip(row["block_ids"], row["seq_ids"])
-        )
-        places: Counter = Counter()
-        for (sequence, *_), block in groupby(
-            noisy,  # positions go on within a block, and not from one copy of it to the next
-            key=lambda index: (row["seq_ids"][index], row["block_ids"][index], row["position_ids"][index] - index),
-        ):
-            indices = list(block)
-            if indices[0] and row["position_ids"][indices[0]] <= row["position_ids"][indices[0] - 1]:
-                places.clear()
-            wrong = sum(row["twin_ids"][index] >= 0 for index in indices)
-            self.twin_tokens += wrong
-            window = (sequence, row["window_start"][indices[0]])
-            self._add_block(wrong / len(indices), places[window])
-            places[window] += 1
+        self._add({name: np.asarray(row[name]) for name in READ}, np.array([len(row["seq_ids"])]))
 
-    def _add_block(self, noise: float, place: int) -> None:
-        self.blocks += 1
-        if noise == 0:
-            self.converged_blocks += 1
-        else:
-            self.histogram[min(BINS - 1, int(noise * BINS - 1e-9))] += 1
-        count, total = self.by_place.get(place, (0, 0.0))
-        self.by_place[place] = (count + 1, total + noise)
+    def add_table(self, rows: pyarrow.Table) -> None:
+        """Counts the rows of an Arrow table."""
+        if len(rows):
+            columns = {name: rows.column(name).combine_chunks() for name in READ}
+            flat = {name: column.flatten().to_numpy() for name, column in columns.items()}
+            self._add(flat, columns["seq_ids"].value_lengths().to_numpy())
+
+    def _add(self, columns: dict[str, np.ndarray], lengths: np.ndarray) -> None:
+        """Counts rows that lie one after the other, each of so many tokens."""
+        sequences, blocks, positions, windows = (columns[name] for name in READ[:4])
+        begins = np.cumsum(lengths) - lengths
+        noisy = np.flatnonzero(blocks >= 0)
+        self.rows += len(lengths)
+        self.samples += int((np.maximum.reduceat(sequences, begins) + 1).sum())
+        self.label_tokens += int(np.count_nonzero(columns["labels"] != -100))
+        self.noisy_tokens += len(noisy)
+        self.clean_tokens += int(np.count_nonzero((blocks < 0) & (sequences >= 0)))
+        if not len(noisy):
+            return
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        shifts = positions - np.arange(len(positions))  # one within a block, another in the next copy of it
+        heads = noisy[_changes(rows[noisy], sequences[noisy], blocks[noisy], shifts[noisy])]
+        ends = np.append(np.searchsorted(noisy, heads[1:]), len(noisy))
+        sizes = np.diff(ends, prepend=0)
+        wrong = np.add.reduceat((columns["twin_ids"][noisy] >= 0).astype(np.int64), ends - sizes)
+        self.twin_tokens += int(wrong.sum())
+        falls = (heads > begins[rows[heads]]) & (positions[heads] <= positions[heads - 1])  # where a copy begins
+        order = np.arange(len(heads))
+        starts = falls | np.isin(order, _changes(rows[heads], sequences[heads], windows[heads]))
+        self._add_blocks(wrong / sizes, order - np.maximum.accumulate(np.where(starts, order, 0)))
+
+    def _add_blocks(self, noise: np.ndarray, places: np.ndarray) -> None:
+        """Counts blocks by their noise levels and their places in the window."""
+        self.blocks += len(noise)
+        some = noise[noise > 0]
+        self.converged_blocks += len(noise) - len(some)
+        bins = np.minimum(BINS - 1, (some * BINS - 1e-9).astype(int))
+        added = np.bincount(bins, minlength=BINS).tolist()
+        self.histogram = [before + more for before, more in zip(self.histogram, added)]
+        counts = np.bincount(places)
+        known = [self.by_place.get(place, (0, 0.0)) for place in range(len(counts))]
+        totals = np.array([total for _, total in known])
+        np.add.at(totals, places, noise)  # one by one: a sum does not depend on how many rows were counted at once
+        for place, (count, total) in enumerate(zip(counts.tolist(), totals.tolist())):
+            if count:
+                self.by_place[place] = (known[place][0] + count, total)
 
     def counts(self) -> dict[str, float]:
         """All of it as one flat dictionary of numbers, which can be added up; `from_counts` reads it back."""
@@ -96,11 +117,14 @@ class PackingStatistics:
     @classmethod
     def from_counts(cls, flat: Mapping[str, float]) -> PackingStatistics:
         """The statistics that `counts` gave, or a sum of several."""
-        plain = {name: value for name, value in flat.items() if "/" not in name}
-        places = [int(name.split("/")[1]) for name in flat if name.startswith("count/")]
-        by_place = {place: (flat[f"count/{place}"], flat[f"noise/{place}"]) for place in sorted(places)}
-        histogram = [flat.get(f"histogram/{index}", 0) for index in range(BINS)]
-        return cls(**plain, histogram=histogram, by_place=by_place)
+        statistics = cls()
+        for name, value in flat.items():
+            if "/" not in name:
+                setattr(statistics, name, int(value))
+        places = sorted(int(name.split("/")[1]) for name in flat if name.startswith("count/"))
+        statistics.by_place = {place: (int(flat[f"count/{place}"]), flat[f"noise/{place}"]) for place in places}
+        statistics.histogram = [int(flat.get(f"histogram/{index}", 0)) for index in range(BINS)]
+        return statistics
 
     def to_dict(self) -> dict[str, Any]:
         """Counts and figures, JSON-serializable."""
@@ -130,7 +154,14 @@ class PackingStatistics:
         return "\n".join([*text, "", f"mean noise level by place in the window\n  {noises}"])
 
 
-def packing_statistics(packed: Iterable[dict[str, list[int]]]) -> PackingStatistics:
+def _changes(*columns: np.ndarray) -> np.ndarray:
+    """Where any of some columns differs from the entry before; the first entry does."""
+    differs = np.ones(len(columns[0]), bool)
+    differs[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return np.flatnonzero(differs)
+
+
+def packing_statistics(packed: Iterable[Mapping[str, Sequence[int]]]) -> PackingStatistics:
     """
     Counts packed rows, whether ours or converted ones.
 
@@ -138,6 +169,10 @@ def packing_statistics(packed: Iterable[dict[str, list[int]]]) -> PackingStatist
         packed: rows as `pack_trajectories` returns them.
     """
     statistics = PackingStatistics()
-    for row in packed:
-        statistics.add(row)
+    if isinstance(packed, Dataset):
+        for table in packed.select_columns(list(READ)).with_format("arrow").iter(1000):
+            statistics.add_table(table)
+    else:
+        for row in packed:
+            statistics.add(row)
     return statistics

@@ -20,7 +20,7 @@ from datasets import Dataset, Features
 
 from ..decoding.errors import MissingFile, UsageError
 from .collect import TRAJECTORY_FEATURES
-from .packing import PACKED_FEATURES, join_samples, lay_out_sample
+from .samples import PACKED_FEATURES, join_samples, lay_out_sample
 from .shards import check_file
 
 
