@@ -235,6 +235,7 @@ def one_drafts(model: str, way: str, copies: int, length: int, batch: int, steps
     from transformers import AutoModelForCausalLM
 
     from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
+    from hf_jacobi.training.collator import PLAN
     from hf_jacobi.trajectories.packing import PackSettings, packed_rows
 
     base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
@@ -249,9 +250,9 @@ def one_drafts(model: str, way: str, copies: int, length: int, batch: int, steps
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
         )
         if way == "one":
-            trainer.text_once = None
+            trainer.text_once, trainer.planner.text_once = None, False
         inputs = trainer.data_collator([data[number] for number in range(batch)])
-        targets, before, seconds = trainer._targets(inputs), peak_megabytes(), []
+        targets, before, seconds = inputs[PLAN].targets, peak_megabytes(), []
         trainer.model.train()
         trainer.create_optimizer()
         for _ in range(steps):
