@@ -270,7 +270,7 @@ def _name_skipped(report: CollectReport) -> None:
 
 
 def process_state() -> PartialState:
-    """The processes that were launched together, as `accelerate` sees them; on a CPU `accelerate` must be told explicitly."""
+    """The processes that `accelerate` launched together; on a CPU it finds them only if `cpu` is set."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=WAIT)
 

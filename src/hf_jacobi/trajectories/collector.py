@@ -415,7 +415,7 @@ def _refusing_nan(model) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model, generation_config: GenerationConfig) -> Iterator[None]:
-    """The model in evaluation mode and with another generation config, which `generate` would complete from the model's."""
+    """The model in evaluation mode, with another generation config: `generate` fills gaps from the model's own."""
     before, training = model.generation_config, [module for module in model.modules() if module.training]
     model.generation_config = generation_config
     model.eval()

@@ -182,8 +182,8 @@ def pack_trajectories(
             schedule begins further on in each, and `"random"` draws anew. A draft-only adapter learns from them for
             one forward over the text (`JacobiForcingConfig.adapter_scope`).
         seed: seed of the `"random"` schedule; each sample draws independently of the others.
-        output_dir: folder of the Parquet files; called again, packing resumes where it was interrupted. If omitted, the
-            rows go to the cache of `datasets`.
+        output_dir: folder of the Parquet files; called again, packing resumes where it was interrupted. If omitted,
+            the rows go to the cache of `datasets`.
         shard_size: trajectories per file of `output_dir`.
         progress: whether to show a progress bar, for `output_dir`.
 
