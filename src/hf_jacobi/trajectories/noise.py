@@ -76,7 +76,7 @@ def _level_of(schedule: Callable, index: int, window_size: int, generator: rando
         inspect.signature(schedule).bind(index, window_size, generator)
     except TypeError as error:
         raise UsageError(
-            f"`noise_schedule` is called with (index, window_size, generator), but yours does not accept them: {error}."
+            f"`noise_schedule` is called with (index, window_size, generator), but yours does not take them: {error}."
         ) from None
     except ValueError:  # a function without a signature
         pass
