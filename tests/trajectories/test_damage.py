@@ -178,7 +178,7 @@ def test_what_is_no_token_is_not_packed(tmp_path, token, column):
     wrong = json.loads(json.dumps(ROW))
     (wrong[column] if column != "trajectories" else wrong[column][0][0])[0] = token
     for settings in ({}, {"output_dir": tmp_path / "out"}):
-        with pytest.raises(UsageError, match=f"trajectory 1 holds {token!r}, which is no token"):
+        with pytest.raises(UsageError, match=f"trajectory 1 holds {token!r}, which is not a token"):
             pack_trajectories([ROW, wrong], **settings)
 
 
@@ -188,10 +188,10 @@ def test_what_is_no_token_is_not_packed(tmp_path, token, column):
         ({"a": 1}, "got a dictionary of"),
         ("folder", "got the path 'folder'"),
         ([3], "must be rows with columns"),
-        ([ROW, 3], "trajectory 1 is no row"),
+        ([ROW, 3], "trajectory 1 is not a row"),
         ([{"prompt_ids": [1]}], r"need the columns \['completion_ids', .*: those found are \['prompt_ids'\]"),
-        ([ROW | {"trajectories": [None]}], "no list of blocks"),
-        ([ROW | {"trajectories": 3}], "no list of blocks"),
+        ([ROW | {"trajectories": [None]}], "must be a list of blocks"),
+        ([ROW | {"trajectories": 3}], "must be a list of blocks"),
         ([ROW | {"block_size": 2.0}], "`block_size of trajectory 0` must be a whole number"),
         ([ROW | {"completion_ids": [], "trajectories": []}], "every completion is empty"),
     ],

@@ -22,6 +22,7 @@ from hf_jacobi.trajectories import (
     packing_statistics,
 )
 from hf_jacobi.trajectories.packing import COLUMNS, PackSettings, packed_rows
+from hf_jacobi.trajectories.pieces import digest_of_piece
 from hf_jacobi.trajectories.shards import read_note
 
 
@@ -193,6 +194,16 @@ def test_files_and_their_digests_are_those_of_rows_written_one_by_one(tmp_path, 
         note = read_note(path)
         assert note["digest"] == hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
         assert note["counts"] == slow_statistics(rows).counts() | {"trajectories": len(piece)}
+
+
+def test_a_digest_does_not_depend_on_where_the_rows_come_from():
+    """Those that Arrow writes as text, and those that it cannot."""
+    columns = ("prompt_ids", "completion_ids", "block_size", "trajectories")
+    empty = {"prompt_ids": [], "completion_ids": [], "block_size": 2, "trajectories": []}
+    for rows in (ROWS, [empty, *ROWS], [{**empty, "block_size": None}, *ROWS[:3]]):
+        table = Dataset.from_list(rows).with_format("arrow")[:]
+        assert digest_of_piece(table, columns) == digest_of_piece(rows, columns)
+        assert digest_of_piece(table[2:], columns) == digest_of_piece(rows[2:], columns)
 
 
 @pytest.mark.parametrize(

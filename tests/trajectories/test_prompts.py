@@ -319,7 +319,7 @@ def test_the_command_takes_tools_and_settings_and_is_strict_if_asked(tmp_path, c
     command += ["--block-size", "4", "--max-new-tokens", "8", "--output-dir"]
     assert main([*command, str(tmp_path / "o"), "--chat-template-kwargs", '{"enable_thinking": false}']) == 0
     said = capsys.readouterr()
-    assert "not to be encoded" in said.out and "System role not supported" in said.err
+    assert "not encodable" in said.out and "System role not supported" in said.err
     assert open_prompts(tmp_path / "o")["prompt_ids"][:] == [[9, 8, 8, 7, 3]]
     assert main([*command, str(tmp_path / "strict"), "--strict"]) == 2
     assert "prompt 1: TemplateError: System role not supported" in capsys.readouterr().err

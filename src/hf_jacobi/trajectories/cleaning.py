@@ -1,6 +1,8 @@
-"""Which completions are not worth training on, and where those that loop are cut."""
+"""Decides which completions to drop, and where to cut those that loop."""
 
 from __future__ import annotations
+
+from collections.abc import MutableMapping
 
 import numpy as np
 
@@ -13,12 +15,12 @@ def repetition_start(
     tokens: list[int], repeats: int = REPEATS, least_span: int = LEAST_SPAN
 ) -> tuple[int, int] | None:
     """
-    Finds the loop that a text ends in, if it does.
+    Finds the loop in which a text ends, if any.
 
     Args:
         tokens: the text, without an end-of-sequence token.
-        repeats: how often a piece must follow on itself to count as a loop.
-        least_span: tokens that all repetitions together must have; short runs are common in tables and code.
+        repeats: how many consecutive repetitions count as a loop.
+        least_span: minimum tokens of all repetitions together; short runs are common in tables and code.
 
     Returns:
         where the loop begins and the length of the piece that repeats (the shortest one), or `None`.
@@ -34,18 +36,24 @@ def repetition_start(
 
 
 def clean(
-    tokens: list[int], eos_tokens: list[int], *, repetition: str, overlong: str, empty: str, counts: dict[str, float]
+    tokens: list[int],
+    eos_tokens: list[int],
+    *,
+    repetition: str,
+    overlong: str,
+    empty: str,
+    counts: MutableMapping[str, int],
 ) -> list[int] | None:
     """
-    What of a completion is kept.
+    The part of a completion that is kept.
 
     Args:
         tokens: the completion, its end-of-sequence token included if it has one.
         eos_tokens: the end-of-sequence tokens.
         repetition: `"cut"` after the first round of a loop that the text ends in, `"drop"` or `"keep"`.
         overlong: `"keep"` or `"drop"` text that reached the limit without an end.
-        empty: `"drop"` or `"keep"` a completion of nothing but an end.
-        counts: counted up under the names of what was done.
+        empty: `"drop"` or `"keep"` a completion that holds only an end token.
+        counts: incremented under the name of each finding.
 
     Returns:
         the tokens kept, or `None` if the completion is dropped.

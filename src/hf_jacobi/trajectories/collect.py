@@ -44,7 +44,7 @@ TRAJECTORY_FEATURES = Features(
     }
 )
 NAME = "trajectories"
-NAMED = 10  # prompts that a warning names
+NAMED = 10  # the most prompts that a warning names
 WAIT = timedelta(days=2)  # for each other: a shard can take long, and torch gives up after minutes
 
 
@@ -78,7 +78,7 @@ def collect_trajectories(
     progress: bool | Callable[[int, int | None], None] = True,
 ) -> Dataset:
     """
-    Has a model complete prompts, and records how each block of its text comes about by Jacobi iterations.
+    Lets a model complete prompts, and records the Jacobi trajectory of each block of the text.
 
     A block's trajectory begins with a first guess (`draft_init`); each further state holds the model's own prediction
     for every position, given the text before the block and the state before it; the last state is the text (paper,
@@ -102,14 +102,14 @@ def collect_trajectories(
             `finish_reason` is `"length"` or `"max_tokens"`, or its `ended` is false. Tokens of an engine are exact;
             text is encoded anew, which may split words otherwise.
         check: of `completions`, leave out those that are not the model's greedy text: counted and named like prompts
-            that cannot be used, and an error with `strict`. In half precision a model may settle ties otherwise than
-            the engine did.
+            that cannot be used, and an error with `strict`. In half precision a model can break ties differently
+            from the engine.
         block_size: n, the length of a block; the last block of a completion may be shorter.
         max_new_tokens: the longest completion.
         draft_init: `"prompt"` or `"vocabulary"`, what a block's first guess is drawn from, by `seed`.
-        prompt_column: the column of the prompts. Left out, the first of `messages`, `conversations`, `prompt`,
-            `question`, `instruction`, `text`, `prompt_ids` and `input_ids` that there is.
-        as_chat: take a text for a user's message, rather than for the beginning of a text.
+        prompt_column: the column of the prompts. Left out, the first existing one of `messages`, `conversations`,
+            `prompt`, `question`, `instruction`, `text`, `prompt_ids` and `input_ids`.
+        as_chat: treat a text as a user's message instead of a text to continue.
         max_prompt_length: prompts of more tokens are left out. Never more than the model's positions leave room for.
         chat_template_kwargs: settings of the chat template, such as `{"enable_thinking": False}`; a row's own take
             precedence.
@@ -137,11 +137,11 @@ def collect_trajectories(
     Args:
         batch_size: sequences decoded together.
         output_dir: where Parquet files are written as they are made. Left out, the result is kept in memory.
-        shard_size: prompts per file. What an interruption loses is at most one file's work of each process.
-        positions_per_forward: tokens that one forward over blocks of several sequences scores, about. More is faster
-            until the device is busy; the logits take this times the vocabulary.
-        progress: whether to show a progress bar; or a function that is told how many prompts are done, and of how
-            many, if that is known.
+        shard_size: prompts per file. An interruption loses at most one file's work per process.
+        positions_per_forward: approximate number of tokens scored by one forward over blocks of several sequences.
+            Larger is faster until the device is saturated; the logits have this many rows of vocabulary size.
+        progress: whether to show a progress bar; or a function called with the number of finished prompts and
+            the total (`None` if unknown).
 
     Returns:
         A `datasets.Dataset`, one row per completion: `prompt_id` (the row's own id, else its place), `prompt_ids`,
@@ -200,7 +200,7 @@ def collect_trajectories(
 
 
 def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress) -> None:
-    """Writes the shards that are missing, of those that fall to this process."""
+    """Writes the missing shards among those of this process."""
     processes, settings = process_state(), collector.settings
     total = len(rows) if hasattr(rows, "__len__") else None
     others = (*COMPLETION_COLUMNS, *END_COLUMNS) if collector.given else ()
@@ -270,7 +270,7 @@ def _name_skipped(report: CollectReport) -> None:
 
 
 def process_state() -> PartialState:
-    """The processes that were launched together, as `accelerate` sees them; on a CPU it has to be told to look."""
+    """The processes that `accelerate` launched together; on a CPU it finds them only if `cpu` is set."""
     cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(cpu=cpu, timeout=WAIT)
 
@@ -316,7 +316,7 @@ class Progress:
 
 
 def describe(model) -> dict[str, Any]:
-    """What tells one model from another: its class, dtype, a digest of some of its weights, the adapters in use."""
+    """Identifies a model by its class, its dtype, a digest of some of its weights, and its active adapters."""
     inner = unwrap(model)
     digest = hashlib.blake2b(digest_size=16)
     for name, weight in inner.named_parameters():
@@ -324,7 +324,7 @@ def describe(model) -> dict[str, Any]:
         digest.update(name.encode())
         if weight.device.type != "meta":  # offloaded
             digest.update(weight.detach().flatten()[::step][:16].float().cpu().numpy().tobytes())
-    layers = [module for module in inner.modules() if hasattr(module, "disable_adapters")]
+    layers: list[Any] = [module for module in inner.modules() if hasattr(module, "disable_adapters")]
     adapters = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
     return {
         "class": type(inner).__name__,

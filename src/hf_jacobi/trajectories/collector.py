@@ -56,7 +56,7 @@ IGNORED = (
 
 @dataclass(frozen=True)
 class CollectSettings:
-    """What the content of a trajectory data set depends on, beside model and prompts; see `collect_trajectories`."""
+    """The settings that, with model and prompts, determine a trajectory data set; see `collect_trajectories`."""
 
     block_size: int
     max_new_tokens: int
@@ -108,8 +108,8 @@ class Collector:
     Completes prompts with one model and refines their blocks; the arguments are those of `collect_trajectories`.
 
     Args:
-        given: whether the completions come with the prompts.
-        check: whether those that are not the model's greedy text are left out.
+        given: whether the rows give completions, too.
+        check: whether to leave out completions that are not the model's greedy text.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Collector:
         check: bool = False,
     ):
         adapter = getattr(model, "active_peft_config", None)
-        if getattr(adapter, "is_prompt_learning", False):
+        if adapter is not None and getattr(adapter, "is_prompt_learning", False):
             raise UsageError(
                 "trajectories do not support virtual tokens, but the model carries a "
                 f"{adapter.peft_type.value} adapter: use an adapter of another kind, such as LoRA."
@@ -139,7 +139,9 @@ class Collector:
         if given and settings.do_sample:
             raise UsageError("`completions` are written already: drop `do_sample`.")
         self.generation_config = generation_config_for(self.model, tokenizer, settings)
-        if not 0 <= self.generation_config.pad_token_id < self.vocabulary:  # it is masked: any that there is will do
+        if (
+            not 0 <= self.generation_config.pad_token_id < self.vocabulary
+        ):  # padding is masked: any valid token will do
             self.generation_config.pad_token_id = 0
         eos = self.generation_config.eos_token_id
         self.eos_tokens = eos if isinstance(eos, list) else [] if eos is None else [eos]
@@ -158,8 +160,8 @@ class Collector:
         The prompt of a row.
 
         Raises:
-            `BadPrompt`: it has none that the model can complete.
-            `ValueError`: no row could be used so.
+            `BadPrompt`: the row has no prompt that the model can complete.
+            `ValueError`: no row can be used with these settings.
         """
         settings = self.settings
         prompt = encode_prompt(
@@ -196,7 +198,7 @@ class Collector:
 
         Args:
             prompts: the prompts.
-            advance: called with numbers of prompts and blocks as they are done.
+            advance: called with the numbers of prompts and blocks that have just been finished.
         """
         start = time.perf_counter()
         counts: Counter = Counter()
@@ -207,7 +209,7 @@ class Collector:
             blocks = counts["blocks"]
             rows |= self._complete(batch, counts)
             advance(len(batch), counts["blocks"] - blocks)
-        counts["seconds"] = time.perf_counter() - start
+        counts["seconds"] = time.perf_counter() - start  # type: ignore[assignment]  # a Counter adds up floats, too
         refused = sorted((prompt for prompt in prompts if prompt.refused), key=lambda prompt: prompt.number)
         return [rows[number] for number in sorted(rows)], [prompt.refused for prompt in refused], counts
 
@@ -236,7 +238,7 @@ class Collector:
         counts,
         **model_kwargs,
     ) -> dict[int, dict]:
-        """What `generate` calls in place of its own decoding: decodes the batch, then refines all of its blocks."""
+        """Replaces the decoding of `generate`: decodes the batch, then refines all of its blocks."""
         refuse_unsupported(model, generation_config, input_ids.shape[1], model_kwargs)
         if self.given:
             chooser = TokenChooser(logits_processor, Greedy())
@@ -297,7 +299,7 @@ class Collector:
     def _refine(
         self, step: Step, batch: list[Prompt], texts: list[list[int] | None], counts: Counter
     ) -> dict[int, dict]:
-        """The rows of texts that lie in the cache of a step, each with the states of its blocks."""
+        """The output rows for texts in the cache of a step, with the states of their blocks."""
         rows = {}
         blocks: list[Block] = []
         for number, (prompt, text) in enumerate(zip(batch, texts)):
@@ -359,10 +361,10 @@ def first_guesses(
 
 def generation_config_for(model, tokenizer, settings: CollectSettings) -> GenerationConfig:
     """
-    How text is chosen: as the settings say, with the special tokens and, when sampling, the model's own defaults.
+    The generation config of the settings, with the model's special tokens and, for sampling, its defaults.
 
-    Whatever else the model's generation config asks for (such as a repetition penalty) is left out, with a warning
-    where it would change the text: a trajectory is what the model itself predicts.
+    Everything else in the model's generation config, such as a repetition penalty, is left out, with a warning
+    where it would change the text: a trajectory holds the model's own predictions.
     """
     own = model.generation_config
     values = {name: getattr(own, name, None) for name in TOKENS}
@@ -389,7 +391,7 @@ def generation_config_for(model, tokenizer, settings: CollectSettings) -> Genera
 def _refusing_nan(model) -> Iterator[None]:
     """
     Raises `UsageError` when this ends, if a score of a row's newest token was NaN or infinite: the likeliest token
-    would be 0, or the first of these, for ever. The scores stay on the device until then.
+    would always be 0, or the first of these. The scores stay on the device until then.
     """
     found: list[torch.Tensor] = []
 
@@ -413,7 +415,7 @@ def _refusing_nan(model) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model, generation_config: GenerationConfig) -> Iterator[None]:
-    """The model in evaluation mode and with another generation config, which `generate` would fill up from its own."""
+    """The model in evaluation mode, with another generation config: `generate` fills gaps from the model's own."""
     before, training = model.generation_config, [module for module in model.modules() if module.training]
     model.generation_config = generation_config
     model.eval()

@@ -1,4 +1,4 @@
-"""Completions from elsewhere: read out of a row beside its prompt, and turned into tokens."""
+"""Reads the completion that a row gives beside its prompt, and turns it into tokens."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from .encoding import BadPrompt, token_ids
 
 
 COMPLETION_COLUMNS = ("completion_ids", "completion")
-END_COLUMNS = ("finish_reason", "ended")  # whether a text that is given as text has an end
-CUT = ("length", "max_tokens")  # the reasons for which engines stop a text that has none
+END_COLUMNS = ("finish_reason", "ended")  # say whether a completion given as text is complete
+CUT = ("length", "max_tokens")  # the reasons that engines give for a text without an end
 
 
 def check_completions(row: dict[str, Any]) -> None:
@@ -27,21 +27,21 @@ def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: lis
     """
     The tokens of a row's completion, up to its end of text, and `longest` at most.
 
-    Text is encoded by itself, as it stands after the prompt. An engine leaves the end-of-sequence token out of it: it
-    is put there, unless `finish_reason` is one of `CUT`, or `ended` is false. Tokens are taken as they are.
+    Text is encoded without the prompt before it. Engines omit the end-of-sequence token from text, so it is added
+    unless `finish_reason` is one of `CUT` or `ended` is false. Tokens are used unchanged.
 
     Args:
         name: of the prompt, for errors.
         row: the row.
         tokenizer: the tokenizer.
         eos_tokens: the end-of-sequence tokens of the model.
-        longest: how many tokens a completion may have.
+        longest: maximum tokens of a completion.
 
     Raises:
         `BadPrompt`: the row has no completion, or one that is neither text nor tokens.
     """
     given = row.get("completion_ids")
-    value = row.get("completion") if given is None else given
+    value: Any = row.get("completion") if given is None else given
     value = value.tolist() if hasattr(value, "tolist") else value
     if value is None:
         raise BadPrompt(f"prompt {name} has no completion")
@@ -65,7 +65,7 @@ def _has_end(row: dict[str, Any]) -> bool:
 
 
 def _text_of(name: str, value: Any) -> str:
-    """The text of a completion, which may be a conversation of one message."""
+    """The text of a completion, which can be a conversation of one message."""
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], Mapping):
         value = value[0].get("content")
     if not isinstance(value, str):

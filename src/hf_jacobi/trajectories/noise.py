@@ -1,4 +1,4 @@
-"""The noise schedule: how much of each block of a window is still wrong, and which trajectory state comes nearest."""
+"""The noise schedule: the noise level aimed at for each block of a window, and the state nearest to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEDULES = ("linear", "random", "reverse", "constant")
 
 
 def converged_prefix(state: Sequence[int], fixed_point: Sequence[int]) -> int:
-    """How many tokens of a state, from its first on, are those of the fixed point."""
+    """The number of leading tokens in which a state equals the fixed point."""
     return agreement(list(state), list(fixed_point))
 
 
@@ -40,14 +40,14 @@ def noise_targets(
 
     Args:
         schedule: `"linear"` (from `min_noise` to `max_noise`, progressive: the paper's best), `"reverse"` (from
-            `max_noise` to `min_noise`), `"random"` (uniform between them, each block by itself), `"constant"`
+            `max_noise` to `min_noise`), `"random"` (uniform between them, independently per block), `"constant"`
             (`max_noise` throughout), or a callable `(index, window_size, generator) -> level`.
         window_size: w, the number of blocks.
-        min_noise, max_noise: the range, within 0 to 1. A callable is not bound to it.
+        min_noise, max_noise: the range, within 0 to 1. A callable need not respect it.
         generator: where `"random"` draws from.
 
     Returns:
-        `window_size` levels. A window of one block gets `max_noise` where a schedule would begin and end at once.
+        `window_size` levels. A window of one block gets `max_noise` from every deterministic schedule.
 
     Raises:
         `ValueError`: an unknown schedule, a window of no blocks, or levels outside 0 to 1.
@@ -71,24 +71,24 @@ def noise_targets(
 
 
 def _level_of(schedule: Callable, index: int, window_size: int, generator: random.Random) -> float:
-    """What a schedule of the user's own gives for a block."""
+    """The level that a user's schedule returns for a block."""
     try:
         inspect.signature(schedule).bind(index, window_size, generator)
     except TypeError as error:
         raise UsageError(
-            f"`noise_schedule` is called with (index, window_size, generator), but yours does not take that: {error}."
+            f"`noise_schedule` is called with (index, window_size, generator), but yours does not take them: {error}."
         ) from None
-    except ValueError:  # a function that does not say what it takes
+    except ValueError:  # a function without a signature
         pass
     level = schedule(index, window_size, generator)
-    if not isinstance(level, Real) or not 0.0 <= level <= 1.0:
+    if not isinstance(level, Real) or not 0.0 <= float(level) <= 1.0:
         raise UsageError(f"`noise_schedule` must return a level from 0 to 1, it returned {level!r} for block {index}.")
     return float(level)
 
 
 def nearest_state(states: Sequence[Sequence[int]], target: float) -> int:
     """
-    The index of the state whose noise level is nearest to `target`, the noisier of two that are equally near.
+    The index of the state whose noise level is nearest to `target`, the noisier one of a tie.
 
     Args:
         states: a block's trajectory, the last state being its fixed point.

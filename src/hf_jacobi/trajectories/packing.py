@@ -21,14 +21,9 @@ from ..decoding.errors import UsageError
 from .checks import check_whole
 from .noise import NoiseSchedule, nearest_states, noise_targets
 from .pieces import TRAJECTORY_COLUMNS, digest_of_piece, pieces_of, read_trajectory, rows_in
-from .samples import (
-    COLUMNS,
-    PACKED_FEATURES,
-    Sample,
-    fill_rows,
-    lay_out_arrays,
-    table_of,
-)
+from .samples import COLUMNS, PACKED_FEATURES, Sample, fill_rows, lay_out_arrays, table_of
+from .samples import join_samples as join_samples  # part of this module for those who import them from it
+from .samples import lay_out_sample as lay_out_sample
 from .shards import ShardFolder, in_shards
 from .statistics import PackingStatistics
 
@@ -61,12 +56,12 @@ class PackSettings:
         levels = 1 if self.noise_schedule == "constant" else self.window_size
         if not self._draws and self.noisy_copies > levels:
             raise UsageError(
-                f"`noisy_copies={self.noisy_copies}` would be alike, as the {self.noise_schedule!r} schedule has "
-                f"{levels} levels: pass noise_schedule='random', or at most so many."
+                f"`noisy_copies={self.noisy_copies}` would not differ, as the {self.noise_schedule!r} schedule has "
+                f"{levels} levels: pass noise_schedule='random', or noisy_copies={levels} at most."
             )
 
     def described(self) -> dict[str, Any]:
-        """The settings, JSON-serializable: a schedule that is a function stands there as a digest of it."""
+        """The settings, JSON-serializable: a callable schedule is replaced by its digest."""
         schedule = Hasher.hash(self.noise_schedule) if callable(self.noise_schedule) else self.noise_schedule
         described = {field.name: getattr(self, field.name) for field in fields(self)} | {"noise_schedule": schedule}
         if self.noisy_copies == 1:  # as folders were described before there were copies
@@ -118,7 +113,7 @@ class PackSettings:
 
 
 class Packing(Protocol):
-    """How rows of some kind become samples; `PackSettings` for trajectories, `NoiseSettings` for plain completions."""
+    """Turns rows of one kind into samples; `PackSettings` for trajectories, `NoiseSettings` for plain completions."""
 
     columns: ClassVar[tuple[str, ...]]  # of the rows
     what: ClassVar[str]  # the name of the rows in errors
@@ -171,24 +166,24 @@ def pack_trajectories(
     Turns trajectories into training rows for Jacobi Forcing (paper, section 3.2).
 
     A row is `[prompt | completion | noisy block 0 | noisy block 1 | ...]`. The first half is ordinary causal text;
-    each noisy block is the state of that block's trajectory whose noise level is nearest to the level that the
-    schedule aims at for its place in the window. Rows are made and written one after the other, so that the size of
-    the data set does not matter to memory.
+    each noisy block is the trajectory state whose noise level is nearest to the level that the schedule aims at for
+    the block's place in the window. Rows are written as they are made, so memory does not grow with the data set.
 
     Args:
         trajectories: rows with `prompt_ids`, `completion_ids`, `block_size` and `trajectories` (per block a list of
-            states, the last of them the fixed point); a `datasets.Dataset` or anything that can be run through again.
+            states, the last of them the fixed point); a `datasets.Dataset` (fastest) or any iterable that can be
+            iterated more than once.
         window_size: w, the number of consecutive blocks over which the noise level runs. 1 is CLLM.
         noise_schedule, min_noise, max_noise: see `noise_targets`.
-        max_length: tokens a row may have; a longer sample is cut at a block boundary, and left out if not even its
+        max_length: maximum tokens of a row; a longer sample is cut at a block boundary, and left out if not even its
             first block fits.
         pack_samples: put several samples into a row, up to `max_length`.
         noisy_copies: how many noisy versions of the text follow it in a row, each with other noise levels: the
             schedule begins further on in each, and `"random"` draws anew. A draft-only adapter learns from them for
             one forward over the text (`JacobiForcingConfig.adapter_scope`).
-        seed: of the `"random"` schedule; each sample draws by itself, so the result does not depend on the others.
-        output_dir: where Parquet files are written as they are made; started again, packing goes on where it was
-            interrupted. Left out, the rows go to the cache of `datasets`.
+        seed: seed of the `"random"` schedule; each sample draws independently of the others.
+        output_dir: folder of the Parquet files; called again, packing resumes where it was interrupted. If omitted,
+            the rows go to the cache of `datasets`.
         shard_size: trajectories per file of `output_dir`.
         progress: whether to show a progress bar, for `output_dir`.
 
@@ -213,7 +208,7 @@ def pack_trajectories(
 def pack_rows(
     rows: Iterable[dict], settings: Packing, output_dir: str | Path | None, shard_size: int, progress: bool
 ) -> Dataset:
-    """Packs rows as `settings` say; arguments, result and errors as of `pack_trajectories`."""
+    """Packs rows with these `settings`; arguments, result and errors as in `pack_trajectories`."""
     check_whole("shard_size", shard_size, 1)
     _check_columns(rows, settings)
     if isinstance(rows, (Dataset, IterableDataset)):

@@ -23,6 +23,7 @@ from .shards import in_shards
 
 TRAJECTORY_COLUMNS = ("prompt_ids", "completion_ids", "block_size", "trajectories")
 MOST_TOKENS = 2**31  # what an int32 column holds
+MOST_NUMBERS = 2**27  # whose text is under the 2 GiB that an Arrow array of strings holds
 LISTS = {"prompt_ids": 1, "completion_ids": 1, "trajectories": 3}  # how deep the lists of a column are
 Piece: TypeAlias = "list[Any] | pyarrow.Table"  # consecutive rows
 
@@ -122,7 +123,7 @@ def token_array(tokens: Any, what: str) -> np.ndarray:
     if not array.size:
         return np.zeros(0, np.int64)
     if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST_TOKENS:
-        odd = next((token for token in array if not _is_token(token)), None)
+        odd = next((token for token in array.tolist() if not _is_token(token)), None)
         raise UsageError(f"{what} holds {odd!r}, which is not a token: tokens are whole numbers from 0 on.")
     return array
 
@@ -202,7 +203,31 @@ def _split(levels: list[np.ndarray], values: np.ndarray) -> Iterator[Any]:
 
 def digest_of_piece(piece: Piece, columns: Sequence[str]) -> str:
     """A digest of the columns of some rows, by which a run that goes on knows that they are still the same."""
-    rows = piece if isinstance(piece, list) else piece.to_pylist()
-    known = [[row[column] for column in columns] for row in rows]
-    text = json.dumps(known, default=lambda array: array.tolist())  # of numpy, say
+    if isinstance(piece, list) or (text := _json_of_table(piece.select(columns))) is None:
+        rows = piece if isinstance(piece, list) else piece.to_pylist()
+        known = [[row[column] for column in columns] for row in rows]
+        text = json.dumps(known, default=lambda array: array.tolist())  # of numpy, say
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _json_of_table(table: pyarrow.Table) -> str | None:
+    """What `json.dumps` makes of the rows of a table, each a list of its values; `None` where it holds other types."""
+    columns = [_json_of(pyarrow.concat_arrays(column.chunks)) for column in table.columns if column.num_chunks]
+    if not columns or any(column is None for column in columns):
+        return None
+    rows = pyarrow.compute.binary_join_element_wise(*columns, ", ")
+    return "[" + ", ".join(f"[{row}]" for row in rows.to_pylist()) + "]"
+
+
+def _json_of(array: pyarrow.Array) -> pyarrow.Array | None:
+    """The JSON of each value, whole numbers or lists of them; `None` where there is something else, or too much."""
+    if array.null_count or len(array) > MOST_NUMBERS:
+        return None
+    if pyarrow.types.is_integer(array.type):
+        return array.cast(pyarrow.string())
+    if not _is_list(array.type) or (inner := _json_of(array.flatten())) is None:
+        return None
+    lengths = pyarrow.compute.list_value_length(array).to_numpy()
+    offsets = pyarrow.array(np.append(0, np.cumsum(lengths)), pyarrow.int32())
+    joined = pyarrow.compute.binary_join(pyarrow.ListArray.from_arrays(offsets, inner), ", ")
+    return pyarrow.compute.binary_join_element_wise("[", joined, "]", "")

@@ -1,4 +1,4 @@
-"""Where prompts come from: data sets and files of any common shape, turned into token ids."""
+"""Reads prompts from data sets and files of any common shape, and turns them into token ids."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ PROMPT_COLUMNS = (
     "input_ids",
 )
 MESSAGE_COLUMNS = PROMPT_COLUMNS[:2]
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # what the template is given beside the messages
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # arguments of the template, beside the messages
 ID_COLUMNS = ("prompt_id", "id", "data_id", "task_id", "question_id")
-BYTE_ORDER_MARK = "\ufeff"  # what some editors begin a file with; it is no text
+BYTE_ORDER_MARK = "\ufeff"  # some editors put it at the beginning of a file
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}  # ShareGPT's names
 
 
@@ -52,10 +52,10 @@ class Prompt:
 
     Attributes:
         number: its place in the data set.
-        name: what identifies it: the row's own id if it has one, else its number.
+        name: its identifier: the row's own id if it has one, else its number.
         ids: its tokens.
-        completion: the tokens that go on from it, where they are given.
-        refused: why that is left out, if it is.
+        completion: its completion, if the row gives one.
+        refused: why the completion is left out, if it is.
     """
 
     number: int
@@ -237,7 +237,7 @@ def only_prompts(rows, column: str | None, *others: str):
 
 def prompt_column(row: dict[str, Any], column: str | None) -> str:
     """
-    The column that prompts are read from: `column`, or the first of `PROMPT_COLUMNS` that there is.
+    The column that prompts are read from: `column`, or the first existing one of `PROMPT_COLUMNS`.
 
     Raises:
         `ValueError`: there is none.
@@ -375,7 +375,7 @@ def _refuse_half_characters(value: Any) -> None:
 
 
 def _without_end(ids: list[int], tokenizer) -> list[int]:
-    """Some texts end in an end of text; a prompt has no end."""
+    """Without a final end-of-sequence token, which a prompt must not have."""
     return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 

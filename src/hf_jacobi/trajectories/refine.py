@@ -15,7 +15,7 @@ from ..decoding.verify import usable
 @dataclass
 class Block:
     """
-    A block of a finished sequence on its way from the first guess to the tokens that are already known.
+    A block of a finished sequence and its states so far, from the first guess to the known fixed point.
 
     Attributes:
         row: the row of the batch.
@@ -41,10 +41,9 @@ class Block:
     @property
     def queries(self) -> list[int]:
         """
-        The tokens whose predictions the next state needs: from the first wrong one to the last but one.
+        The tokens whose predictions the next state needs: from the first wrong one to the second to last.
 
-        Those before it are the text itself, so their keys and values are in the cache, and the token that they predict
-        is the text's, too.
+        Earlier tokens equal the text, so the cache holds their keys and values, and their predictions are the text.
         """
         return self.states[-1][self.right : -1]
 
@@ -64,11 +63,11 @@ def refine_blocks(step: Step, blocks: list[Block], positions_per_forward: int) -
     """
     Runs Jacobi iterations on blocks of sequences that have been decoded, until every one has converged.
 
-    All blocks in flight go through one forward: each sees the text before it, out of the cache that decoding left,
-    and itself, as if it were alone.
+    All blocks in flight go through one forward: each sees the text before it, from the cache that decoding left,
+    and itself, but no other block.
 
     Args:
-        step: that of a call that has finished; its cache, mask and way of choosing tokens are used.
+        step: the step of a finished call; its cache, mask and token chooser are used.
         blocks: the blocks, which get their states.
         positions_per_forward: how many tokens a forward may score, beyond one block per row.
 
@@ -106,7 +105,7 @@ def _refine_rows(step: Step, waiting: list[deque[Block]], share: int) -> int:
         end = length + layout.ids.shape[1]
         part.cache.place(torch.arange(length, end, device=step.device).expand(len(rows), -1), length, end)
         offsets = torch.tensor(part.offsets, device=step.device).unsqueeze(1)
-        positions = (layout.places + offsets).clamp(min=0)  # what pads a row has none
+        positions = (layout.places + offsets).clamp(min=0)  # padding has no position
         visible = layout.visible(part.key_valid)
         logits = part.run(layout.ids, positions, visible, layout.places, layout.key_places())
         predictions = usable(part.predict(logits, (positions + 1).cpu().numpy()))
@@ -163,7 +162,10 @@ def lay_out_blocks(flying: list[list[Block]], length: int, device: torch.device)
     """Lays the queries of the blocks in flight of each row side by side."""
     columns: list[list[list[int]]] = [[], [], [], []]
     for blocks in flying:
-        ids, places, limits, numbers = [], [], [], []
+        ids: list[int] = []
+        places: list[int] = []
+        limits: list[int] = []
+        numbers: list[int] = []
         for number, block in enumerate(blocks):
             queries = block.queries
             first = block.start + block.right
@@ -171,11 +173,12 @@ def lay_out_blocks(flying: list[list[Block]], length: int, device: torch.device)
             places += range(first, first + len(queries))
             limits += [first] * len(queries)
             numbers += [number] * len(queries)
-        for column, values in zip(columns, (ids, places, limits, numbers)):
-            column.append(values)
+        for column, of_row in zip(columns, (ids, places, limits, numbers)):
+            column.append(of_row)
     width = max(map(len, columns[0]))
     tensors = []
     for column, filler in zip(columns, (0, 0, 0, -1)):
         padded = [values + [filler] * (width - len(values)) for values in column]
         tensors.append(torch.tensor(padded, device=device))
-    return BlockStep(*tensors, length)
+    token_ids, token_places, token_limits, block_numbers = tensors
+    return BlockStep(token_ids, token_places, token_limits, block_numbers, length)

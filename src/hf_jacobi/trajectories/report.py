@@ -1,4 +1,4 @@
-"""What a collection of trajectories came to: counts, and the figures that follow from them."""
+"""The report of a collection of trajectories: counts, and the figures derived from them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ class CollectReport:
 
     Attributes:
         prompts: prompts read.
-        long_prompts, empty_prompts, bad_prompts: of these, left out for their length, for having no token, or because
-            they could not be encoded.
-        empty, repetitive, overlong: completions of nothing but an end; that ended in a loop; that reached the limit.
-        other_text: given completions that were left out, as they are not the model's greedy text.
+        long_prompts, empty_prompts, bad_prompts: prompts left out because they are too long, have no
+            tokens, or could not be encoded.
+        empty, repetitive, overlong: completions that hold only an end token; that end in a loop; that
+            reached the limit.
+        other_text: given completions left out because they are not the model's greedy text.
         given_tokens, own_tokens: tokens of given completions, and those of them that the model itself predicts there.
         sequences: completions kept.
         tokens, blocks, states: of those.
@@ -46,7 +47,10 @@ class CollectReport:
     def from_counts(cls, counts: Mapping[str, float], skipped: Iterable[str] = ()) -> CollectReport:
         """The report of counts that `Collector` made, and of the prompts that were left out."""
         names = (one.name for one in fields(cls) if one.name != "skipped")
-        return cls(**{name: counts.get(name, 0) for name in names}, skipped=list(skipped))
+        report = cls(skipped=list(skipped))
+        for name in names:
+            setattr(report, name, counts.get(name, 0))
+        return report
 
     @property
     def blocks_per_second(self) -> float:
@@ -55,12 +59,12 @@ class CollectReport:
 
     @property
     def iterations_per_block(self) -> float:
-        """Jacobi iterations from first guess to fixed point, in the mean."""
+        """Jacobi iterations from first guess to fixed point, on average."""
         return (self.states - self.blocks) / self.blocks if self.blocks else 0.0
 
     @property
     def tokens_per_iteration(self) -> float:
-        """Tokens that each iteration settled in the mean: what vanilla Jacobi decoding of this text comes to."""
+        """Mean number of tokens that an iteration settles: the figure of vanilla Jacobi decoding on this text."""
         iterations = self.states - self.blocks
         return self.tokens / iterations if iterations else 0.0
 
@@ -74,7 +78,7 @@ class CollectReport:
         lines = [
             ("prompts", f"{self.prompts}"),
             ("  too long, or empty", f"{self.long_prompts}, {self.empty_prompts}"),
-            *([("  not to be encoded", f"{self.bad_prompts}")] if self.bad_prompts else []),
+            *([("  not encodable", f"{self.bad_prompts}")] if self.bad_prompts else []),
             *([("  other text", f"{self.other_text}")] if self.other_text else []),
             ("completions kept", f"{self.sequences}"),
             ("  empty", f"{self.empty}"),

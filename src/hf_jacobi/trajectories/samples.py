@@ -90,7 +90,7 @@ def lay_out_arrays(
 
 
 def join_samples(samples: Sequence[Sample]) -> dict[str, list[int]]:
-    """One row of some samples: all their clean halves, then all their noisy ones."""
+    """One row of several samples: all their clean halves, then all their noisy ones."""
     return table_of([samples]).to_pylist()[0]
 
 

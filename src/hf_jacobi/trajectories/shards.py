@@ -1,4 +1,4 @@
-"""A data set on disk that grows by whole Parquet files, so that work killed at any moment goes on where it stopped."""
+"""A data set on disk that grows by whole Parquet files, so that a run killed at any moment can be resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..decoding.errors import MissingFile, UsageError
 
 
 LOCK = ".hf_jacobi.lock"
-SETTINGS = ".hf_jacobi.json"  # hidden, so that `load_dataset(folder)` sees Parquet files alone
+SETTINGS = ".hf_jacobi.json"  # hidden, so that `load_dataset(folder)` sees only the Parquet files
 METADATA = b"hf_jacobi"
 AGAIN = "delete it and make it again"
 Row = TypeVar("Row")
@@ -30,11 +30,11 @@ Row = TypeVar("Row")
 
 class ShardFolder:
     """
-    A folder of numbered Parquet files, each written at once, and the settings they were made with.
+    A folder of numbered Parquet files, each written atomically, and the settings they were made with.
 
     Args:
-        folder: where the files are; made if it is not there.
-        name: what the files are called, `name-00000.parquet` and so on.
+        folder: where the files are; created if it does not exist.
+        name: prefix of the file names, `name-00000.parquet` and so on.
         features: the columns.
         settings: what the content depends on, JSON-serializable; a folder begun with others is refused.
 
@@ -52,7 +52,7 @@ class ShardFolder:
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         file = self.folder / SETTINGS
-        if not self.files():  # settings that made nothing bind nobody
+        if not self.files():  # settings without files do not matter
             if any(path.suffix == ".parquet" for path in self.folder.iterdir()):
                 raise UsageError(
                     f"{self.folder} holds Parquet files of other work: name an empty folder or a new one."
@@ -74,10 +74,10 @@ class ShardFolder:
     @contextmanager
     def locked(self):
         """
-        Keeps other runs out of the folder, removes what an interrupted one left half-written, notes the settings.
+        Locks the folder, removes partial files of an interrupted run, and writes the settings.
 
         Raises:
-            `ValueError`: another run is at work in it.
+            `ValueError`: another run is at work in the folder.
         """
         with alone_in(self.folder):
             self._check_settings(self.settings)  # another run may have begun since
@@ -93,17 +93,17 @@ class ShardFolder:
         return self.folder / f"{self.name}-{number:05d}.parquet"
 
     def files(self) -> list[Path]:
-        """The files that are there, in order."""
+        """The existing files, in order."""
         return shard_files(self.folder, self.name)
 
     def is_done(self, number: int, piece: Any, digest: Callable[[Any], str]) -> bool:
         """
-        Whether a shard is there and made from all of `piece`; one made from its beginning is to be made again.
+        Whether a shard exists and was made from all of `piece`; one made from a part of it must be made again.
 
         Args:
             number: its number.
-            piece: what it should be made from.
-            digest: by which that is told from something else.
+            piece: the data it should be made from.
+            digest: the function that identifies data.
 
         Raises:
             `ValueError`: it was made from something else, or is damaged.
@@ -138,19 +138,19 @@ class ShardFolder:
         skipped: Sequence[str] = (),
     ) -> None:
         """
-        Writes a shard: either all of it is there afterwards, or nothing.
+        Writes a shard atomically.
 
         Args:
             number: its number.
             rows: its rows, possibly none.
-            counts: what `counts_in` adds up over all shards.
-            digest: of what it was made from; `is_done` compares it.
-            made_from: of how many pieces of data that is the digest.
-            skipped: what of these was left out, a sentence each.
+            counts: numbers that `counts_in` adds up over all shards.
+            digest: digest of the data it was made from; `is_done` compares it.
+            made_from: how many rows that digest covers.
+            skipped: why some of these rows were left out, a sentence each.
         """
         schema = self.features.arrow_schema
         counts = dict(counts)
-        seconds = counts.pop("seconds", None)  # beside the shard, which is the same however long it took
+        seconds = counts.pop("seconds", None)  # kept outside the shard, whose bytes must not depend on time
         note = {"digest": digest, "made_from": made_from, "counts": counts, "skipped": list(skipped)}
         schema = schema.with_metadata({**(schema.metadata or {}), METADATA: json.dumps(note).encode()})
 
@@ -174,12 +174,12 @@ class ShardFolder:
     def dataset(self, in_memory: bool = False) -> Dataset:
         """All rows, in order; mapped from disk unless `in_memory`."""
         files = [path for path in self.files() if _rows_of(path)]
-        if not files:  # which `datasets` takes for an error
+        if not files:  # `datasets` raises an error for no files
             return Dataset.from_dict({column: [] for column in self.features}, features=self.features)
         if in_memory:
             tables = [pyarrow.parquet.read_table(path) for path in files]
             return Dataset(pyarrow.concat_tables(tables).replace_schema_metadata(self.features.arrow_schema.metadata))
-        with _without_progress_bars():  # file by file, so that one that was there before is not converted again
+        with _without_progress_bars():  # file by file, so that cached ones are not converted again
             return concatenate_datasets([self._open(path) for path in files])
 
     def _open(self, path: Path) -> Dataset:
@@ -250,13 +250,13 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (ValueError, OSError):
         settings = None
     if not isinstance(settings, dict):
-        raise UsageError(f"{path} is damaged, so that nobody knows what the files beside it are: {way_out}.")
+        raise UsageError(f"{path} is damaged, so the files beside it cannot be identified: {way_out}.")
     return settings
 
 
 def check_file(path: Path) -> int:
     """
-    Reads a Parquet file from end to end; what was written here has checksums, by which a single bit is noticed.
+    Reads a Parquet file from end to end; files written here have checksums that reveal a single flipped bit.
 
     Returns:
         how many rows it has.
@@ -275,13 +275,13 @@ def check_file(path: Path) -> int:
             first += count
     except (MemoryError, PermissionError):
         raise
-    except Exception as error:  # pyarrow has many kinds for it
+    except Exception as error:  # pyarrow raises many types
         raise UsageError(f"{path} is broken{where} ({_first_line(error)}): {AGAIN}.") from error
     return first
 
 
 def check_own_file(path: Path) -> None:
-    """As `check_file`, for what was written here: whoever opens a file does not look at the checksums in it."""
+    """`check_file` for files written here: other readers ignore their checksums."""
     try:
         own = METADATA in (pyarrow.parquet.read_schema(path).metadata or {})
     except (ValueError, OSError):  # whoever opens it says so
@@ -296,7 +296,7 @@ def _first_line(error: BaseException) -> str:
 
 def read_note(path: Path) -> dict[str, Any]:
     """
-    What was noted of a shard when it was written.
+    The metadata written with a shard.
 
     Raises:
         `ValueError`: the file is broken, or of something else.
@@ -315,7 +315,7 @@ def seconds_of(path: Path) -> Path:
 
 def notes_in(folder: str | Path, name: str) -> list[dict[str, Any]]:
     """
-    What was noted of each shard of a folder.
+    The metadata of each shard of a folder.
 
     Raises:
         `OSError`: there are none.

@@ -31,18 +31,18 @@ PACKED_COLUMNS = ("data_id", "prompt_ids", "prompt_ids_len", "complete_training_
 
 
 class MalformedRow(UsageError):
-    """A row that does not hold what its format says."""
+    """A row that does not follow its format."""
 
 
 class UpstreamRows:
     """
-    Rows of a published file, converted one by one; it can be run through more than once.
+    Rows of published files, converted one by one; can be iterated more than once.
 
     Args:
         paths: one file or several: `.jsonl`, `.json` (an array or lines) or `.parquet`.
-        eos_token_id: the end-of-sequence tokens. What follows the first of them in a completion is left out: the
-            published blocks are filled up to their full length.
-        strict: raise at the first malformed row, rather than count it.
+        eos_token_id: the end-of-sequence tokens. Everything after the first of them in a completion is dropped: the
+            published blocks are padded to their full length.
+        strict: raise at the first malformed row instead of counting it.
 
     Attributes:
         skipped: how many rows were malformed in the last run, by reason.
@@ -102,7 +102,7 @@ class RawTrajectories(UpstreamRows):
     `prompt_ids` (of the first block the prompt; of later ones that, or all the text before them) and
     `answer_trajectory_ids` (the states of the block; each may begin with the text before it).
 
-    Rows of one completion must follow on each other. Where a trajectory begins with its fixed point and leaves it
+    Rows of one completion must be adjacent. Where a trajectory begins with its fixed point and leaves it
     again, that is a first guess which the authors' code overwrote; it is left out. `teacher_output_ids` is not needed.
 
     Yields:
