@@ -11,7 +11,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "src/hf_jacobi/__init__.py"
 
 EXTRAS = {
     "demo": ["gguf>=0.10.0", "accelerate>=1.10", "peft>=0.19", "rich>=13"],
-    "train": ["peft>=0.19", "trl>=1.0", "datasets>=4.0", "pyarrow", "accelerate>=1.10"],
+    "train": ["peft>=0.19", "trl>=1.0", "datasets>=4.0", "pyarrow", "filelock", "accelerate>=1.10"],
     "eval": ["evaluate>=0.4.6", "datasets>=4.0", "matplotlib>=3.8", "accelerate>=1.10", "peft>=0.19"],
     "harness": ["lm-eval>=0.4.13", "accelerate>=1.10", "peft>=0.19"],  # some of its dependencies exist as source only
     "flash": ["flash-attn>=2.7"],
@@ -33,6 +33,7 @@ EXTRAS = {
         "peft>=0.19",
         "datasets>=4.0",
         "pyarrow",
+        "filelock",
         "accelerate>=1.10",
         "trl>=1.0",
         "matplotlib>=3.8",
