@@ -73,10 +73,9 @@ def __getattr__(name: str):
     except ModuleNotFoundError as error:
         if place == "decoding":
             raise
-        from .decoding.errors import MissingPackage
+        from .decoding.errors import missing_extra
 
-        extra = "eval" if name == "plots" else "train"
-        raise MissingPackage(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[{extra}]'") from error
+        raise missing_extra(f"hf_jacobi.{name}", error.name, "eval" if name == "plots" else "train") from error
     value = module if place.split(".")[-1] == name else getattr(module, name)
     globals()[name] = value
     return value

@@ -107,7 +107,7 @@ def test_a_wheel_or_a_file_in_the_cache_folder_is_converted_once(cache, hub, mon
 def test_a_missing_package_for_reading_the_file_is_named(cache, capsys):
     (cache / f"{DEMO_MODEL}.gguf").write_text("")
     assert cli.main(["demo", "--base"]) == 2
-    assert "gguf: pip install 'hf_jacobi[demo]'" in capsys.readouterr().err
+    assert "gguf, from the extra 'demo'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -87,9 +87,9 @@ def test_without_trl_the_help_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["train", "--help"])
     out = capsys.readouterr().out
-    assert "--learning_rate FLOAT" in out and "--lora_r" not in out and "pip install 'hf_jacobi[train]'" in out
+    assert "--learning_rate FLOAT" in out and "--lora_r" not in out and "pip install '.[train]'" in out
     assert cli.main(["train", "--lora_r", "4"]) == 2
-    assert "needs trl: pip install 'hf_jacobi[train]'" in capsys.readouterr().err
+    assert "needs trl, from the extra 'train'" in capsys.readouterr().err
 
 
 def test_a_field_is_read_from_its_source():

@@ -13,7 +13,7 @@ from hf_jacobi import JacobiConfig, cli
 from hf_jacobi.hub.card import checked
 
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hf_jacobi[harness]'")
+pytest.importorskip("lm_eval", reason="needs lm-eval: the extra 'harness'")
 pytestmark = pytest.mark.harness
 TASK = Path(__file__).parent / "tasks" / "continue_words.yaml"
 QUESTIONS = [f"w{n} w{n + 1} w{n}" for n in range(5, 11)]

@@ -10,7 +10,7 @@ from hf_jacobi import JacobiConfig
 from hf_jacobi.evaluation.tasks import scoring
 
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'hf_jacobi[harness]'")
+pytest.importorskip("lm_eval", reason="needs lm-eval: the extra 'harness'")
 
 from lm_eval.tasks import TaskManager
 

@@ -69,7 +69,7 @@ def recipe(model: str = "some/model", **changes) -> dict:
         ({"phases": [{"block": 4}]}, "phase 1 has no setting 'block': did you mean 'block_size'"),
         ({"phases": [{}]}, "phase 1 has no block_size"),
         ({"phases": [4]}, "`phases` must be a list of phases"),
-        ({"phases": [{"block_size": "four"}]}, "block_size of phase 1 must be a whole number, got 'four'"),
+        ({"phases": [{"block_size": "four"}]}, "block_size of phase 1 must be a whole number"),
         ({"phases": [{"block_size": 8}, {"block_size": 4}]}, "block_size shrinks from 8 to 4 in phase 2-n4"),
         ({"phases": [{"block_size": 4, "name": "a/b"}]}, "becomes a folder"),
         ({"phases": [{"block_size": 4, "collect": "previous"}]}, "there is no phase before it"),

@@ -471,7 +471,7 @@ def test_mistakes_are_told_before_a_model_is_loaded(name, capsys, monkeypatch):
         assert "0 to 65535" in capsys.readouterr().err
     monkeypatch.setattr(listening.importlib.util, "find_spec", lambda name: None)
     assert cli.main([name]) == 2
-    assert "pip install 'hf_jacobi[serve]'" in capsys.readouterr().err
+    assert "pip install '.[serve]'" in capsys.readouterr().err
 
 
 def test_ctrl_c_ends_the_server_in_the_middle_of_an_answer():

@@ -84,7 +84,7 @@ def test_numbers_that_are_none_are_refused(tmp_path, settings):
 
 @pytest.mark.parametrize("name", ["loss_chunk_size", "eval_prompts", "eval_max_new_tokens", "block_size"])
 def test_counts_are_whole(tmp_path, name):
-    with pytest.raises(UsageError, match=rf"`{name}` must be a whole number, got 2\.5"):
+    with pytest.raises(UsageError, match=rf"`{name}` must be a whole number of at least \d, got 2\.5"):
         arguments(tmp_path, **{name: 2.5})
 
 

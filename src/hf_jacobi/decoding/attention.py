@@ -87,13 +87,7 @@ class AttentionMask:
         self.seen, self.unseen = torch.tensor(
             [0.0, torch.finfo(dtype).min], dtype=dtype, device=left_padding.device
         ).unbind()
-        self.sliding_window = getattr(config, "sliding_window", None)
-        self.chunk_size = getattr(config, "attention_chunk_size", None)
         self.layer_types, self.kinds = named_kinds(config), layer_kinds(config)
-
-    def single_kind(self) -> str:
-        """The kind of all layers of a model that names no layer types."""
-        return self.kinds[0]
 
     def of_rows(self, rows: list[int]) -> AttentionMask:
         """The masks of some rows."""

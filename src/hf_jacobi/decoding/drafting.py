@@ -31,9 +31,6 @@ def matching_prefix(guess: list[int], text: list[int]) -> int:
     return count
 
 
-agreement = matching_prefix  # the former name, which the rooms above still use
-
-
 class Draft:
     """
     The tokens that one forward scores for one sequence: a chain, and branches off it.

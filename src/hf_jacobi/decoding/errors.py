@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -17,6 +18,20 @@ class MissingPackage(UsageError, ImportError):
 
 class MissingFile(UsageError, OSError):
     """A file or folder does not exist, or cannot be read or written: which one, and what was expected."""
+
+
+def missing_extra(what: str, package: str | None, extra: str) -> MissingPackage:
+    """
+    The error for a package that an extra of this project installs.
+
+    Args:
+        what: what needs it.
+        package: the missing one.
+        extra: the name of the extra.
+    """
+    return MissingPackage(
+        f"{what} needs {package}, from the extra {extra!r}: pip install '.[{extra}]' in a clone of hf_jacobi"
+    )
 
 
 @contextmanager
@@ -52,7 +67,7 @@ def check_range(
         value: the setting.
         least, most: the smallest and the largest value allowed.
         above: a bound that the value must exceed; use it instead of `least`.
-        whole: whether the value must be an integer.
+        whole: whether the value must be a whole number.
         optional: whether it can also be `None`.
 
     Example:
@@ -61,17 +76,17 @@ def check_range(
     >>> check_range("`temperature`", -1.0, above=0)
     UsageError: `temperature` must be above 0, got -1.0.
     >>> check_range("`block_size`", "many", 1, whole=True)
-    UsageError: `block_size` must be an integer of at least 1, got 'many'.
+    UsageError: `block_size` must be a whole number of at least 1, got 'many'.
     ```
     """
     if optional and value is None:
         return
-    is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if is_number and _is_within(value, least, most, above):
         return
     wanted = _range_in_words(least, most, above)
     if not is_number:
-        kind = "an integer" if whole else "a number"
+        kind = "a whole number" if whole else "a number"
         wanted = f"{kind} {'of ' if wanted.startswith('at') else ''}{wanted}".rstrip()
     raise UsageError(f"{name} must be {wanted}{', or None' if optional else ''}, got {value!r}.")
 

@@ -225,7 +225,7 @@ def _refuse_branches(model, name: str, settings: JacobiConfig | None) -> None:
     if flash_kernel() is None:
         raise UsageError(
             f"Jacobi decoding with flash attention runs the kernel of the flash-attn package, which is not installed: "
-            f"pip install 'hf_jacobi[flash]', or {instead}."
+            f"pip install flash-attn, or {instead}."
         )
     if "chunked_attention" in kinds or not looks_attention_up(model):
         raise UsageError(f"Jacobi decoding does not support flash attention for {name}: {instead}.")

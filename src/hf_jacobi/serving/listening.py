@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import socket
 
-from ..decoding.errors import MissingFile, MissingPackage
+from ..decoding.errors import MissingFile, missing_extra
 
 
 NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # as in transformers' extra `serving`
@@ -14,7 +14,7 @@ NEEDED = ("fastapi", "uvicorn", "openai", "pydantic")  # as in transformers' ext
 def refuse_missing_packages() -> None:
     """Raises `MissingPackage` if a package that the server needs is not installed."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise MissingPackage(f"serving needs {', '.join(missing)}: pip install 'hf_jacobi[serve]'")
+        raise missing_extra("serving", ", ".join(missing), "serve")
 
 
 def listen(host: str, port: int) -> socket.socket:

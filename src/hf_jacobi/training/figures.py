@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..decoding.drafting import agreement
+from ..decoding.drafting import matching_prefix
 from ..decoding.errors import MissingFile, UsageError
 
 
@@ -68,7 +68,7 @@ class Tally:
             "texts": 1,
             "tokens": len(text),
             "forwards": forwards,
-            "same": agreement(plain, before),
+            "same": matching_prefix(plain, before),
             "before": len(before),
             "repeated": repeated,
             "grams": grams,

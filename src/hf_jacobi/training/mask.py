@@ -14,7 +14,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..decoding.attention import LAYER_KINDS, AttentionMask
+from ..decoding.attention import LAYER_KINDS, AttentionMask, layer_kinds, layer_overlay, named_kinds
 from ..decoding.compat import attention_of, is_stateful
 from ..decoding.errors import UsageError
 from ..decoding.support import has_own_mask
@@ -138,24 +138,22 @@ def flex_mask(rows: RowTensors, config: PreTrainedConfig) -> BlockMask | dict[st
     sizes, length = rows.seq_ids.shape
     if length % FLEX_MULTIPLE:
         raise UsageError(f"FlexAttention needs rows whose length is a multiple of {FLEX_MULTIPLE}, got {length}.")
-    mask = AttentionMask(config, torch.float32, torch.zeros(1, dtype=torch.long))
-    kinds = mask.layer_types or [mask.single_kind()]
+    no_padding = torch.zeros(sizes, dtype=torch.long, device=rows.seq_ids.device)
 
     def block_mask(kind: str) -> BlockMask:
+        overlay = layer_overlay(kind, config, no_padding)
+
         def rule(batch, head, query, key):
             seen = visible(rows, batch, query, key)
-            position, key_position = rows.position_ids[batch, query], rows.position_ids[batch, key]
-            if kind == "sliding_attention":
-                return seen & ((position - key_position < mask.sliding_window) | (query == key))
-            if kind == "chunked_attention":
-                return seen & (position // mask.chunk_size == key_position // mask.chunk_size)
-            return seen
+            if overlay is None:
+                return seen
+            return seen & overlay(batch, head, rows.position_ids[batch, query], rows.position_ids[batch, key])
 
         # Not compiled: compilation would cost more than building a mask once per batch.
         return create_block_mask(rule, sizes, None, length, length, device=str(rows.seq_ids.device))
 
-    masks = {kind: block_mask(kind) for kind in kinds}
-    return masks if mask.layer_types else masks[kinds[0]]
+    masks = {kind: block_mask(kind) for kind in layer_kinds(config)}
+    return masks if named_kinds(config) else next(iter(masks.values()))
 
 
 def training_mask(
@@ -178,7 +176,7 @@ def refuse_untrainable(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if model.config.is_encoder_decoder:
         raise UsageError(f"Jacobi Forcing trains decoder-only models, but {name} is an encoder-decoder.")
-    kinds = set(getattr(config, "layer_types", None) or ()) - set(LAYER_KINDS)
+    kinds = set(layer_kinds(config)) - set(LAYER_KINDS)
     if kinds or is_stateful(model):
         raise UsageError(
             f"Jacobi Forcing needs attention that a mask can restrict, but {name} has layers that carry a state "

@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
+from ..decoding.attention import layer_kinds
 from ..decoding.compat import attending_by, attention_of, looks_attention_up
 from ..decoding.errors import UsageError
 from .mask import RowTensors
@@ -139,9 +140,7 @@ def can_be_windowed(model: PreTrainedModel) -> bool:
     config = model.config.get_text_config(decoder=True)
     if attention_of(config) != "sdpa" or not looks_attention_up(model):
         return False
-    kinds = set(getattr(config, "layer_types", None) or ())
-    narrow = getattr(config, "sliding_window", None) is not None or getattr(config, "attention_chunk_size", None)
-    return kinds <= {"full_attention"} and not (narrow and not kinds)
+    return layer_kinds(config) == ["full_attention"]
 
 
 @contextmanager

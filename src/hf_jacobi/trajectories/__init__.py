@@ -53,8 +53,8 @@ def __getattr__(name: str):
     try:
         module = importlib.import_module(f".{_MODULES[name]}", __name__)
     except ModuleNotFoundError as error:
-        from ..decoding.errors import MissingPackage
+        from ..decoding.errors import missing_extra
 
-        raise MissingPackage(f"hf_jacobi.{name} needs {error.name}: pip install 'hf_jacobi[train]'") from error
+        raise missing_extra(f"hf_jacobi.{name}", error.name, "train") from error
     globals()[name] = getattr(module, name)
     return globals()[name]

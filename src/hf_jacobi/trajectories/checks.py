@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import math
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 
-from ..decoding.errors import UsageError
+from ..decoding.errors import UsageError, check_range
 
 
 def check_whole(name: str, value: Any, least: int) -> None:
-    """Raises `UsageError` for an argument that is no whole number, or is below `least`."""
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise UsageError(f"`{name}` must be a whole number, got {value!r}.")
-    if value < least:
-        raise UsageError(f"`{name}` must be at least {least}, got {value}.")
+    """Raises `UsageError` for an argument that is not a whole number of at least `least`."""
+    check_range(f"`{name}`", value, least, whole=True)
 
 
 def check_real(name: str, value: Any) -> None:

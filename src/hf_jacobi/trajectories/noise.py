@@ -9,7 +9,7 @@ from numbers import Real
 
 import numpy as np
 
-from ..decoding.drafting import agreement
+from ..decoding.drafting import matching_prefix
 from ..decoding.errors import UsageError
 from .checks import check_whole
 
@@ -20,7 +20,7 @@ SCHEDULES = ("linear", "random", "reverse", "constant")
 
 def converged_prefix(state: Sequence[int], fixed_point: Sequence[int]) -> int:
     """The number of leading tokens in which a state equals the fixed point."""
-    return agreement(list(state), list(fixed_point))
+    return matching_prefix(list(state), list(fixed_point))
 
 
 def noise_level(state: Sequence[int], fixed_point: Sequence[int]) -> float:

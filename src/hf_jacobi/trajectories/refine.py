@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..decoding.drafting import agreement
+from ..decoding.drafting import matching_prefix
 from ..decoding.step import Step
 from ..decoding.verify import usable
 
@@ -31,7 +31,7 @@ class Block:
     right: int = 0  # converged tokens of the newest state
 
     def __post_init__(self):
-        self.right = agreement(self.states[-1], self.final)
+        self.right = matching_prefix(self.states[-1], self.final)
         self._finish_without_forward()
 
     @property
@@ -50,7 +50,7 @@ class Block:
     def advance(self, predictions: list[int]) -> None:
         """Appends the next state, given the predictions made at the queries."""
         self.states.append(self.final[: self.right + 1] + predictions)
-        self.right = agreement(self.states[-1], self.final)
+        self.right = matching_prefix(self.states[-1], self.final)
         self._finish_without_forward()
 
     def _finish_without_forward(self) -> None:
