@@ -57,12 +57,12 @@ def find_own_use(depth: int = 2) -> str | None:
 _warn, _warning_once = warnings.warn, logging.Logger.warning_once
 
 
-def watched_warn(message, category=None, stacklevel=1, source=None):
+def watched_warn(message, category=None, stacklevel=1, source=None, **others):
     """`warnings.warn`, for our own use of what is deprecated an error."""
     kind = type(message) if isinstance(message, Warning) else category
     if kind is not None and issubclass(kind, (DeprecationWarning, FutureWarning)) and (place := find_own_use()):
         raise OwnUseOfDeprecated(f"{place}: {message}")
-    return _warn(message, category, stacklevel + 1, source)
+    return _warn(message, category, stacklevel + 1, source, **others)  # `skip_file_prefixes`, from Python 3.12
 
 
 def watched_warning_once(self, message, *args, **kwargs):

@@ -21,7 +21,7 @@ from ..training.config import JacobiForcingConfig
 from ..trajectories.checks import check_real, check_whole
 from ..trajectories.collect import collect_trajectories
 from ..trajectories.collector import CollectSettings
-from ..trajectories.corruption import NoiseSettings, pack_completions
+from ..trajectories.corruption import NoiseSettings, pack_completions, share_for
 from ..trajectories.packing import PackSettings, pack_trajectories
 
 
@@ -304,6 +304,8 @@ def check_pack(given: dict[str, Any], block_size: int, seed: int) -> dict[str, A
     settings = {"seed": seed} | check_section("pack", given, arguments_of(function, ours) | {"only_right": "bool"})
     known = defaults_of(function) | settings | {"block_size": block_size, "allowed": range(1)}
     with in_section("pack"):
+        if has_noise:
+            known["corrupt_share"] = share_for(known["noise"], known["corrupt_share"])
         checked(**{one.name: known[one.name] for one in fields(checked)})
         check_whole("shard_size", known["shard_size"], 1)
     return settings

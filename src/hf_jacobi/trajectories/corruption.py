@@ -22,6 +22,13 @@ from .samples import Sample, lay_out_arrays
 NOISES = ("uniform", "corrupt")
 
 
+def share_for(noise: str, corrupt_share: float | None) -> float:
+    """The share of tokens to replace: as given or 0.5. Raises `UsageError` for one that `noise` does not use."""
+    if corrupt_share is not None and noise == "uniform":
+        raise UsageError("`corrupt_share` is for noise='corrupt', not 'uniform', which replaces every token: drop it.")
+    return 0.5 if corrupt_share is None else corrupt_share
+
+
 @dataclass(frozen=True)
 class NoiseSettings:
     """How completions are packed; see `pack_completions`. `allowed` are the tokens that may be drawn."""
@@ -147,9 +154,7 @@ def pack_completions(
     >>> packed = hf_jacobi.pack_completions(rows, tokenizer, noisy_copies=4)
     ```
     """
-    if corrupt_share is not None and noise == "uniform":
-        raise UsageError("`corrupt_share` is for noise='corrupt', not 'uniform', which replaces every token: drop it.")
-    share = 0.5 if corrupt_share is None else corrupt_share
+    share = share_for(noise, corrupt_share)
     settings = NoiseSettings(
         noise, block_size, share, noisy_copies, max_length, pack_samples, seed, _allowed(tokenizer)
     )
