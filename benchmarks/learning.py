@@ -111,6 +111,7 @@ def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
             train_sampling_strategy="sequential",
             adapter_scope="draft" if draft else "all",
             compile_layers=arguments.compile,
+            block_size=BLOCK,
             bf16=True,
             use_cpu=not torch.cuda.is_available(),
             logging_steps=50,

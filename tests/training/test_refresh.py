@@ -9,7 +9,7 @@ from models import tiny_tokenizer, trained_model
 from test_trainer import arguments, rows
 from transformers import AutoModelForCausalLM
 
-from hf_jacobi import JacobiForcingTrainer, Refresh, collect_trajectories
+from hf_jacobi import JacobiForcingTrainer, Refresh, collect_trajectories, pack_trajectories
 from hf_jacobi.decoding.errors import UsageError
 from hf_jacobi.training.refresh import RefreshedRows
 
@@ -28,9 +28,10 @@ def trainer_of(folder, seen=None, **settings) -> JacobiForcingTrainer:
         "per_device_train_batch_size": 2, "max_steps": 6, "refresh_steps": 2, "save_strategy": "steps",
         "save_steps": 1, "learning_rate": 3e-3, "gradient_accumulation_steps": 2,
     }  # fmt: skip
+    data = settings.pop("train_dataset", None) or rows(8)
     refresh = settings.pop("refresh", Refresh(PROMPTS, count=2, max_new_tokens=16, window_size=2))
     trainer = JacobiForcingTrainer(
-        trained_model(), arguments(folder, **defaults | settings), train_dataset=rows(8),
+        trained_model(), arguments(folder, **defaults | settings), train_dataset=data,
         processing_class=tiny_tokenizer(), refresh=refresh,
     )  # fmt: skip
     if seen is not None:
@@ -109,6 +110,16 @@ def test_each_turn_of_some_rows_holds_each_of_them_once(tmp_path):
 def test_a_refresh_that_cannot_be_had_is_refused(tmp_path, settings, message):
     with pytest.raises(UsageError, match=message):
         trainer_of(tmp_path, **settings)
+
+
+def test_the_block_size_comes_from_the_settings_where_the_rows_do_not_show_it(tmp_path):
+    row = {"prompt_ids": [5, 6], "completion_ids": [8], "block_size": 4, "trajectories": [[[7], [8]]]}
+    short = pack_trajectories([row] * 4, window_size=1, progress=False)
+    with pytest.raises(UsageError, match="needs `block_size`"):
+        trainer_of(tmp_path, train_dataset=short)
+    trainer_of(tmp_path, train_dataset=short, block_size=4, max_steps=3).train()
+    collected = load_dataset(str(tmp_path / "refresh" / "step-2" / "trajectories"), split="train")
+    assert set(collected["block_size"]) == {4}
 
 
 def test_what_is_decided_elsewhere_is_refused():

@@ -143,6 +143,11 @@ class Refreshing(TrainerCallback):
         self.rows = rows
         assert trainer.args.refresh_steps is not None  # `check_refresh` requires it
         self.steps = trainer.args.refresh_steps
+        self.block_size = trainer.args.block_size or trainer.block_size or 0
+        if self.block_size < 2:
+            raise UsageError(
+                "`refresh_steps` needs `block_size`, as no block of `train_dataset` has two tokens to read it from."
+            )
         prompts: Any = open_prompts(refresh.prompts)
         if not hasattr(prompts, "__len__") or not len(prompts):
             raise UsageError("`refresh.prompts` must have a length, and at least one prompt.")
@@ -187,7 +192,6 @@ class Refreshing(TrainerCallback):
         prompts = self.prompts
         chosen = prompts.select(places) if hasattr(prompts, "select") else [prompts[place] for place in places]
         inner = unwrap(trainer.model)
-        assert trainer.block_size is not None  # the rows have blocks
         with (
             torch.random.fork_rng(),  # the training's random numbers do not depend on it
             outside_training(inner),
@@ -198,7 +202,7 @@ class Refreshing(TrainerCallback):
                 trainer.model,
                 trainer.processing_class,
                 chosen,
-                trainer.block_size,
+                self.block_size,
                 refresh.max_new_tokens,
                 output_dir=folder / "trajectories",
                 progress=False,
