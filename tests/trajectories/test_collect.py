@@ -312,7 +312,7 @@ def test_a_data_set_may_grow_but_not_shrink(tmp_path):
     model, folder = tiny_model(), tmp_path / "out"
     collect(model, texts(3), output_dir=folder, shard_size=2)
     assert collect(model, texts(7), output_dir=folder, shard_size=2)[:] == collect(model, texts(7))[:]
-    with pytest.raises(ValueError, match="begun with more data than there are now"):
+    with pytest.raises(ValueError, match="begun with more data than is given now"):
         collect(model, texts(4), output_dir=folder, shard_size=2)
 
 

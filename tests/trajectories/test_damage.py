@@ -101,14 +101,14 @@ def test_settings_that_are_lost_are_asked_for(tmp_path):
     """As after `cp folder/*`."""
     collect(tmp_path / "out")
     (tmp_path / "out" / ".hf_jacobi.json").unlink()
-    with pytest.raises(UsageError, match=r"without its settings: put back the \.hf_jacobi\.json"):
+    with pytest.raises(UsageError, match=r"without its settings: restore the hidden file \.hf_jacobi\.json"):
         collect(tmp_path / "out")
 
 
 EMPTY = ("empty", "blank")  # which do no harm among others
 FILES = {
-    "cut.jsonl": (b'{"prompt": "w3"}\n{"prompt": ', r"cut\.jsonl, line 2 is no JSON"),
-    "list.jsonl": (b'{"prompt": "w3"}\n[1]\n', r"list\.jsonl, line 2 is no object"),
+    "cut.jsonl": (b'{"prompt": "w3"}\n{"prompt": ', r"cut\.jsonl, line 2 is not JSON"),
+    "list.jsonl": (b'{"prompt": "w3"}\n[1]\n', r"list\.jsonl, line 2 is not an object"),
     "empty.jsonl": (b"", r"empty\.jsonl is empty"),
     "empty.csv": (b"", r"empty\.csv is empty"),
     "blank.jsonl": (b"\n", r"blank\.jsonl is empty"),

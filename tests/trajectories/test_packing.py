@@ -109,7 +109,7 @@ def test_data_that_cannot_be_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="block of no states"):
         pack_trajectories([ROW | {"trajectories": [[]]}])
     pack_trajectories([ROW] * 3, output_dir=tmp_path / "out", shard_size=1)
-    with pytest.raises(ValueError, match="more data than there are now"):
+    with pytest.raises(ValueError, match="more data than is given now"):
         pack_trajectories([ROW], output_dir=tmp_path / "out", shard_size=1)
 
 

@@ -147,7 +147,7 @@ def test_malformed_packed_rows_are_counted_or_named(tmp_path, row, reason):
     ("row", "reason"),
     [
         (RAW[1], "without those before it"),
-        (OTHER | {"diffusion_itr_id": "one"}, "itr_ and a number"),
+        (OTHER | {"diffusion_itr_id": "one"}, "itr_ followed by a number"),
         (OTHER | {"answer_trajectory_ids": [[1, 3, 4], [1, 3]]}, r"states of \[2, 3\] tokens"),
         (OTHER | {"answer_trajectory_ids": []}, "not a list of states"),
         (RAW[1] | {"data_id": "data_8", "prompt_ids": [8]}, "neither the prompt nor the text"),
@@ -167,7 +167,7 @@ def test_malformed_raw_rows_are_counted_or_named(tmp_path, row, reason):
 def test_a_broken_array_and_a_missing_file_are_errors(tmp_path):
     path = write(tmp_path, [PACKED], ".json")
     path.write_text(path.read_text()[:-10])
-    with pytest.raises(ValueError, match="row 1: the array ends in the middle"):
+    with pytest.raises(ValueError, match="row 1: the array is cut off"):
         list(PackedRows(path, window_size=2))
     with pytest.raises(OSError, match="no file"):
         PackedRows(tmp_path / "nothing.jsonl", window_size=2)
