@@ -1,4 +1,4 @@
-"""Completions from elsewhere: the states are those of the model, the text is the one that was given."""
+"""Completions from elsewhere: the states are the model's, the text is the given one."""
 
 import itertools
 import json

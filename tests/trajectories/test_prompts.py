@@ -1,4 +1,4 @@
-"""Prompts as users have them: tools, settings of the template, token ids, and some that are bad."""
+"""Prompts as users have them: tools, template settings, token ids, and bad prompts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def tokenizer(template: str = TEMPLATE, before: str = "", behind: str = ""):
-    """One that puts special tokens around a text, if asked to."""
+    """A tokenizer that can put special tokens around a text."""
     found = tiny_tokenizer()
     found.chat_template = template
     if before or behind:
@@ -265,7 +265,7 @@ def test_arguments_that_are_none_are_named():
 
 
 def test_long_arrays_of_ids_are_told_apart_by_a_folder(tmp_path):
-    """NumPy prints the ends of a long array alone."""
+    """NumPy prints only the ends of a long array."""
     long = np.arange(1200) % 90 + 3
     other = long.copy()
     other[600] = 5
