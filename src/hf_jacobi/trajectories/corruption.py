@@ -132,7 +132,7 @@ def pack_completions(
             predict the model on the text it is given.
         tokenizer: the tokenizer, from which all tokens except its special ones are drawn; or a number of tokens, from
             which all are drawn.
-        block_size: n: a token of the text and the n - 1 positions after it.
+        block_size: n, one token of the text and the n - 1 positions after it.
         noise: `"uniform"`, whole blocks of random tokens (UNO, arXiv 2609.04010), or `"corrupt"`, the text with a
             share of its tokens replaced by random ones.
         corrupt_share: the probability that a token is replaced; only for `"corrupt"`, by default 0.5.

@@ -115,7 +115,7 @@ class ShardFolder:
         note = read_note(path)
         if note["made_from"] > len(piece) or note["digest"] != digest(piece[: note["made_from"]]):
             raise UsageError(
-                f"{path} was made from other data than it would be now: continue with the data that {self.folder} "
+                f"{path} was made from other data than that now in its place: continue with what {self.folder} "
                 "was begun with, or name another folder."
             )
         return note["made_from"] == len(piece)
