@@ -1,12 +1,12 @@
 """
-How fast trajectories are collected: blocks per second, against plainer ways to the same states.
+How fast trajectories are collected: blocks per second, compared with simpler ways to get the same states.
 
     python -m benchmarks.stdlib_prompts prompts.jsonl
     python -m benchmarks.collecting prompts.jsonl --dtype bfloat16 --output collecting.json
 
 `plain`: one block of one text at a time, one causal forward over prefix and state for each state, no cache.
 `cached`: the decode loop with batch 1, `window="block"`, recording every draft.
-`batched`: the decode loop again, many texts in a batch.
+`batched`: the same decode loop, with many texts in a batch.
 `collect`: `collect_trajectories`.
 """
 
@@ -34,7 +34,7 @@ from hf_jacobi.trajectories.report import CollectReport
 
 
 def plain(model, prompts, size: int, length: int) -> int:
-    """Blocks refined, the slow and obvious way; the texts are made by the model, token by token."""
+    """Refines blocks in the slow and obvious way; the model makes the texts token by token."""
     blocks = 0
     for prompt in prompts:
         text = list(prompt)
@@ -57,7 +57,7 @@ def plain(model, prompts, size: int, length: int) -> int:
 
 
 def loop(model, prompts, size: int, length: int, pad: int) -> int:
-    """Blocks refined by the decode loop, all prompts in one batch."""
+    """Refines blocks in the decode loop, with all prompts in one batch."""
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--block-sizes", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each way is measured, in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each way is measured; the ways take turns")
     parser.add_argument("--skip", nargs="*", default=[], choices=("plain", "cached", "batched"))
     parser.add_argument("--output", help="a JSON file for the results")
     arguments = parser.parse_args()
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def print_medians(measured: dict[str, list[float]], block_sizes: list[int]) -> None:
-    """The median rate of each way, and how much faster collecting is than each of the others."""
+    """The median rate of each way, and the speed-up of collecting over each other way."""
     names = ("plain", "cached", "batched", "collect")
     print(f"\n{'medians':10}" + "".join(f"{name:>10}" for name in names))
     for size in block_sizes:

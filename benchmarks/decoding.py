@@ -1,13 +1,13 @@
 """
-AR and Jacobi decoding on the demo model or any other: tokens per forward, positions, time, identical or not.
+AR and Jacobi decoding on the demo model or any other: tokens per forward, positions, time, identity of the texts.
 
     python -m benchmarks.decoding                                       # the README's table
     python -m benchmarks.decoding --prompts 40 --max-new-tokens 128 --only default n16-recycling
     python -m benchmarks.decoding --mixed --only default n4 n4-nopool n8 n8-nopool n16-recycling n16-sliding
     python -m benchmarks.decoding --dtype bfloat16 --prompts 40 --max-new-tokens 128 --only default n16-recycling
 
-Every prompt is decoded by every configuration in turn, so that a machine that slows down affects all of them. The
-result is written to `--output` after each prompt, and an interrupted run continues after the last prompt written.
+The configurations take turns on each prompt, so that a machine that slows down affects all of them. Results are
+written to `--output` after each prompt, and an interrupted run continues after the last prompt written.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def run(arguments) -> dict:
 
 
 def first_difference(a: list[int], b: list[int]) -> int | None:
-    """Index of the first token that differs, `None` if there is none."""
+    """Index of the first token that differs, or `None`."""
     if a == b:
         return None
     return next((i for i, pair in enumerate(zip(a, b)) if pair[0] != pair[1]), min(len(a), len(b)))
@@ -155,7 +155,7 @@ def table(result: dict) -> str:
 
 
 def differences(result: dict) -> str:
-    """Where texts that differ from AR's begin to differ."""
+    """Where texts begin to differ from AR's."""
     lines = []
     for name in result["setup"]["configs"]:
         places = [first_difference(run["runs"][name]["tokens"], run["runs"]["ar"]["tokens"]) for run in result["runs"]]

@@ -5,11 +5,11 @@ Speed-up of Jacobi decoding with default settings on an untrained model, by prom
     python -m benchmarks.default_settings --dtype bfloat16 --prompts 40 --threads 2
     python -m benchmarks.default_settings --dtype bfloat16 --adapter src/hf_jacobi/checkpoints/smollm2-135m-draft
 
-With a draft-only adapter, which was trained on such code and arithmetic, the base model with default settings is
-measured too.
+With a draft-only adapter, which was trained on such code and arithmetic, the base model with default settings is also
+measured.
 
-Chat, code, arithmetic and rewriting take turns. Each prompt is decoded by both in turn, `--repeats` times,
-and the fastest run of each counts, so that other work on the machine matters less. On one thread of a busy machine,
+Chat, code, arithmetic and rewriting take turns. AR and Jacobi decoding each decode every prompt `--repeats` times, in
+turn; the fastest run of each counts, so that other work on the machine matters less. On one thread of a busy machine,
 `--clock cpu` counts the time that the thread ran. The first call of Jacobi decoding times forwards (`--given` sets the
 curve instead); that time is reported separately.
 """
@@ -74,7 +74,7 @@ def clocked(model, inputs, max_new_tokens: int, clock, **how) -> tuple[float, li
 
 
 def run(arguments) -> dict:
-    """Decodes every prompt both ways, and prints each result at once."""
+    """Decodes every prompt both ways and prints each result at once."""
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(model)
@@ -119,7 +119,7 @@ def run(arguments) -> dict:
 
 
 def summary(rows: list[dict], name: str) -> dict[str, float]:
-    """Speed-ups of one way over all prompts, by their time: in all, by kind, and the worst prompt."""
+    """Speed-ups of one way by total time: over all prompts, by kind, and of the worst prompt."""
 
     def of(some: list[dict]) -> float:
         return sum(row["seconds"] for row in some) / sum(row["seconds"] / row[name]["speedup"] for row in some)
@@ -138,8 +138,8 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--clock", default="wall", choices=CLOCKS)
-    parser.add_argument("--adapter", type=Path, help="folder of a draft-only adapter, to race beside the base model")
-    parser.add_argument("--given", help="position_cost, as JSON, in place of what is measured")
+    parser.add_argument("--adapter", type=Path, help="folder of a draft-only adapter, to measure as well")
+    parser.add_argument("--given", help="position_cost as JSON, instead of a measured one")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
     report = run(arguments)

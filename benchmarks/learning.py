@@ -1,15 +1,15 @@
 """
-What a model learns to draft from: losses and rows side by side, with the same base model, texts, steps and seed.
+What a model learns to draft from: losses and rows compared, with the same base model, texts, steps and seed.
 
     python -m benchmarks.learning --variants soft tv lk lk-cut            # a draft-only adapter
     python -m benchmarks.learning --scope whole --variants soft lk --window 4 --problems 200    # the whole model
     python -m benchmarks.learning --scope whole --variants soft soft-refresh    # fresh trajectories while it trains
 
-The base model is the miniature's (`benchmarks/miniature`), trained on fewer problems so that it is there in a quarter
-of an hour; `--base-problems 120000` makes it whole. Everything is kept in `--folder`, and a run that was interrupted
-goes on there. Tokens per forward (TPF) are those of a sliding window of 16, over all validation problems and over the
-solved ones alone, and of plain blocks of 16. Seconds are the processor's, for the training steps and for the
-trajectories that are collected between them.
+The base model is the miniature's (`benchmarks/miniature`), trained on fewer problems so that it is ready in a quarter
+of an hour; `--base-problems 120000` trains it fully. Everything is kept in `--folder`, where an interrupted run
+resumes. Tokens per forward (TPF) are given for a sliding window of 16, over all validation problems and over the
+solved ones only, and for plain blocks of 16. Seconds are processor time, for the training steps and for the
+trajectories collected between them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .miniature.tasks import training_problems
 
 BLOCK = 16
 CUT = {"accept_cut": True}
-REFRESHES, REFRESHED = 4, 500  # portions of a training with `-refresh`, and the prompts of each after the first
+REFRESHES, REFRESHED = 4, 500  # parts of a training with `-refresh`, and the prompts of each part after the first
 # name -> (settings of `JacobiForcingConfig`, where the noise comes from, noisy copies of each text)
 VARIANTS: dict[str, tuple[dict, str, int]] = {
     "soft": ({}, "trajectories", 1),
@@ -61,7 +61,7 @@ VARIANTS: dict[str, tuple[dict, str, int]] = {
 
 
 def rows_of(trajectories, base: Path, noise: str, copies: int, window: int):
-    """Packed rows; a window of 1 has clean context, as CLLM and the draft-only adapter of the miniature have it."""
+    """Packed rows; a window of 1 has clean context, as for CLLM and the miniature's draft-only adapter."""
     if noise in ("trajectories", "refresh"):
         return hf_jacobi.pack_trajectories(trajectories, window, "random", max_length=1024, noisy_copies=copies)
     return hf_jacobi.pack_completions(
@@ -75,7 +75,7 @@ def rows_of(trajectories, base: Path, noise: str, copies: int, window: int):
 
 
 def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
-    """Trains one variant; where it is, and the seconds of its steps."""
+    """Trains one variant; returns its folder and the seconds of its steps."""
     settings, noise, copies = VARIANTS[name]
     draft = arguments.scope == "draft"
     steps = max(1, arguments.steps // copies) if arguments.equal_noise else arguments.steps
@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--base-problems", type=int, default=24_000)
     parser.add_argument("--prompts", type=int, default=1_500)
     parser.add_argument("--steps", type=int, default=600, help="of four texts")
-    parser.add_argument("--equal-noise", action="store_true", help="fewer steps where texts have several noisy copies")
+    parser.add_argument("--equal-noise", action="store_true", help="with several noisy copies of a text, fewer steps")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ar-loss-weight", type=float, default=30.0, help="of whole models; grows from 1")
     parser.add_argument("--window", type=int, default=1, help="w of the rows; 1 is clean context")

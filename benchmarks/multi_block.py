@@ -3,8 +3,8 @@ Multi-block decoding where acceptance is high: tokens per forward for K = 1, 2, 
 
     python -m benchmarks.multi_block
 
-The model is the tests' fixture, trained once, for seconds, on x[i] = perm[x[i - 16]]: every token follows from the one
-sixteen before it, and no n-gram repeats within that distance.
+The model is the tests' fixture, trained once for a few seconds on x[i] = perm[x[i - 16]]: every token follows from the
+token sixteen places before it, and no n-gram repeats within that distance.
 """
 
 from __future__ import annotations

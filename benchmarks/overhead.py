@@ -1,5 +1,5 @@
 """
-Where the time of a step goes: inside the model's forward, and outside it; and how many operations stand outside.
+Where the time of a step goes: inside the model's forward and outside it; and how many operations run outside.
 
     python -m benchmarks.overhead
     python -m benchmarks.overhead --operations
@@ -37,9 +37,9 @@ CALLS = {
 
 class Operations(TorchDispatchMode):
     """
-    Counts the operations that run outside the forwards of a model, its cache's among the forwards'.
+    Counts the operations that run outside a model's forwards; those of its cache belong to the forwards.
 
-    Views count, too: they are no work for a device, but for the host they cost as much as an operation.
+    Views also count: they are no work for the device, but cost the host as much as an operation.
     """
 
     def __init__(self, model):
@@ -55,7 +55,7 @@ class Operations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
     def watch(self, owner, name: str, forward: bool = False) -> None:
-        """What runs inside a method is not counted."""
+        """Excludes from the count what runs inside a method."""
         method = getattr(owner, name)
 
         @functools.wraps(method)
@@ -72,10 +72,10 @@ class Operations(TorchDispatchMode):
 
 def operations_per_step(rows: int, new_tokens: int = 400, **settings) -> tuple[float, Counter]:
     """
-    Operations outside the model in one step: the mean over the steps of a text, without prefill and ending.
+    Operations outside the model per step: the mean over the steps of a text, without prefill and ending.
 
     Args:
-        rows: of the batch, of different lengths.
+        rows: number of rows in the batch, of different lengths.
         new_tokens: length of the text.
         settings: further arguments of `generate`.
     """

@@ -1,5 +1,5 @@
 """
-How fast trajectories are packed: packed tokens per second of processor time and of wall-clock time, on one core.
+How fast trajectories are packed: packed tokens per second of processor and wall-clock time, on one core.
 
     OMP_NUM_THREADS=1 taskset -c 0 python -m benchmarks.packing --output packing.json
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=2000, help="completions")
     parser.add_argument("--length", type=int, default=200, help="tokens of a completion, on average")
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each way is measured, in turn")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each way is measured; the ways take turns")
     parser.add_argument("--output", help="a JSON file for the results")
     arguments = parser.parse_args()
     datasets.disable_progress_bars()

@@ -1,5 +1,5 @@
 """
-`hf-jacobi serve` compared with `generate` in the same process: time to the first token, and tokens a second.
+`hf-jacobi serve` compared with `generate` in the same process: time to the first token, and tokens per second.
 
     python -m benchmarks.serving [MODEL] [--decoding ar] [--max-new-tokens 256] [--repeats 5]
 
@@ -23,7 +23,7 @@ from hf_jacobi.serving.listening import listen
 from hf_jacobi.serving.server import SWITCH, Served, application
 
 
-# Reads requests, a line each; answers with seconds to the first text, seconds in all, tokens.
+# Reads one request per line; answers with seconds to the first text, total seconds, tokens.
 CLIENT = """
 import http.client, json, sys, time
 for line in sys.stdin:
@@ -43,7 +43,7 @@ for line in sys.stdin:
 
 
 class First:
-    """A streamer that notes when the first new token comes."""
+    """A streamer that notes when the first new token arrives."""
 
     def __init__(self):
         self.puts, self.seconds, self.start = 0, None, time.perf_counter()
@@ -58,7 +58,7 @@ class First:
 
 
 def in_process(served: Served, body: dict) -> tuple[float, float, int]:
-    """Seconds to the first token, seconds in all, tokens."""
+    """Seconds to the first token, total seconds, tokens."""
     first = First()
     _, config = served.prepared(body)
     config = served.settled(body, config)
@@ -98,7 +98,7 @@ def main() -> None:
                 client.stdin.write(json.dumps([listening.getsockname()[1], body]) + "\n")
                 served_row, own_row = json.loads(client.stdout.readline()), in_process(served, body)
                 if served_row[2] != own_row[2]:
-                    raise SystemExit(f"{served_row[2]} tokens and {own_row[2]}: these are two texts")
+                    raise SystemExit(f"{served_row[2]} tokens and {own_row[2]}: the texts differ")
                 if repeat:  # the first round warms up
                     rows["serve"].append(served_row)
                     rows["generate"].append(own_row)
@@ -111,7 +111,7 @@ def main() -> None:
         }
         for way, found in rows.items()
     }
-    pairs = list(zip(rows["serve"], rows["generate"]))  # each of two runs that followed one another
+    pairs = list(zip(rows["serve"], rows["generate"]))  # pairs of consecutive runs
     figures["first_token_more_ms"] = round(1000 * median(over[0] - own[0] for over, own in pairs), 2)
     figures["first_token_ratio"] = round(median(over[0] / own[0] for over, own in pairs), 3)
     figures["tokens_per_second_ratio"] = round(median(own[1] / over[1] for over, own in pairs), 3)

@@ -4,8 +4,8 @@ Compiled steps of fixed shapes compared with eager steps: AR and Jacobi decoding
     python -m benchmarks.static                         # the miniature that ships with the package
     python -m benchmarks.static --model FOLDER --prompts 12 --max-new-tokens 128
 
-Every prompt is decoded by every way in turn. Each way has decoded the first prompts before the clock starts, so that
-what it compiles is compiled.
+The ways take turns on each prompt. Each way decodes the first prompts before the clock starts, so that all its graphs
+are compiled.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ways(static_length: int) -> dict[str, dict]:
 
 
 def compiled() -> CompileConfig:
-    """For transformers' own decoding, as compiled as ours is."""
+    """Compile settings that make transformers' own decoding as compiled as ours."""
     config = compile_here()
     config.mode, config.dynamic = None, False
     return config
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--max-new-tokens", type=int, default=160)
     parser.add_argument("--warm-up", type=int, default=4, help="prompts before the clock starts")
-    parser.add_argument("--only", nargs="*", help="these ways alone, beside AR")
+    parser.add_argument("--only", nargs="*", help="measure only these ways, beside AR")
     arguments = parser.parse_args(argv)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype)).eval()

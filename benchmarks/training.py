@@ -3,10 +3,10 @@ What Jacobi Forcing costs compared with plain fine-tuning: time and memory of a 
 
     python -m benchmarks.training speed       # completions per second against transformers.Trainer on the same texts
     python -m benchmarks.training memory      # peak memory of the losses at a vocabulary of 150,000 and 4,096 tokens
-    python -m benchmarks.training attention   # the dense mask against one call over the text and one per window
+    python -m benchmarks.training attention   # the dense mask, compared with one call for the text and one per window
     python -m benchmarks.training drafts      # a draft-only adapter of SmolLM2: text and noise in one forward, in two
 
-Each measurement runs in a separate process, as peak memory can only grow.
+Each measurement runs in a separate process, because peak memory can only grow.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def peak_megabytes() -> float:
 
 
 def one_memory(way: str, vocabulary: int, tokens: int, chunk_size: int) -> dict:
-    """Forward and backward of both losses over `tokens` text tokens and as many noisy ones; hidden size 256."""
+    """Forward and backward of both losses over `tokens` text and as many noisy tokens; hidden size 256."""
     from hf_jacobi.training.losses import Targets, consistency_loss, sum_losses
 
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def memory(arguments) -> dict:
 
 
 def small_model(layers: int = 6, hidden: int = 256, vocabulary: int = 4096, attention: str = "sdpa"):
-    """A random Llama of some 7 million parameters."""
+    """A random Llama of about 7 million parameters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -104,7 +104,7 @@ def small_model(layers: int = 6, hidden: int = 256, vocabulary: int = 4096, atte
 def made_up_trajectories(
     count: int, length: int, size: int = 16, prompt: int = 64, vocabulary: int = 4096
 ) -> list[dict]:
-    """Random texts whose states converge a token at a time."""
+    """Random texts whose states converge one token at a time."""
     generator = random.Random(0)
     rows = []
     for _ in range(count):
@@ -119,7 +119,7 @@ def made_up_trajectories(
 
 
 def one_speed(way: str, length: int, steps: int, batch: int) -> dict:
-    """Steps of training on completions of `length` tokens."""
+    """Trains for some steps on completions of `length` tokens."""
     from datasets import Dataset
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -229,7 +229,7 @@ def attention(arguments) -> dict:
 
 
 def one_drafts(model: str, way: str, copies: int, length: int, batch: int, steps: int) -> dict:
-    """Noisy tokens with a target, a second of this process's time, and the memory of a step."""
+    """Noisy tokens with a target per second of process time, and the memory of a step."""
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM
@@ -292,9 +292,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=150_000)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="of the drafts")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a completion of the drafts")
-    parser.add_argument("--batch", type=int, default=1, help="texts in a step of the drafts")
+    parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the model of `drafts`")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a completion in `drafts`")
+    parser.add_argument("--batch", type=int, default=1, help="texts per step in `drafts`")
     parser.add_argument("--output", help="a JSON file for the results")
     arguments = parser.parse_args()
     if arguments.what == "one":

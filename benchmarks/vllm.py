@@ -1,13 +1,13 @@
 """
-Jacobi drafts in vLLM compared with vLLM's own AR and n-gram drafts: tokens per forward, tokens a second, identity.
+Jacobi drafts in vLLM compared with vLLM's own AR and n-gram drafts: tokens per forward, tokens per second, identity.
 
     python -m benchmarks.vllm speed                  # the miniature, one request at a time and 8 in flight
-    python -m benchmarks.vllm speed --model ~/.cache/hf_jacobi/smollm2-135m-instruct    # which was not trained for it
+    python -m benchmarks.vllm speed --model ~/.cache/hf_jacobi/smollm2-135m-instruct    # a model not trained for it
     python -m benchmarks.vllm lengths --in-flight 1 4 8 16 32    # by draft length: what to put into draft_lengths
     python -m benchmarks.vllm steps                  # forwards in vLLM and in generate(window="sliding")
 
-with `scripts/test-with-vllm --run` before it, which makes the environment and keeps to one thread. All methods are up
-at once and take turns, so that a machine that slows down affects all of them.
+Put `scripts/test-with-vllm --run` before the command: it makes the environment and uses one thread. All methods are
+loaded at once and take turns, so that a machine that slows down affects all of them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ngram(length: int, shortest: int) -> dict:
 
 @dataclass
 class Engine:
-    """One way of serving the model, and what was measured of it."""
+    """One way of serving the model, and its measurements."""
 
     name: str
     arguments: dict
@@ -70,12 +70,12 @@ class Engine:
         return [out.outputs[0].token_ids for out in self.llm.generate(prompts, sampling, use_tqdm=False)]
 
     def stats(self) -> dict[str, float]:
-        """Counts of its drafts, if it is Jacobi's."""
+        """Counts of its drafts, for Jacobi drafts."""
         return self.llm.collective_rpc("jacobi_stats")[0] if "worker_extension_cls" in self.arguments else {}
 
 
 def prompts_of(model: str, count: int) -> list[str]:
-    """Prompts that suit a model: held-out problems for the miniature, questions for another."""
+    """Prompts that suit a model: held-out problems for the miniature, questions for others."""
     if Path(model).resolve() == MINIATURE:
         return [problem.prompt for problem in held_out_problems(-(-count // 2))][:count]
     from transformers import AutoTokenizer
@@ -89,7 +89,7 @@ def prompts_of(model: str, count: int) -> list[str]:
 
 def race(engines: list[Engine], prompts: list[str], in_flight: int, new_tokens: int) -> dict[str, dict]:
     """
-    Lets the engines write all prompts, `in_flight` at a time, in turns.
+    Lets the engines complete all prompts in turn, `in_flight` at a time.
 
     Returns:
         Figures by name of engine; speed-ups are over the first one, the median over the portions.
@@ -163,7 +163,7 @@ def steps(arguments) -> dict:
     import hf_jacobi
 
     settings = {"window": "sliding", "adaptive": False, "pool_size": 0, "block_size": DRAFTED + 1}
-    # All of them, as vLLM takes those that are left out from the checkpoint.
+    # All of them, because vLLM takes missing ones from the checkpoint.
     settings = JacobiConfig(**settings | {"draft_init": "prompt"} | arguments.settings).to_dict()
     prompts = prompts_of(arguments.model, arguments.prompts)
     engine = Engine("Jacobi", jacobi(DRAFTED, **settings))

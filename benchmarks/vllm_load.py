@@ -3,10 +3,10 @@
 
     scripts/test-with-vllm --run python -m benchmarks.vllm_load            # the miniature, 32 clients, seven minutes
 
-Each client sends one request after the other to a server on this machine: a prompt out of many, greedy, streamed or
-whole. A third is cancelled in the middle; some have parameters that make no sense, and are to be refused with a status
-of 4xx, or served. Every text that is finished is compared with what vLLM writes without drafts. The exit status is 1
-if one differs, a request fails or takes too long, or memory grows.
+Each client sends one request after the other to a server on this machine: one of many prompts, greedy, streamed or
+whole. A third is cancelled midway; some have nonsensical parameters, which the server must refuse with status 4xx or
+serve. Every finished text is compared with the one that vLLM writes without drafts. The exit status is 1 if one
+differs, a request fails or takes too long, or memory grows.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ CACHE_BLOCKS = 128
 PATIENCE = 120.0  # seconds for one request
 CANCELLED = 1 / 3
 ABSURD = 0.1
-# Of memory in the last quarter. vLLM's worker takes more for some minutes, as its forwards have ever other numbers of
-# tokens, of which there are more with drafts; --without-drafts shows what it takes then.
+# Of memory in the last quarter. For some minutes vLLM's worker takes more as its forwards see new numbers of tokens,
+# of which there are more with drafts; --without-drafts shows what it takes then.
 GROWTH = 1.03
 SPECULATIVE = {"method": "custom_class", "model": JACOBI, "num_speculative_tokens": DRAFTED}
 
 NONSENSE: list[dict] = [
-    {"temperature": 1, "top_k": 3},  # which makes sense, and is not compared
+    {"temperature": 1, "top_k": 3},  # valid, but not compared
     {"temperature": 0.5, "top_p": 0.9, "seed": 7, "logprobs": 2},
     {"max_tokens": -1},
     {"max_tokens": 0},
@@ -107,7 +107,7 @@ def server(model: str, *options: str):
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).with_name("vllm")), "serve", model, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--dtype", "float32", "--max-model-len", str(LONGEST), "--max-num-seqs", "16"]
-    # A cache that is full soon: its pages count as memory once they are used.
+    # A cache that is soon full: its pages count as memory once they are used.
     command += ["--num-gpu-blocks-override", str(CACHE_BLOCKS)]
     command += ["--served-model-name", "model", "--disable-uvicorn-access-log", *options]
     process = subprocess.Popen(command)
@@ -144,7 +144,7 @@ def body_of(prompt: str, new_tokens: int, **more) -> dict:
 
 
 async def whole(session, address: str, body: dict) -> tuple[int, dict]:
-    """The status, and the answer."""
+    """The status and the answer."""
     async with session.post(f"{address}/v1/completions", json=body) as response:
         return response.status, await response.json(content_type=None)
 
@@ -166,13 +166,13 @@ async def streamed(session, address: str, body: dict, until: int | None = None) 
             pieces += 1
             if until is not None and pieces >= until:
                 return None
-    assert ended, "the stream ended in the middle"
+    assert ended, "the stream ended early"
     return tokens
 
 
 class Load:
     """
-    What the clients do, and what came of it.
+    What the clients do, and the results.
 
     Args:
         expected: prompt -> the tokens that vLLM writes without drafts.
@@ -192,7 +192,7 @@ class Load:
                 await asyncio.wait_for(self.request(session, draw), PATIENCE)
             except TimeoutError:
                 self.faults.append("a request took too long")
-            except Exception as error:  # whatever it is, the request was lost
+            except Exception as error:  # whatever the cause, the request was lost
                 self.faults.append(f"{type(error).__name__}: {error}"[:300])
 
     async def request(self, session, draw: random.Random) -> None:
@@ -222,7 +222,7 @@ class Load:
 
 
 def memory(process) -> dict[str, int]:
-    """MiB of the server and of each process it started, shared memory counted once."""
+    """MiB of the server and of every process it started, with shared memory counted once."""
     used: Counter[str] = Counter()
     for each in [process, *process.children(recursive=True)]:
         try:
@@ -233,7 +233,7 @@ def memory(process) -> dict[str, int]:
 
 
 async def watch(process, end: float) -> list[dict[str, int]]:
-    """Memory, every five seconds."""
+    """Measures memory every five seconds."""
     seen = []
     while time.monotonic() < end:
         seen.append(memory(process))
@@ -242,7 +242,7 @@ async def watch(process, end: float) -> list[dict[str, int]]:
 
 
 async def idle(session, address: str) -> bool:
-    """Whether nothing runs or waits, within ten seconds."""
+    """Whether no request runs or waits any more, within ten seconds."""
     for _ in range(20):
         async with session.get(f"{address}/metrics") as response:
             lines = (await response.text()).splitlines()
@@ -254,7 +254,7 @@ async def idle(session, address: str) -> bool:
 
 
 async def measure(arguments) -> int:
-    """Both servers, one after the other; returns the exit status."""
+    """Runs both servers, one after the other; returns the exit status."""
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=None)
@@ -277,7 +277,7 @@ async def measure(arguments) -> int:
             await asyncio.gather(*(load.client(session, seed) for seed in range(arguments.clients)))
             seen = await watching
             if not await idle(session, address):
-                load.faults.append("requests run or wait although all clients have gone")
+                load.faults.append("requests run or wait although all clients are gone")
             last = body_of(prompts[0], NEW_TOKENS)
             if (await whole(session, address, last))[1]["choices"][0]["token_ids"] != expected[prompts[0]]:
                 load.faults.append("after the load, another text than AR's")
@@ -300,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=400)
     parser.add_argument("--prompts", type=int, default=160)
-    parser.add_argument("--without-drafts", action="store_true", help="to compare memory with")
+    parser.add_argument("--without-drafts", action="store_true", help="to compare its memory")
     parser.add_argument("--output", type=Path)
     return asyncio.run(measure(parser.parse_args(argv)))
 

@@ -24,7 +24,7 @@ def table_of(card: str) -> Figures:
 
 
 def metadata_of(card: str) -> Figures:
-    """The same out of `model-index`, which the Hub reads."""
+    """The same figures from `model-index`, which the Hub reads."""
     found: Figures = {}
     for result in yaml.safe_load(re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)[1])["model-index"][0]["results"]:
         for metric in result["metrics"]:

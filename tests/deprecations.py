@@ -1,8 +1,8 @@
 """
-Finds our own use of what others have deprecated.
+Finds our own use of what other packages have deprecated.
 
-A filter by module does not: Python names the caller's module only if the one who warns counted the frames up to it
-(those of `torch.nn.Module` lie between a forward and who called it), and transformers logs some deprecations.
+A filter by module misses some: Python names the caller's module only if the warning code counted the frames up to it
+(those of `torch.nn.Module` lie between a forward and its caller), and transformers logs some deprecations.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import hf_jacobi
 
 OURS = f"{Path(hf_jacobi.__file__).parent}/"
 TESTS = f"{Path(__file__).parent}/"
-DOOR = ("generate", "_generate_of_process", "decode_by", "__post_init__")  # they hand on what their caller passed
+DOOR = ("generate", "_generate_of_process", "decode_by", "__post_init__")  # they pass on their caller's arguments
 
 
 class OwnUseOfDeprecated(AssertionError):
@@ -36,10 +36,10 @@ def package_of(file: str) -> str:
 
 def find_own_use(depth: int = 2) -> str | None:
     """
-    Where `hf_jacobi` called what warns now, or `None` if someone else did.
+    Where `hf_jacobi` called the code that now warns, or `None` if another package did.
 
-    Frames of the package that warns, and of torch, which calls a module's forward, lie between the two. Any other
-    package in between is the one that has to change.
+    Between the two lie frames of the package that warns, and of torch, which calls a module's forward. Any other
+    package in between is the one that must change.
     """
     frame = sys._getframe(depth)
     warns = package_of(frame.f_code.co_filename)
@@ -58,7 +58,7 @@ _warn, _warning_once = warnings.warn, logging.Logger.warning_once
 
 
 def watched_warn(message, category=None, stacklevel=1, source=None, **others):
-    """`warnings.warn`, for our own use of what is deprecated an error."""
+    """`warnings.warn` that raises an error for our own use of what is deprecated."""
     kind = type(message) if isinstance(message, Warning) else category
     if kind is not None and issubclass(kind, (DeprecationWarning, FutureWarning)) and (place := find_own_use()):
         raise OwnUseOfDeprecated(f"{place}: {message}")
@@ -76,6 +76,6 @@ _register_builtin(watched_warn, "aten::warn")  # what TorchScript takes `warning
 
 
 def watch(monkeypatch) -> None:
-    """While `monkeypatch` lasts, raises `OwnUseOfDeprecated` where we use what is deprecated."""
+    """While `monkeypatch` lasts, raises `OwnUseOfDeprecated` if we use what is deprecated."""
     monkeypatch.setattr(warnings, "warn", watched_warn)
     monkeypatch.setattr(logging.Logger, "warning_once", watched_warning_once)

@@ -1,4 +1,4 @@
-"""Weights that are kept; two small models with a language each, and texts in these languages."""
+"""Stored weights; two small models with a language each, and texts in these languages."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def permuted_copy_model() -> LlamaForCausalLM:
     """
     A 2-layer Llama that was trained on `permuted_copy_batch`.
 
-    Every token depends on the one sixteen before it and on nothing else, so a whole block comes out right at once, and
-    no n-gram ever repeats within a period: ideal for Jacobi decoding, useless to n-gram look-up.
+    Every token depends only on the one sixteen before it, so a whole block converges at once, and no n-gram repeats
+    within a period: ideal for Jacobi decoding, useless for n-gram look-up.
     """
     return with_kept_weights(LlamaForCausalLM(PERMUTED_COPY), "permuted_copy").eval()
 
@@ -98,8 +98,8 @@ def words() -> torch.Tensor:
 
 def word_chain(generator: torch.Generator, length: int = 8) -> tuple[list[int], list[int]]:
     """
-    A prompt and the text that follows it: a few words at random and a mode, then `length` words, each of which follows
-    from the one before and the mode, then the end.
+    A prompt (a few random words and a mode) and the text that follows it: `length` words, each determined by the
+    previous word and the mode, then the end.
     """
     draw = lambda bound: int(torch.randint(bound, (), generator=generator))  # noqa: E731
     prefix = [draw(WORDS) for _ in range(1 + draw(3))]
@@ -116,7 +116,7 @@ def word_chain(generator: torch.Generator, length: int = 8) -> tuple[list[int], 
 
 def word_chain_model() -> LlamaForCausalLM:
     """
-    A 2-layer Llama that continues chains of words: sure of every token given the one before, and never asked to look
-    further ahead. What Jacobi Forcing is for.
+    A 2-layer Llama that continues chains of words: sure of every next token, but not trained to predict further ahead,
+    which is what Jacobi Forcing teaches.
     """
     return with_kept_weights(LlamaForCausalLM(WORD_CHAIN), "word_chain").eval()

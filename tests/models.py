@@ -1,4 +1,4 @@
-"""Tiny models of every architecture the tests cover: random ones, and trained ones whose drafts come true."""
+"""Tiny models of every architecture the tests cover: random ones, and trained ones whose drafts are accepted."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def tiny_model(name: str = "llama", *, seed: int = 0, attention: str | None = No
     """
     A tiny random model in float32, in evaluation mode.
 
-    Its weights are drawn wider than usual: with the usual ones every model of this size writes one token for ever,
+    Its weights have a larger variance than usual: with the usual one, every model of this size repeats a single token,
     and text that never changes tests nothing.
     """
     torch.manual_seed(seed)
@@ -131,7 +131,7 @@ def tiny_model(name: str = "llama", *, seed: int = 0, attention: str | None = No
 
 def trained_model(name: str = "llama", *, attention: str | None = None, dtype: torch.dtype = torch.float32):
     """
-    A tiny model, in evaluation mode, whose text drafts and n-grams come true in (`train_tiny_models.TinyLanguage`).
+    A tiny model, in evaluation mode, whose drafts and n-grams are often accepted (`train_tiny_models.TinyLanguage`).
 
     Each architecture has weights of its own.
     """
@@ -153,14 +153,14 @@ def padded_prompts(rows: int, length: int = 12, seed: int = 0) -> dict[str, torc
 
 
 def last_new_tokens(model, inputs: dict[str, torch.Tensor], max_new_tokens: int = 40) -> list[int]:
-    """For each row the token that its text is last to bring up: as ends of text, they end the rows late and apart."""
+    """For each row the token that appears latest in its text: as end tokens, these end the rows late and apart."""
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "eos_token_id": None}
     texts = model.generate(**inputs, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
     return [max(text, key=text.index) for text in texts]
 
 
 def tokens_per_forward(out) -> float:
-    """The mean over the rows of an output, each with the forwards of its own: above 1, drafts were accepted."""
+    """Mean over the rows of an output, each by its own forwards: above 1, drafts were accepted."""
     rows = out.jacobi_stats.per_sequence
     return sum(row.new_tokens for row in rows) / sum(row.forwards for row in rows)
 

@@ -1,4 +1,4 @@
-"""Every mutation of `scripts/mutate` still finds the text that it replaces, and what it makes of it is Python."""
+"""Every mutation of `scripts/mutate` still finds the text that it replaces, and yields valid Python."""
 
 import ast
 import importlib.machinery

@@ -9,11 +9,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hf_jacobi"
-DISTRIBUTIONS = {"yaml": "pyyaml"}  # where it is not the name of the module
+DISTRIBUTIONS = {"yaml": "pyyaml"}  # where it differs from the module's name
 
 
 def declared() -> dict[str, list[str]]:
-    """The requirements of setup.py: those of each extra, and, under `""`, those of every installation."""
+    """The requirements of setup.py: by extra, and under `""` those of every installation."""
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     values = {}
     for node in ast.walk(tree):
@@ -29,7 +29,7 @@ def name_of(requirement: str) -> str:
 
 
 def imported(files) -> set[str]:
-    """The distributions of the modules that these files import, the standard library and the package itself aside."""
+    """The distributions of the modules that these files import, except the standard library and the package."""
     modules = set()
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

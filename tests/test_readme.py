@@ -23,7 +23,7 @@ def test_run_docs_skips_and_changes_only_blocks_that_exist():
 
 @pytest.mark.parametrize("cache", [None, "elsewhere"])
 def test_use_runs_without_a_way_to_the_hub(tmp_path, monkeypatch, cache):
-    """With the included checkpoint alone, wherever other weights are kept."""
+    """It uses only the included checkpoint, wherever other weights are kept."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -4,9 +4,9 @@ Trains the models that the tests use, and keeps their weights in `tests/weights/
     python tests/train_tiny_models.py                       # all, a quarter of an hour
     python tests/train_tiny_models.py llama opt word_chain  # some
 
-Each architecture learns a language of its own (`TinyLanguage`). In such a text a block of guesses comes out right in
-one forward up to the next leader, whose successor n-grams know and the model's own guesses do not: all that drafts can
-do happens within fifty tokens, and the model is sure of each of them.
+Each architecture learns its own language (`TinyLanguage`). In its texts, a block of guesses converges in one forward
+up to the next leader, whose successor n-grams predict and the model's own guesses do not. All that drafts can do
+happens within fifty tokens, and the model is sure of each of them.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 LAG = 5  # less than the windows of the models that have one
 FIRST = 3  # ids 0 to 2 are padding, beginning and end
-ROWS, LENGTH = 24, 80  # of a batch; no longer texts are asked for
-STEPS = (300, 1200)  # as many as it takes
+ROWS, LENGTH = 24, 80  # of a batch; no test needs longer texts
+STEPS = (300, 1200)  # 1,200 if 300 are not enough
 ACCURACY = 0.98
 SEEDS = 8
 
@@ -34,8 +34,8 @@ class TinyLanguage:
     """
     Every token follows from the one `LAG` places before it, but the successor of a "leader" follows from the leader.
 
-    The map that a token goes through has cycles of three, so that a text repeats itself after 3 * `LAG` tokens, unless
-    a leader changes it; a fifth of all tokens are leaders.
+    The map from token to token has cycles of three, so that a text repeats itself after 3 * `LAG` tokens unless a
+    leader changes it; a fifth of all tokens are leaders.
     """
 
     def __init__(self, seed: int):
@@ -79,12 +79,12 @@ def train(name: str, seed: int, steps: int):
 
 
 def fit(name: str) -> None:
-    """Trains until the tests' conditions hold for the model, and keeps it."""
+    """Trains until the model meets the tests' conditions, and keeps it."""
     for attempt in range(SEEDS):
         seed = zlib.crc32(f"{name}/{attempt}".encode()) % 2**31
         for steps in STEPS:
             model, accuracy = train(name, seed, steps)
-            print(f"{name}, attempt {attempt}: {accuracy:.1%} right after {steps} steps", flush=True)
+            print(f"{name}, attempt {attempt}: {accuracy:.1%} correct after {steps} steps", flush=True)
             if accuracy > ACCURACY:
                 break
         keep_weights(model, name)
@@ -95,7 +95,7 @@ def fit(name: str) -> None:
             return
         except AssertionError as error:
             print(f"{name}, attempt {attempt}: {str(error).splitlines()[0]}", flush=True)
-    raise SystemExit(f"{name}: none of {SEEDS} languages has it all")
+    raise SystemExit(f"{name}: none of {SEEDS} languages meets all conditions")
 
 
 def run_through(model, batches, rate: float) -> None:
@@ -140,7 +140,7 @@ def fit_word_chain(steps: int = 700) -> None:
 
 
 def smallest_gap(name: str, rows: int) -> None:
-    """Fails where a token is so nearly another one that rounding might decide which."""
+    """Fails if two tokens score so nearly the same that rounding could decide between them."""
     settings = {"max_new_tokens": 64, "do_sample": False, "eos_token_id": None, "output_logits": True}
     out = trained_model(name).generate(**padded_prompts(rows), **settings, return_dict_in_generate=True)
     best = torch.stack(out.logits).topk(2).values

@@ -1,5 +1,5 @@
 """
-Measures on one GPU what a CPU cannot show, within a given number of minutes.
+Measures on one GPU what a CPU cannot show, within the given number of minutes.
 
     python -m benchmarks.gpu --minutes 8 --output DIR
     python -m benchmarks.gpu --minutes 8 --output DIR --stages decoding smollm2 --bundle BUNDLE
@@ -22,12 +22,16 @@ def main() -> None:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, help="the folder of the results")
-    parser.add_argument("--minutes", type=float, default=8.0, help="when everything is over (default: 8)")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit for everything (default: 8)")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
-    parser.add_argument("--bundle", nargs="+", type=Path, default=[], help="what benchmarks.gpu.bundle made")
+    parser.add_argument("--bundle", nargs="+", type=Path, default=[], help="folders that benchmarks.gpu.bundle made")
     parser.add_argument("--dry-run", action="store_true", help="every stage at toy size, on a CPU")
     parser.add_argument(
-        "--fault", nargs="+", default=[], metavar="STAGE=KIND", help="plant an exception, a hang or a lack of memory"
+        "--fault",
+        nargs="+",
+        default=[],
+        metavar="STAGE=KIND",
+        help="plant an exception, a hang or a lack of memory",
     )
     arguments = parser.parse_args()
     missing = [str(folder) for folder in arguments.bundle if not folder.is_dir()]

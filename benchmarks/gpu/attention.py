@@ -18,13 +18,13 @@ from .stage import Stage
 from .timing import median_seconds, peak_memory, synchronize
 
 
-LAYERS = 4  # of the shape of a 1.5B model: every layer does the same
+LAYERS = 4  # with the shape of a 1.5B model: all layers do the same work
 WAYS = ("dense", "windows", "flex")
 
 
 def run(stage: Stage) -> None:
     """All figures; FlexAttention has no backward pass on a CPU, so only its forward pass is compared there."""
-    if stage.dry:  # on a CPU FlexAttention would compile with C++: run it uncompiled instead
+    if stage.dry:  # on a CPU, FlexAttention would compile with C++: run it uncompiled instead
         torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     shape = TOY if stage.dry else QWEN_1_5B | {"num_hidden_layers": LAYERS, "vocab_size": 4096}
     lengths = (256,) if stage.dry else (2048, 4096, 8192)
@@ -45,7 +45,7 @@ def run(stage: Stage) -> None:
 
 class Case:
     """
-    A model and one packed row, text and noise together, windows of 16 blocks of 16.
+    A model and one packed row of text and noise, with windows of 16 blocks of 16.
 
     Args:
         shape, device, dtype: of the model.
@@ -60,10 +60,10 @@ class Case:
         batch = PackedCollator(0, FLEX_MULTIPLE)(list(packed_rows(rows, settings)))
         self.batch = {name: tensor.to(device) for name, tensor in batch.items()}
         self.rows = RowTensors.of(self.batch)
-        self.real = self.rows.seq_ids >= 0  # padding sees what each way lets it see
+        self.real = self.rows.seq_ids >= 0  # what padding attends to differs between ways
 
     def forward(self, way: str) -> torch.Tensor:
-        """Hidden states of the row's tokens, `[N, H]`, by a way of attending."""
+        """Hidden states of the row's tokens, `[N, H]`, by a kind of attention."""
         model = self.model
         model.set_attn_implementation("flex_attention" if way == "flex" else "sdpa")
         masks = {"dense": lambda: dense_mask(self.rows, model.config, model.dtype), "windows": self._segments}
@@ -91,13 +91,13 @@ class Case:
         return hidden.detach()
 
     def gradient(self) -> torch.Tensor:
-        """All gradients, one after the other."""
+        """All gradients, concatenated."""
         return torch.cat([part.grad.flatten() for part in self.model.parameters() if part.grad is not None])
 
     def compare(self, way: str, backward: bool) -> dict:
         """
-        The difference from the dense mask, as ||ours - dense|| / ||dense||: `logits`, and `gradients` if there is a
-        backward pass.
+        The relative difference from the dense mask, ||ours - dense|| / ||dense||: `logits` and, with a backward pass,
+        `gradients`.
         """
         head = self.model.lm_head
         dense = head(self.step("dense", backward)).detach()
@@ -111,7 +111,7 @@ class Case:
     def time(self, way: str, backward: bool, rounds: int = 5) -> dict:
         """
         Returns:
-            `first_ms` (with compiling), `forward_ms`, `both_ms` (forward and backward), `peak_gib`.
+            `first_ms` (with compilation), `forward_ms`, `both_ms` (forward and backward), `peak_gib`.
         """
         figure: dict = {}
         start = time.perf_counter()

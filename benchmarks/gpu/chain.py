@@ -40,7 +40,7 @@ TOY = {
 
 
 def shaped_model(shape: dict, device, dtype: torch.dtype, attention: str = "sdpa"):
-    """A Qwen2 of a shape with random weights, made on the device."""
+    """A Qwen2 of the given shape with random weights, made on the device."""
     torch.manual_seed(0)
     config = Qwen2Config(
         **shape, max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None
@@ -53,10 +53,10 @@ def shaped_model(shape: dict, device, dtype: torch.dtype, attention: str = "sdpa
 @torch.no_grad()
 def chain_model(shape: dict, device, dtype: torch.dtype):
     """
-    Such a model that writes t + 1 after token t (modulo the vocabulary), with a margin that no rounding reaches.
+    Such a model that writes t + 1 after token t (modulo the vocabulary), with a margin larger than any rounding error.
 
-    Its embeddings outweigh what the layers add, and its head is those embeddings, each a row further. It computes all
-    that any model of its shape does.
+    Its embeddings outweigh what the layers add, and its head is those embeddings shifted by one row. It does the same
+    computation as any model of its shape.
     """
     model = shaped_model(shape, device, dtype)
     for layer in model.model.layers:
@@ -74,7 +74,7 @@ def chain_prompt(rows: int, length: int, vocabulary: int, device) -> torch.Tenso
 
 
 def chain_text(prompt: torch.Tensor, count: int, vocabulary: int) -> torch.Tensor:
-    """`[rows, count]`, what such a model writes after a prompt."""
+    """`[rows, count]`: the tokens that such a model writes after a prompt."""
     return (prompt[:, -1:] + 1 + torch.arange(count, device=prompt.device)) % vocabulary
 
 
@@ -88,14 +88,14 @@ def forced_chain(right: float, vocabulary: int):
 @contextmanager
 def forced_drafts(right: float, known: Callable[[list[int], int], list[int]], vocabulary: int):
     """
-    While this is open, each draft token is the known one with probability `right`, else another one.
+    While this is open, each draft token is the known one with probability `right`, otherwise a different one.
 
-    A forward then commits 1 / (1 - right) tokens on average, if drafts are long.
+    With long drafts, a forward then commits 1 / (1 - right) tokens on average.
 
     Args:
         right: that probability.
-        known: up to so many tokens that follow a text (of one row, padding left out).
-        vocabulary: tokens there are.
+        known: returns up to the given number of tokens that follow a text (of one row, without padding).
+        vocabulary: the number of tokens.
     """
     draw = random.Random(0)
     propose = DraftRule.propose

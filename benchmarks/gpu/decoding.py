@@ -24,7 +24,7 @@ POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 def run(stage: Stage) -> None:
-    """All figures, the most important first."""
+    """All figures, most important first."""
     shape = TOY if stage.dry else QWEN_7B
     dtype = torch.float32 if stage.dry else torch.bfloat16
     tokens, sizes = (12, (8, 16)) if stage.dry else (128, (16, 32, 64))
@@ -67,7 +67,7 @@ def _name(way: str | int) -> str:
 
 def decode(model, way: str | int, context: int, batch: int, tokens: int, kind: str = "") -> dict:
     """
-    Decodes twice, and times the second.
+    Decodes twice and times the second run.
 
     Args:
         model: a chain model.
@@ -115,8 +115,8 @@ def decode(model, way: str | int, context: int, batch: int, tokens: int, kind: s
 
 def positions(model, context: int, sizes: tuple[int, ...]) -> dict:
     """
-    What a forward over n positions takes at batch 1, and the rest of its step, in milliseconds: drafts of n positions
-    none of which is correct.
+    Milliseconds that a forward over n positions takes at batch 1, and those of the rest of its step, with drafts of n
+    positions that are all wrong.
     """
     vocabulary = model.config.vocab_size
     prompt = chain_prompt(1, context, vocabulary, model.device)
@@ -146,11 +146,11 @@ def positions(model, context: int, sizes: tuple[int, ...]) -> dict:
 
 def profile(model, context: int, size: int, tokens: int) -> dict:
     """
-    Kernels, copies and waits of one step at batch 1, in the mean over a text, its prefill left out.
+    Kernels, copies and waits of one step at batch 1: means over a text, without its prefill.
 
     Returns:
         counts per step: `kernels`, `to_device`, `to_host`, `on_device` (copies), `waits` (of the host for the device),
-        `operations` (of torch); `device_busy_ms` of `step_ms`; `longest`: the kernels that take most time, ms a step.
+        `operations` (of torch); `device_busy_ms` of `step_ms`; `longest`: the slowest kernels, in ms per step.
     """
     vocabulary = model.config.vocab_size
     prompt = chain_prompt(1, context, vocabulary, model.device)

@@ -1,4 +1,4 @@
-"""The environment, and whether decoding on this device writes what it should."""
+"""The environment, and whether decoding on this device writes the correct text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .chain import forced_drafts
 from .stage import Stage
 
 
-# One architecture for each way in which a mask or a position comes about.
+# One architecture for each way of making masks or positions.
 MASKS = {
     "llama": "causal",
     "mistral-window": "a window in all layers",
@@ -30,7 +30,7 @@ MASKS = {
     "gemma3": "two rotary embeddings, a window in some layers",
     "llama4": "chunks",
     "gpt_oss": "sinks and a window, eager attention",
-    "gpt2": "positions out of a table",
+    "gpt2": "positions from a table",
     "deepseek_v3": "latent attention",
 }
 SETTINGS = (
@@ -52,7 +52,7 @@ def run(stage: Stage) -> None:
 
 
 def environment() -> dict:
-    """The machine, and the versions of what is installed."""
+    """The machine, and the versions of installed packages."""
     facts = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -72,7 +72,7 @@ def _commit() -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
-    except OSError:  # no git there
+    except OSError:  # git is not installed
         return None
 
 
@@ -81,8 +81,8 @@ def float32(name: str, device) -> dict:
     A tiny model of an architecture, batch 1 and 3, with drafts that are correct three times in four.
 
     Returns:
-        `greedy`: settings whose text is AR's, of how many; `sampled`: settings whose text is that of blocks of one
-        token with the same seed, of how many; `tokens_per_forward`, of a row, over all of them.
+        `greedy`: how many settings, out of all, give AR's text; `sampled`: how many, out of all, give the text of
+        blocks of one token with the same seed; `tokens_per_forward` of a row, over all of them.
     """
     model = hf_jacobi.enable(models.tiny_model(name).to(device))
     counts = Counter()

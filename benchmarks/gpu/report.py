@@ -6,7 +6,7 @@ from typing import Any
 
 
 def report(results: dict[str, Any]) -> str:
-    """A section for each stage, a line for each figure, what failed and what was left out."""
+    """A section per stage and a line per figure, including those that failed or were skipped."""
     lines = []
     for name, stage in results["stages"].items():
         lines += [f"## {name}: {stage['status']} ({stage.get('seconds', 0):.0f} s)", ""]

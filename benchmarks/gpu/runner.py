@@ -1,8 +1,8 @@
 """
-Runs the stages one after the other, each in a separate process with a time limit, and gathers their figures.
+Runs the stages one after the other, each in a separate process with a time limit, and collects their figures.
 
-Nothing here imports torch: whatever a stage does (an exception, a hang, a kill for memory), the others get their turn
-and the whole ends in time.
+Nothing here imports torch: whatever happens to a stage (an exception, a hang, a kill for memory), the others get their
+turn and the whole run ends in time.
 """
 
 from __future__ import annotations
@@ -24,24 +24,24 @@ from .report import report
 
 
 ROOT = Path(__file__).parents[2]
-# In order of worth; the share of the time left that each may take, the last one all of it.
+# In order of importance, with the share of the time left that each may take; the last may take all of it.
 STAGES = {"exactness": 0.16, "attention": 0.2, "decoding": 0.5, "training": 0.45, "smollm2": 1.0}
 RESERVE = 4.0  # seconds kept for the report
-LOG_LIMIT = 4 << 20  # bytes of output that are kept of a stage
+LOG_LIMIT = 4 << 20  # bytes of output kept per stage
 
 
 @dataclass(frozen=True)
 class Plan:
     """
-    What is run.
+    What to run.
 
     Args:
         stages: names from `STAGES`.
         minutes: for everything.
         output: the folder of the results.
         bundle: folders that `benchmarks.gpu.bundle` made, or none.
-        dry: whether everything is of toy size.
-        faults: `STAGE=KIND` each: what to plant in which stage, for the tests.
+        dry: whether everything has toy size.
+        faults: a list of `STAGE=KIND`: which fault to plant in which stage, for the tests.
     """
 
     stages: Sequence[str]
@@ -56,7 +56,7 @@ def run(plan: Plan) -> dict[str, Any]:
     """
     Runs a plan; returns what `results.json` holds.
 
-    `results.json` is rewritten whenever a stage has something new, so that it is whole even if this process is killed.
+    `results.json` is rewritten whenever a stage reports something new, so it stays complete if this process is killed.
     """
     start = time.monotonic()
     deadline = start + 60 * plan.minutes - RESERVE
@@ -67,7 +67,7 @@ def run(plan: Plan) -> dict[str, Any]:
         bundle = Path(scratch) / "bundle"
         try:
             results["bundle"] = unpack(plan.bundle, bundle)
-        except Exception as error:  # what needs nothing of it can still run
+        except Exception as error:  # stages that do not need it can still run
             results["bundle"] = {"error": f"{type(error).__name__}: {error}"}
         for number, name in enumerate(chosen):
             left = deadline - time.monotonic()
@@ -83,7 +83,7 @@ def run(plan: Plan) -> dict[str, Any]:
 
 
 def run_stage(name: str, seconds: float, plan: Plan, bundle: Path, scratch: Path, results: dict[str, Any]) -> None:
-    """Runs one stage, and writes each of its figures into `results` at once."""
+    """Runs one stage and writes each of its figures into `results` at once."""
     file, log = scratch / f"{name}.json", scratch / f"{name}.log"
     options = ["--dry-run"] if plan.dry else []
     for stage, kind in (fault.split("=") for fault in plan.faults):
@@ -100,7 +100,7 @@ def run_stage(name: str, seconds: float, plan: Plan, bundle: Path, scratch: Path
             while process.poll() is None and time.monotonic() - start < seconds:
                 time.sleep(0.2)
                 _gather(name, file, results) and _write(plan.output, results)
-        finally:  # of an interruption, too
+        finally:  # also after an interruption
             timed_out = process.poll() is None
             _end(process)
     _gather(name, file, results)
@@ -135,7 +135,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _gather(name: str, file: Path, results: dict[str, Any]) -> bool:
-    """Takes in what a stage has written; whether that is new."""
+    """Reads what a stage has written; returns whether it is new."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError):

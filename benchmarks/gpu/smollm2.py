@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct: a draft-only adapter, then the whole model, as far as time allows."""
+"""SmolLM2-135M-Instruct: a draft-only adapter, then the whole model if time allows."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ KEPT = (
     "identical",
     "positions_per_token",
 )
-PART = 15 << 20  # bytes of a returned file, at most
-SHORT = 1024  # tokens of a row up to which one call with a dense mask is quicker than many small ones
+PART = 15 << 20  # maximum bytes of a returned file
+SHORT = 1024  # up to this many tokens per row, one call with a dense mask is faster than many small ones
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; `TOY` for a dry run."""
+    """The sizes of all parts; `TOY` is for a dry run."""
 
     held_out: int = 24
     timed: int = 2
@@ -62,7 +62,7 @@ TOY = Sizes(held_out=2, timed=1, train=4, new_tokens=16, batch=4, rows=2, rank=4
 
 
 def run(stage: Stage) -> None:
-    """Trajectories, adapter, whole model, each decoded; the first two have a share of the time that is left."""
+    """Trajectories, adapter, whole model, each decoded; the first two get a share of the time left."""
     start = time.monotonic()
     try:
         session = Session(stage, TOY if stage.dry else Sizes())
@@ -92,11 +92,11 @@ def run(stage: Stage) -> None:
 
 class Session:
     """
-    The model, its prompts, and what is learnt.
+    The model, its prompts, and what it learned.
 
     Attributes:
         base: the untrained model, float32.
-        trained: what the newest training gave, `None` if it failed.
+        trained: the result of the newest training, `None` if it failed.
     """
 
     def __init__(self, stage: Stage, sizes: Sizes):
@@ -104,7 +104,7 @@ class Session:
         cache = stage.bundle / "cache"
         brought = cache.exists()
         if not brought and not stage.dry:
-            raise FileNotFoundError("SmolLM2 came with no bundle: pass all folders of one with --bundle")
+            raise FileNotFoundError("no bundle contained SmolLM2: pass all folders of one with --bundle")
         os.environ["HF_JACOBI_CACHE"] = str(cache)
         self.name = "SmolLM2-135M-Instruct" if brought else "miniature, in its place"
         self.base, self.tokenizer = load(None if brought else str(MINIATURE), "float32")
@@ -132,11 +132,11 @@ class Session:
 
     def decode(self, model) -> dict:
         """
-        Decodes held-out prompts greedily, in the dtype that is quickest on the device.
+        Decodes held-out prompts greedily, in the dtype that is fastest on the device.
 
         Returns:
-            for each way `tokens_per_forward` and `identical` (share of the texts that are those of the base model's
-            AR, in half precision but for ties), over all prompts in batches; `tokens_per_second` and `speedup` over
+            for each way `tokens_per_forward` and `identical` (the share of texts equal to the base model's AR text,
+            except for ties in half precision), over all prompts in batches; `tokens_per_second` and `speedup` over
             AR of the base model, at batch 1.
         """
         base = self._quick(self.base)
@@ -154,13 +154,13 @@ class Session:
         return figures
 
     def _quick(self, model):
-        """The model as it decodes quickest; on a GPU a copy in bfloat16."""
+        """The model in the form that decodes fastest: on a GPU, a copy in bfloat16."""
         if not self.stage.on_gpu:
             return model.eval()
         return hf_jacobi.enable(copy.deepcopy(model).to(torch.bfloat16).eval())
 
     def collect(self, seconds: float) -> dict:
-        """Trajectories of the training prompts, or those that a bundle brought; as many as the time allows."""
+        """As many trajectories of the training prompts as time allows, or those of a bundle."""
         start = time.monotonic()
         if (brought := self.stage.bundle / "trajectories").exists():
             self.trajectories = load_from_disk(str(brought))
@@ -224,7 +224,7 @@ class Session:
         }
 
     def bring_home(self, model, name: str) -> list[str]:
-        """Stores an adapter in half precision as files that are small enough; returns their names."""
+        """Stores an adapter in half precision, in files that are small enough; returns their names."""
         with tempfile.TemporaryDirectory() as folder:
             copy.deepcopy(model).to(torch.bfloat16).save_pretrained(folder)
             whole = Path(folder) / "whole.tar"
@@ -236,8 +236,8 @@ class Session:
 
     def bring_difference_home(self) -> dict:
         """
-        What the whole model learnt, as an adapter for all tokens: the difference of each layer's matrices at a low
-        rank, without embeddings and norms. It is decoded, too.
+        What the whole model learned, as an adapter for all tokens: the low-rank difference of each layer's matrices,
+        without embeddings and norms. It is also decoded.
         """
         rank = self.sizes.kept_rank
         plain = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -260,7 +260,7 @@ class Session:
 
 
 class TimedTrainer(JacobiForcingTrainer):
-    """Trains for a number of seconds; the learning rate is warmed up and then falls to nothing at their end."""
+    """Trains for a number of seconds; the learning rate warms up, then falls to zero at the end."""
 
     WARM_UP = 20  # steps
 
@@ -271,11 +271,11 @@ class TimedTrainer(JacobiForcingTrainer):
 
     @property
     def done(self) -> float:
-        """The share of the time that is over."""
+        """The share of the time that has passed."""
         return (time.monotonic() - self.started) / self.seconds
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Overrides `Trainer`'s, which counts steps."""
+        """Overrides `Trainer`'s schedule, which counts steps."""
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, self._rate)
         self._created_lr_scheduler = True
         return self.lr_scheduler

@@ -24,16 +24,16 @@ FAULTS = ("exception", "hang", "memory")
 
 class Stage:
     """
-    A stage that runs: how much time it has, where it runs, and what it has measured so far.
+    A running stage: its time limit, its device, and its measurements so far.
 
     Args:
-        name: of the stage.
-        file: the JSON file that holds its figures; rewritten after each of them.
-        seconds: the time it has.
-        dry: whether everything is of toy size.
-        bundle: the folder that holds what a bundle brought, unpacked by the runner; may be empty.
-        output: the folder for files that are to be brought home.
-        fault: what to plant after the first figure, one of `FAULTS`, for the tests.
+        name: its name.
+        file: the JSON file of its figures; rewritten after each of them.
+        seconds: its time limit.
+        dry: whether everything has toy size.
+        bundle: the folder of a bundle that the runner unpacked; can be empty.
+        output: the folder for files to copy back.
+        fault: the fault to plant after the first figure, one of `FAULTS`, for the tests.
     """
 
     def __init__(
@@ -57,22 +57,22 @@ class Stage:
 
     @property
     def device(self):
-        """The device that everything is measured on."""
+        """The device on which everything is measured."""
         import torch
 
         return torch.device("cuda" if self.on_gpu else "cpu")
 
     def measure(self, name: str, function: Callable[..., Any], *arguments, needs: float = 0.0, **keywords) -> Any:
         """
-        Calls a function and keeps what it returns as a figure. Whatever it raises is kept too, and the stage goes on.
+        Calls a function and keeps its result as a figure. An exception is kept, too, and the stage continues.
 
         Args:
-            name: of the figure.
-            function: returns something JSON can hold.
-            needs: seconds that it takes, about; with less left it is skipped, and the figures after it have the time.
+            name: the name of the figure.
+            function: returns a value that JSON can hold.
+            needs: approximate seconds it takes; with less time left it is skipped, in favor of later figures.
 
         Returns:
-            the figure, `None` where there is none.
+            the figure, or `None`.
         """
         if self.left < needs and not self.dry:
             self.content["skipped"][name] = f"needs about {needs:.0f} s, {self.left:.0f} s were left"
@@ -95,14 +95,14 @@ class Stage:
         return figure
 
     def write(self) -> None:
-        """Writes all figures atomically, so that stopping the stage never leaves half a file."""
+        """Writes all figures atomically, so that stopping the stage never leaves a partial file."""
         scratch = self.file.with_suffix(".part")
         scratch.write_text(json.dumps(self.content))
         os.replace(scratch, self.file)
 
 
 def _release_memory() -> None:
-    """What a figure that ran out of memory still holds is the next one's."""
+    """Frees the memory that a failed figure still holds, for the next one."""
     import torch
 
     gc.collect()
@@ -111,7 +111,7 @@ def _release_memory() -> None:
 
 
 def plant(fault: str) -> None:
-    """Fails on purpose, in one of the ways in which stages fail."""
+    """Fails on purpose, in one of the ways that stages fail."""
     if fault == "exception":
         raise RuntimeError("planted")
     if fault == "hang":
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--fault", choices=FAULTS)
     arguments = parser.parse_args()
     try:
-        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel takes this process, not the runner
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the kernel kills this process, not the runner
     except OSError:
         pass
     stage = Stage(

@@ -1,4 +1,4 @@
-"""Clocks and memory, the same for every way of decoding and training, on a GPU and off it."""
+"""Clocks and memory, the same for every way of decoding and training, with and without a GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 
 def synchronize() -> None:
-    """Waits until the GPU has done what it was given."""
+    """Waits until the GPU has finished its work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
@@ -19,10 +19,10 @@ def synchronize() -> None:
 class Clock(BaseStreamer):
     """
     Notes when tokens arrive. A streamer gets them on the host, so no further wait is needed, and compiled and captured
-    ways of decoding are timed like any other.
+    decoding is timed like any other.
 
     Attributes:
-        times: of the first new token, and of each one after it; tokens that one forward brings come at once.
+        times: when the first new token and each later one arrived; tokens of one forward arrive together.
     """
 
     def __init__(self, at_first_token=None):
@@ -31,7 +31,7 @@ class Clock(BaseStreamer):
         self._prompt_seen = False
 
     def put(self, value) -> None:
-        """Takes what `generate` puts: the prompt, then `[B]` tokens a position."""
+        """Receives what `generate` puts: the prompt, then `[B]` tokens per position."""
         if not self._prompt_seen:
             self._prompt_seen = True
             return
@@ -40,19 +40,19 @@ class Clock(BaseStreamer):
             self.at_first_token()
 
     def end(self) -> None:
-        """Nothing more comes."""
+        """Does nothing at the end."""
 
     @property
     def seconds_per_token(self) -> float:
-        """Of the tokens after the first, which the prefill brings."""
+        """Seconds for the tokens after the first, which the prefill yields."""
         return (self.times[-1] - self.times[0]) / max(1, len(self.times) - 1)
 
 
 class ForwardClock:
     """
-    While it is open, times each forward of a model, from its first operation to its last one on the device.
+    While it is open, times each forward of a model, from its first to its last operation on the device.
 
-    The first forward, the prefill, is left out. Where the host is slower than the GPU the time includes the gaps.
+    The first forward, the prefill, is left out. If the host is slower than the GPU, the time includes the gaps.
     """
 
     def __init__(self, model):
@@ -80,7 +80,7 @@ class ForwardClock:
 
     @property
     def count(self) -> int:
-        """Forwards after the prefill."""
+        """The number of forwards after the prefill."""
         return len(self._marks) // 2 - 1
 
     def milliseconds(self) -> float:
@@ -94,7 +94,7 @@ class ForwardClock:
 
 @contextmanager
 def peak_memory(figure: dict):
-    """Puts the most GPU memory in use meanwhile into `figure["peak_gib"]`; nothing without a GPU."""
+    """Writes the peak GPU memory inside the block to `figure["peak_gib"]`; nothing without a GPU."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     yield
@@ -103,7 +103,7 @@ def peak_memory(figure: dict):
 
 
 def median_seconds(function, rounds: int) -> float:
-    """The median time of a call, after one that does not count."""
+    """The median time of a call, after one warm-up call."""
     function()
     synchronize()
     seconds = []

@@ -1,4 +1,4 @@
-"""Training at the shape of a 1.5B model: what a step of Jacobi Forcing takes beside one of plain fine-tuning."""
+"""Training at the shape of a 1.5B model: a step of Jacobi Forcing compared with one of plain fine-tuning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .timing import peak_memory, synchronize
 
 
 def run(stage: Stage) -> None:
-    """All figures, the ways that need no compiling first."""
+    """All figures; ways that need no compilation come first."""
     shape, length, steps = (TOY, 128, 2) if stage.dry else (QWEN_1_5B, 4096, 4)
     for way in ("fine-tuning", "forcing, windows", "forcing, dense", "draft-only, windows", "forcing, flex"):
         if way == "forcing, flex" and not stage.on_gpu:
@@ -32,21 +32,21 @@ def run(stage: Stage) -> None:
 
 
 class StepClock(TrainerCallback):
-    """When each step ended."""
+    """Records when each step ended."""
 
     def __init__(self):
         self.times: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Waits for the device, so that a step's time is its own."""
+        """Waits for the device, so that each step is timed separately."""
         synchronize()
         self.times.append(time.perf_counter())
 
 
 def train(way: str, shape: dict, device: torch.device, length: int, steps: int) -> dict:
     """
-    A few steps in mixed precision, one row of `length` tokens each: of text for plain fine-tuning, else of text and
-    noise.
+    Runs a few steps in mixed precision, each on one row of `length` tokens: text for plain fine-tuning, otherwise text
+    and noise.
 
     Returns:
         `ms_per_step` (the median without the first), `tokens_per_second`, `text_tokens_per_second`, `loss` (the last),
@@ -83,7 +83,7 @@ def train(way: str, shape: dict, device: torch.device, length: int, steps: int) 
 
 
 def _trainer(way: str, model, settings: dict, length: int, steps: int):
-    """The trainer, how many tokens a row has, and how many of them are text."""
+    """The trainer, the number of tokens in a row, and how many of them are text."""
     vocabulary, prompt = model.config.vocab_size, min(64, length // 4)
     if way == "fine-tuning":
         rows = made_up_trajectories(steps, length - prompt, prompt=prompt, vocabulary=vocabulary)

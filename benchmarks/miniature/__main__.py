@@ -1,11 +1,11 @@
 """
-The paper's tables in miniature, from nothing: data, base model, trajectories, Jacobi Forcing, evaluation, tables.
+The paper's tables in miniature, from scratch: data, base model, trajectories, Jacobi Forcing, evaluation, tables.
 
     python -m benchmarks.miniature                      # table 1, the curves
-    python -m benchmarks.miniature --ablations          # tables 2 to 6, too
+    python -m benchmarks.miniature --ablations          # also tables 2 to 6
 
-Everything is kept in `--folder` as it is made, and a run that was interrupted goes on there. The figures go to
-`benchmarks/results/miniature.json`, and from there the tables to `benchmarks/miniature/README.md`.
+Everything is kept in `--folder`, where an interrupted run resumes. The figures go to
+`benchmarks/results/miniature.json`, and the tables made from them to `benchmarks/miniature/README.md`.
 """
 
 from __future__ import annotations
@@ -25,22 +25,24 @@ from .tables import COMPARED, MAIN_ROWS, by_block_size, comparison, grid, main_t
 
 HERE = Path(__file__).parent
 TRAINED = ("forcing", "cllm", "draft")
-AS_IN_THE_PAPER = "forcing-linear"  # its noise: a row of table 1 that takes a training as long as the others
+AS_IN_THE_PAPER = "forcing-linear"  # its noise: a row of table 1 that needs a training as long as the others
 FIGURES = HERE.parent / "results" / "miniature.json"
 START, END = "<!-- tables -->\n", "<!-- end of tables -->\n"
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="where everything is kept")
+    parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="the folder for everything")
     parser.add_argument(
         "--trained", nargs="+", choices=TRAINED, default=TRAINED, help="the trainings of table 1 (default: all)"
     )
     parser.add_argument(
-        "--ablations", action="store_true", help="also tables 2 to 6 and linear noise in table 1: hours"
+        "--ablations",
+        action="store_true",
+        help="also tables 2 to 6, and linear noise in table 1; takes hours",
     )
     parser.add_argument("--figures", type=Path, default=FIGURES, help="where the figures are written")
-    parser.add_argument("--fraction", type=float, default=1.0, help="of the training data, for trying out")
+    parser.add_argument("--fraction", type=float, default=1.0, help="share of the training data, for trying out")
     parser.add_argument("--problems", type=int, default=500, help="held-out problems of each task (default: 500)")
     arguments = parser.parse_args(argv)
     logging.set_verbosity_error()
@@ -55,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
 
     trained = [name for name in TRAINED if name in arguments.trained]
     trained += [AS_IN_THE_PAPER] if arguments.ablations else []
-    rows = figures.get("main", {}) | main_table(results, trained)  # those of other trainings stay
+    rows = figures.get("main", {}) | main_table(results, trained)  # keep the figures of other trainings
     keep("main", {title: rows[title] for title, _, _ in MAIN_ROWS if title in rows})
     keep("curves", figures.get("curves", {}) | {name: {"curve": results.curve(name)["curve"]} for name in trained})
     if arguments.ablations:
@@ -69,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def write_page(figures: dict[str, Any]) -> None:
-    """Puts the tables into the page, and the plots beside it."""
+    """Writes the tables into the page and the plots beside it."""
     page = HERE / "README.md"
     before, _, rest = page.read_text().partition(START)
     _, _, after = rest.partition(END)

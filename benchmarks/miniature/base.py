@@ -28,7 +28,7 @@ TOKENIZER_PROBLEMS = 6000
 
 
 def make_tokenizer(problems: list[Problem]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE with every digit on its own."""
+    """Byte-level BPE with each digit as a separate token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -65,7 +65,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast):
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> datasets.Dataset:
-    """One row a problem: `input_ids`, and `labels` on the completion and its end alone."""
+    """One row per problem: `input_ids`, and `labels` for the completion and its end only."""
 
     def rows():
         for problem in problems:
@@ -78,13 +78,13 @@ def encode(tokenizer: PreTrainedTokenizerFast, problems: list[Problem]) -> datas
 
 def train_base(folder: Path, problems: int, batch_size: int = 16, learning_rate: float = 1.5e-3) -> None:
     """
-    Trains the base model into `folder`, which also gets the tokenizer; an interrupted training goes on.
+    Trains the base model into `folder`, which also gets the tokenizer; an interrupted training resumes.
 
     Args:
         folder: where the checkpoint is written.
-        problems: to train on, each seen once.
-        batch_size: problems a step.
-        learning_rate: at the top; it falls to nothing along a cosine.
+        problems: the training problems, each seen once.
+        batch_size: problems per step.
+        learning_rate: the peak rate; it falls to zero along a cosine.
     """
     set_seed(0)
     data = training_problems(problems, "base")

@@ -52,8 +52,8 @@ def summary(answers: list[dict], before: list[dict]) -> dict[str, dict]:
     Figures by task and for both.
 
     Args:
-        answers: those of a model.
-        before: those of the base model to the same problems.
+        answers: a model's answers.
+        before: the base model's answers to the same problems.
     """
     figures = {}
     for task in (*sorted({row["task"] for row in answers}), "both"):

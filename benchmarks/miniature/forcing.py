@@ -1,4 +1,4 @@
-"""Jacobi Forcing of the base model by a recipe, with the library's own functions."""
+"""Jacobi Forcing of the base model by a recipe, with the library's functions."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ from .tasks import is_solved, training_problems
 
 VALIDATION = 150  # problems of each task, none of them held out or trained on
 BATCH_SIZE = 4
-KEPT = 0.01  # of the solve rate may be lost by the checkpoint that is chosen
-NEAR = 0.02  # of the tokens per forward may be lost for a better one
+KEPT = 0.01  # the share of the solve rate that the chosen checkpoint may lose
+NEAR = 0.02  # the share of tokens per forward that may be lost for a better solve rate
 
 
 @dataclass(frozen=True)
 class Workplace:
     """
-    Where a run keeps what it makes, and how much it makes of it.
+    Where a run keeps its files, and how much of the training data it uses.
 
     Args:
         folder: where everything is kept.
-        fraction: the share of the training data that is used; less than 1 is for trying out.
+        fraction: the share of the training data to use; less than 1 is for trying out.
     """
 
     folder: Path
     fraction: float = 1.0
 
     def some_of(self, count: int) -> int:
-        """That share of a number of problems."""
+        """This share of a number of problems."""
         return max(2 * BATCH_SIZE, int(count * self.fraction))
 
 
 def base_model(place: Workplace) -> Path:
-    """The base model, trained if it is not there."""
+    """The base model, trained if missing."""
     target = place.folder / "base"
     if not (target / "config.json").exists():
         train_base(target, place.some_of(BASE_PROBLEMS))
@@ -55,7 +55,7 @@ def base_model(place: Workplace) -> Path:
 
 
 def load(path: Path, base: Path | None = None):
-    """A model ready to decode; an adapter on its base."""
+    """A model that is ready to decode; an adapter is put on its base."""
     if (path / "adapter_config.json").exists():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), path)
     else:
@@ -69,7 +69,7 @@ def load_tokenizer(base: Path):
 
 
 def trajectories(place: Workplace, block_size: int) -> datasets.Dataset:
-    """The base model's own completions of problems it was not trained on, with every state of their blocks."""
+    """The base model's completions of problems it was not trained on, with every state of their blocks."""
     prompts = max(recipe.prompts for recipe in RECIPES.values() if recipe.block_size == block_size)
     folder = place.folder / f"trajectories-n{block_size}"
     return completions(base_model(place), place.some_of(prompts), block_size, folder)
@@ -77,9 +77,9 @@ def trajectories(place: Workplace, block_size: int) -> datasets.Dataset:
 
 def completions(base: Path, prompts: int, block_size: int, folder: Path) -> datasets.Dataset:
     """
-    Trajectories of so many problems, kept in a folder.
+    Trajectories of a number of problems, kept in a folder.
 
-    In bfloat16, which takes a little over half of float32's time on a CPU that has instructions for it.
+    They are collected in bfloat16, which takes little more than half of float32's time on a CPU that supports it.
     """
     problems = training_problems(prompts, "forcing")
     return hf_jacobi.collect_trajectories(
@@ -96,15 +96,15 @@ def completions(base: Path, prompts: int, block_size: int, folder: Path) -> data
 
 def forced_model(place: Workplace, recipe: Recipe) -> Path:
     """
-    The model that a recipe makes, made if it is not there: a folder with the chosen checkpoint and `curve.json`.
+    The folder of a recipe's model, trained if missing: the chosen checkpoint and `curve.json`.
 
     Raises:
-        `ValueError`: the one that is there was made by another recipe of that name.
+        `ValueError`: the existing folder was made by another recipe of that name.
     """
     target = place.folder / "models" / recipe.name
     if (target / "curve.json").exists():
         if json.loads((target / "curve.json").read_text()).get("recipe") != asdict(recipe):
-            raise ValueError(f"{target} was made by another recipe of that name: delete it to train anew.")
+            raise ValueError(f"{target} was made by another recipe of that name: delete it to train again.")
         return target
     base = base_model(place)
     prompts = place.some_of(recipe.prompts)
@@ -135,12 +135,12 @@ def forced_model(place: Workplace, recipe: Recipe) -> Path:
 @dataclass(frozen=True)
 class Phase:
     """
-    A training that is done.
+    A finished training.
 
     Args:
-        folder: where its checkpoints are.
-        tokens_per_step: of the data, on average.
-        log: what was logged.
+        folder: the folder of its checkpoints.
+        tokens_per_step: mean tokens of the data per step.
+        log: the logged entries.
     """
 
     folder: Path
@@ -149,17 +149,17 @@ class Phase:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """Its checkpoints, the last one last."""
+        """Its checkpoints, in order."""
         return sorted(self.folder.glob("checkpoint-*"), key=_step)
 
     @property
     def last(self) -> Path:
-        """The checkpoint that it ended with."""
+        """The last checkpoint."""
         return self.checkpoints[-1]
 
 
 def learn_to_draft(place: Workplace, recipe: Recipe, base: Path, rows: datasets.Dataset, folder: Path) -> Phase:
-    """The first training, from the base model: with clean context at first, if the recipe says so."""
+    """The first training, from the base model; it begins with clean context if the recipe says so."""
     steps = place.some_of(recipe.steps)
     clean_steps = int(steps * recipe.clean_share)
     parts = [
@@ -178,7 +178,7 @@ def learn_to_draft(place: Workplace, recipe: Recipe, base: Path, rows: datasets.
 
 
 def mend(place: Workplace, recipe: Recipe, model: Path, rows: datasets.Dataset, folder: Path) -> Phase:
-    """The second training, of a model that drafts: on the completions that solve their problem."""
+    """The second training, of a model that already drafts, on the completions that solve their problem."""
     tokenizer = load_tokenizer(base_model(place))
     problems = training_problems(place.some_of(recipe.prompts), "forcing")
 
@@ -187,7 +187,7 @@ def mend(place: Workplace, recipe: Recipe, model: Path, rows: datasets.Dataset, 
         return is_solved(problems[int(row["prompt_id"])], text)
 
     solved = [number for number, row in enumerate(rows) if is_right(row)]
-    rows = rows.select(solved or range(len(rows)))  # a model that was trained for a moment solves nothing
+    rows = rows.select(solved or range(len(rows)))  # a model trained for a moment solves nothing
     packed = hf_jacobi.pack_trajectories(rows, recipe.window_size, recipe.noise_schedule, max_length=1024)
     steps = place.some_of(recipe.mending_steps)
     settings = recipe.mending | {"max_steps": steps, "save_steps": max(1, steps // 2)}
@@ -198,7 +198,7 @@ def mend(place: Workplace, recipe: Recipe, model: Path, rows: datasets.Dataset, 
 def train(
     place: Workplace, model: Path, rows: datasets.Dataset, folder: Path, adapter: str | None, settings: dict
 ) -> Phase:
-    """Trains a model on rows in their order, continuing after the last checkpoint, if any."""
+    """Trains a model on rows in order, resuming after the last checkpoint, if any."""
     lora = LoraConfig(r=128, lora_alpha=128, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer = hf_jacobi.JacobiForcingTrainer(
         model=str(model),
@@ -228,7 +228,7 @@ def train(
 
 
 def one_after_another(parts: list[tuple[datasets.Dataset, int]]) -> datasets.Dataset:
-    """So many rows of each part, its own rows shuffled anew as often as they are needed."""
+    """The given number of rows of each part, whose rows are reshuffled as often as needed."""
     draw = random.Random(0)
     chosen = []
     for rows, count in parts:
@@ -249,7 +249,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def try_checkpoints(base: Path, phases: list[Phase], count: int) -> list[dict]:
-    """Solve rate and tokens per forward on validation problems: of the base model, and of every checkpoint."""
+    """Solve rate and tokens per forward of the base model and of every checkpoint, on validation problems."""
     tokenizer = load_tokenizer(base)
     problems = training_problems(count, "validation")
     before = answer(load(base), tokenizer, problems, AR)
@@ -269,8 +269,8 @@ def try_checkpoints(base: Path, phases: list[Phase], count: int) -> list[dict]:
 
 def choose(curve: list[dict]) -> dict:
     """
-    The checkpoint that solves most among the fastest and those nearly as fast, of all that keep the base model's solve
-    rate; where none does, the one that solves most.
+    Of the checkpoints that keep the base model's solve rate, the one that solves most among the fastest and those
+    nearly as fast; if none keeps it, the one that solves most.
     """
     base, *checkpoints = curve
     kept = [point for point in checkpoints if point["solve_rate"] >= base["solve_rate"] - KEPT]

@@ -1,4 +1,4 @@
-"""What a problem of the miniature is, and which problems are held out."""
+"""The problems of the miniature, and which of them are held out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
-HELD_OUT = 20  # one in so many keys
+HELD_OUT = 20  # one key in this many
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Problem:
     Args:
         task: `"math"` or `"sql"`.
         key: template and numbers; problems with the same key are all held out or all for training.
-        prompt: what the model is given.
+        prompt: the input of the model.
         completion: what it should write.
-        answer: what the task's scorer compares with.
+        answer: the reference for the task's scorer.
     """
 
     task: str
@@ -36,7 +36,7 @@ class Problem:
 
 
 def problems(make: Callable[[random.Random], Problem], seed: str, held_out: bool) -> Iterator[Problem]:
-    """Problems of one side of the split without end, no prompt twice."""
+    """Endless problems of one side of the split, without duplicate prompts."""
     draw = random.Random(f"{seed} {held_out}")
     seen = set()
     while True:

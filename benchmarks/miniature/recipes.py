@@ -1,4 +1,4 @@
-"""What the miniature trains and how it decodes: the rows of its tables."""
+"""The trainings and the ways of decoding of the miniature: the rows of its tables."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class Recipe:
     Args:
         name: of the folder and of the rows.
         block_size, window_size, noise_schedule: of the data. A window of 1 is CLLM.
-        clean_share: of the steps, the first, are taken with clean context (a window of 1, random noise) whatever the
-            window is: drafting is learned sooner that way.
-        mixed: these rows are spread over the whole training instead.
+        clean_share: the share of steps, at the beginning, with clean context (a window of 1, random noise) whatever
+            the window is: drafting is learned sooner that way.
+        mixed: spread these rows over the whole training instead.
         adapter: `None` for the whole model, `"lora"` for an adapter, `"draft"` for one that only drafts.
         prompts: how many completions it is trained on.
         steps: how many steps of four rows it takes.
         learning_rate, ar_loss_weight, ar_loss_weight_start: of these steps. Drafts are learned first, with a small
-            weight of the AR loss, and the text is mended as it grows.
-        mending_steps: how many steps follow to mend the text: of sixteen rows, at a low rate and the last weight of
+            weight of the AR loss; the text recovers as that weight grows.
+        mending_steps: how many more steps repair the text: with sixteen rows, at a low rate and the last weight of
             the AR loss, on completions that solve their problem. Whole models only.
-        checkpoints: how many of the steps before mending are tried on validation problems, the last among them.
+        checkpoints: how many checkpoints before mending are tried on validation problems, including the last.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Recipe:
 
     @property
     def mending(self) -> dict[str, Any]:
-        """Its arguments for mending. Steps of few rows would undo it, as most contain no mistake."""
+        """Its arguments for mending. Steps of few rows would undo it, because most rows contain no mistake."""
         return {
             "learning_rate": 2e-4,
             "ar_loss_weight": self.ar_loss_weight,
@@ -78,7 +78,7 @@ def in_blocks(n: int, blocks: int = 1, ratio: float = 0.85, pool: int = 0) -> Me
 
 
 def sliding(n: int, pool: int = 0) -> Method:
-    """A window that always holds `n` positions."""
+    """A sliding window, which always holds `n` positions."""
     draft = "ngram" if pool else "prompt"
     settings = {"block_size": n, "window": "sliding", "pool_size": pool, "draft_init": draft}
     return Method(f"sliding {n}" + (f", pool {pool}" if pool else ""), "jacobi", settings)

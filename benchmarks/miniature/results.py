@@ -1,4 +1,4 @@
-"""Measurements of the miniature, each kept in a separate file, so that a run continues where it stopped."""
+"""Measurements of the miniature, each in a separate file, so that a run resumes where it stopped."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Results:
         return load_tokenizer(base_model(self.place))
 
     def path(self, name: str) -> Path:
-        """Where the model of a recipe is, or `"base"`; made if it is not there."""
+        """The folder of a recipe's model, or of `"base"`; trained if missing."""
         return base_model(self.place) if name == "base" else forced_model(self.place, RECIPES[name])
 
     def model(self, name: str):
@@ -56,12 +56,12 @@ class Results:
         return self._kept(f"answers/{name}/{method.name}, {count}", [(name, method)], measure)
 
     def quality(self, name: str, method: Method, count: int | None = None) -> dict[str, dict]:
-        """Solve rate, tokens per forward and share of texts identical to the base model's; by task and for both."""
+        """Solve rate, tokens per forward and share of texts identical to the base model's, by task and for both."""
         answers = self.answers(name, method, count or self.count)
         return summary(answers, self.answers("base", AR, self.count)[: len(answers)])
 
     def race(self, name: str, contestants: list[tuple[str, Method]], count: int) -> dict[str, dict]:
-        """Time of models with ways of decoding on `count` problems of each task; the first is the baseline."""
+        """Times models and ways of decoding on `count` problems of each task; the first is the baseline."""
 
         def measure() -> dict:
             models = {model: self.model(model) for model in {model for model, _ in contestants}}
@@ -74,12 +74,12 @@ class Results:
         return self._kept(f"races/{name}, {count}", contestants, measure)
 
     def curve(self, name: str) -> dict:
-        """What `forced_model` notes of the training."""
+        """The notes of `forced_model` about the training."""
         return json.loads((forced_model(self.place, RECIPES[name]) / "curve.json").read_text())
 
     @cached_property
     def setup(self) -> dict[str, str | int]:
-        """What the figures are measured on."""
+        """The machine and versions that the figures are measured on."""
         return setup_of(self.model("base"))
 
     def _kept(self, name: str, contestants: Iterable[tuple[str, Method]], measure: Callable):
@@ -95,14 +95,14 @@ class Results:
         return result
 
     def _identity(self, contestants: Iterable[tuple[str, Method]]) -> list[list[Any]]:
-        """Weights and settings of what is measured; those of the base model with all, as adapters lie on it."""
+        """Weights and settings of what is measured, always with the base model's, which adapters need."""
         base = fingerprint(self.path("base"))
         return [[base, fingerprint(self.path(name)), method.decoding, method.settings] for name, method in contestants]
 
 
 @cache
 def fingerprint(model: Path) -> str:
-    """Tells the weights in a folder from others."""
+    """Identifies the weights in a folder."""
     digest = hashlib.sha256()
     for file in sorted(model.glob("*.safetensors")):
         digest.update(file.read_bytes())

@@ -3,7 +3,7 @@ Puts a trained miniature where `hf-jacobi demo` finds it, with its figures, and 
 
     python -m benchmarks.miniature.ship RECIPE --folder runs/miniature
 
-RECIPE is one of those of table 1, which must have been measured.
+RECIPE is a recipe of table 1 that has been measured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ REMARK = (
 
 
 def evaluation(figures: dict[str, Any], recipe: str) -> dict[str, Any]:
-    """What was measured of a recipe's model, and of its base beside it, as a model card takes it."""
+    """The figures of a recipe's model and of its base, in the form that a model card takes."""
     results = []
     for title, model, _ in MAIN_ROWS:
         row = figures["main"].get(title)
@@ -65,7 +65,7 @@ def evaluation(figures: dict[str, Any], recipe: str) -> dict[str, Any]:
 
 
 def history(model: Path, recipe: Recipe) -> str:
-    """How it was trained, where the card's table tells half of it."""
+    """How it was trained, where the card's table shows only half of it."""
     if not json.loads((model / "curve.json").read_text())["chosen"].startswith("mending"):
         return ""
     return (
@@ -77,7 +77,7 @@ def history(model: Path, recipe: Recipe) -> str:
 
 
 def ship(model: Path, tokenizer: Path, recipe: str) -> None:
-    """Copies what decoding needs of a model that `benchmarks.miniature` chose."""
+    """Copies the files that decoding needs from a model that `benchmarks.miniature` chose."""
     shutil.rmtree(MINIATURE, ignore_errors=True)
     MINIATURE.mkdir(parents=True)
     for name in WEIGHTS:
@@ -98,7 +98,7 @@ def ship(model: Path, tokenizer: Path, recipe: str) -> None:
 
 
 def card() -> str:
-    """The model card of the miniature that ships, from the notes of its training and its figures."""
+    """The model card of the included miniature, from its training notes and its figures."""
     note, measured = (json.loads((MINIATURE / name).read_text()) for name in (NOTE, EVALUATION))
     return render_card(MINIATURE.name, note, measured, packaged=True)
 
@@ -106,6 +106,6 @@ def card() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted({model for _, model, _ in MAIN_ROWS} & set(RECIPES)))
-    parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="where the benchmark kept it")
+    parser.add_argument("--folder", type=Path, default=Path("runs/miniature"), help="the benchmark's folder")
     arguments = parser.parse_args()
     ship(arguments.folder / "models" / arguments.recipe, arguments.folder / "base", arguments.recipe)

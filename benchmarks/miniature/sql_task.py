@@ -70,7 +70,7 @@ AGGREGATE = (
 
 @functools.cache
 def database() -> sqlite3.Connection:
-    """The tables filled by a fixed seed, and `cities`, which says in what region each city is."""
+    """The tables, filled from a fixed seed, and `cities`, which names each city's region."""
     draw = random.Random("miniature")
     connection = sqlite3.connect(":memory:", check_same_thread=False)
     for table, columns in TABLES.items():
@@ -90,7 +90,7 @@ def database() -> sqlite3.Connection:
 
 
 def run(query: str) -> list[tuple] | None:
-    """The rows of a query, or `None` if it is none; stopped after a second's worth of work."""
+    """The rows of a query, or `None` if it is invalid; stopped after a second's worth of work."""
     connection = database()
     connection.set_progress_handler(lambda: 1, 5_000_000)
     try:
@@ -179,5 +179,5 @@ def _propose(draw: random.Random) -> Problem:
 
 
 def is_solved(problem: Problem, text: str) -> bool:
-    """Whether the query that a completion ends in returns what the reference does, in the same order."""
+    """Whether the query at a completion's end returns the reference's rows, in the same order."""
     return run(text) == run(problem.answer)

@@ -1,4 +1,4 @@
-"""The miniature's tables: which figures they take, and how they are written."""
+"""The miniature's tables: the figures they need, and their layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .results import Results
 RACED = 40  # problems of each task that are timed
 SCANNED = 50  # problems of each task on which settings of decoding are compared
 COMPARED_ON = 100  # problems of each task on which trainings are compared
-WHOLE = (AR, sliding(16))  # are measured on all problems, the others of table 1, which write the same text, on PART
+WHOLE = (AR, sliding(16))  # are measured on all problems; the others of table 1, which write the same text, on PART
 PART = 150
 MAIN_ROWS: tuple[tuple[str, str, Method], ...] = (
     ("AR", "base", AR),
@@ -58,7 +58,7 @@ FLIGHTS, RATIOS = (1, 2, 3, 4), (0.5, 0.7, 0.85, 1.0)
 
 
 def main_table(results: Results, trained: Sequence[str]) -> dict[str, Any]:
-    """Table 1. Prompt lookup takes one row at a time, so its quality is AR's and its speed is of the race alone."""
+    """Table 1. Prompt lookup takes one row at a time: its quality is AR's, and only the race measures its speed."""
     chosen = [row for row in MAIN_ROWS if row[1] in ("base", *trained)]
     name = " ".join(("main", *trained))
     race = results.race(name, [(model, method) for _, model, method in chosen], min(RACED, results.count))
@@ -73,13 +73,13 @@ def main_table(results: Results, trained: Sequence[str]) -> dict[str, Any]:
 
 
 def comparison(results: Results, recipes: tuple[str, ...]) -> dict[str, Any]:
-    """Tables 2, 3 and 6: recipes on the same budget, each decoded in several ways."""
+    """Tables 2, 3 and 6: recipes with the same budget, each decoded in several ways."""
     count = min(COMPARED_ON, results.count)
     return {recipe: {method.name: results.quality(recipe, method, count) for method in METHODS} for recipe in recipes}
 
 
 def by_block_size(results: Results) -> dict[str, Any]:
-    """Jacobi Forcing compared with CLLM, same budget: trained on blocks of n, decoded in blocks of n, K = 1 and 2."""
+    """Jacobi Forcing against CLLM with the same budget: trained and decoded in blocks of n, K = 1 and 2."""
     count = min(COMPARED_ON, results.count)
     return {
         recipe: {f"K={k}": results.quality(recipe, in_blocks(n, blocks=k), count) for k in (1, 2)}
@@ -109,7 +109,7 @@ def markdown(head: list[str], rows: list[list]) -> str:
 
 
 def render(figures: dict[str, Any]) -> str:
-    """All tables for which figures exist, as the page `README.md` beside this file shows them."""
+    """All tables for which figures exist, as `README.md` beside this file shows them."""
     parts = []
     if "main" in figures:
         parts += ["### Table 1: ways of decoding", _main(figures["main"])]
@@ -154,10 +154,10 @@ def _main(rows: dict[str, Any]) -> str:
         if "both" in row:
             cells[1:4] = [f"{row[task]['tokens_per_forward']:.2f}" for task in ("math", "sql", "both")]
             cells[6:8] = [f"{100 * row['both']['identical']:.1f}%", row["both"]["problems"]]
-            if row["both"]["problems"] == rows["AR"]["both"]["problems"]:  # else it stands in another row of the model
+            if row["both"]["problems"] == rows["AR"]["both"]["problems"]:  # otherwise another row shows it
                 cells[4:6] = [f"{100 * row[task]['solve_rate']:.1f}%" for task in ("math", "sql")]
         same_race = race["ar_tokens_per_second"] == rows["AR"]["race"]["tokens_per_second"]
-        # Of another day only the ratio can be compared.
+        # From another day, only the ratio can be compared.
         pace = f"{race['tokens_per_second']:.0f}" if same_race else ""
         lines.append([*cells, pace, f"{race['speedup']:.2f}x"])
     return markdown(head, lines)

@@ -12,7 +12,7 @@ TASKS = {"math": math_task, "sql": sql_task}
 
 
 def training_problems(count: int, seed: str) -> list[Problem]:
-    """`count` problems, the tasks in turn; other seeds give others."""
+    """`count` problems, the tasks in turn; each seed gives different ones."""
     sources = [problems(task.make, f"{name} {seed}", held_out=False) for name, task in TASKS.items()]
     return [problem for pair in islice(zip(*sources), count // len(TASKS)) for problem in pair]
 

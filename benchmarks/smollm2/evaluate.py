@@ -5,10 +5,10 @@ A Jacobi-forced SmolLM2 compared with the model it was trained from: tokens per 
 
 writes FOLDER/evaluation.json, from which `hf-jacobi push FOLDER ...` makes the card.
 
-Every prompt is decoded in turn by AR, by transformers' prompt lookup, by Jacobi decoding of the base model
-with default settings and with those of the trained one, and by that of the trained one; and by AR of the
-trained one, unless its text is the base model's anyway. One prompt at a time. In domain are held-out prompts
-of the kinds it was trained on; out of domain are chat prompts (`src/hf_jacobi/evaluation/prompts.py`).
+Each prompt is decoded on its own, by each way in turn: AR, transformers' prompt lookup, Jacobi decoding of the base
+model with default settings and with those of the trained model, Jacobi decoding of the trained model, and AR of the
+trained model unless its text is always the base model's. In-domain prompts are held-out prompts of the kinds it was
+trained on; out-of-domain prompts are chat prompts (`src/hf_jacobi/evaluation/prompts.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ OUT_OF_DOMAIN = "chat, other prompts"
 
 
 def trained(path: Path, base) -> Adapted:
-    """The trained model, an adapter on the base or a whole one."""
+    """The trained model: an adapter on the base, or a whole model."""
     if (path / "adapter_config.json").exists():
         return with_adapter(base, path)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=base.dtype).eval()
@@ -49,7 +49,7 @@ def trained(path: Path, base) -> Adapted:
 
 @torch.no_grad()
 def perplexity(model, texts: list[tuple[list[int], list[int]]]) -> float:
-    """Of completions given their prompts, under causal forwards of the model."""
+    """Perplexity of completions given their prompts, by causal forwards of the model."""
     loss, count = 0.0, 0
     for prompt, completion in texts:
         ids = torch.tensor([prompt + completion], device=model.device)
@@ -60,7 +60,7 @@ def perplexity(model, texts: list[tuple[list[int], list[int]]]) -> float:
 
 
 def measure(arguments) -> dict:
-    """All figures, by kind of prompt, and in domain together."""
+    """All figures, by kind of prompt and for all in-domain prompts."""
     base, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(base)
     model, writer, config = trained(arguments.trained, base)
@@ -100,7 +100,7 @@ def measure(arguments) -> dict:
 
 
 def rows(dataset: str, runs: list[dict[str, Measured]]) -> list[dict]:
-    """One entry for each way of decoding; `exact` is the share of texts that are those of AR by the same model."""
+    """One entry per way of decoding; `exact` is the share of texts identical to AR's by the same model."""
     kept = ("tokens_per_forward", "speedup", "slowest", "tokens_per_second", "positions_per_token", "identical")
     found = compare(runs)
     own = compare([{OWN: run[OWN], TRAINED: run[TRAINED]} for run in runs]) if OWN in runs[0] else found
@@ -117,9 +117,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trained", type=Path, help="the folder of an adapter or a model")
     parser.add_argument("held_out", type=Path, help="held_out.jsonl of benchmarks.smollm2.prompts")
-    parser.add_argument("--model", help="what it was trained from (default: the demo model)")
+    parser.add_argument("--model", help="the model it was trained from (default: the demo model)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--prompts", type=int, default=20, help="of each kind (default: 20)")
+    parser.add_argument("--prompts", type=int, default=20, help="prompts of each kind (default: 20)")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     arguments = parser.parse_args()
     result = measure(arguments)

@@ -23,7 +23,7 @@ def words(text: str) -> list[str]:
     return [item.strip() for item in text.replace("\n", " ").split(";")]
 
 
-# What a question is about, and how it is asked. The subject decides on which side of the split a prompt lies.
+# Subjects of questions, and their wordings. The subject decides on which side of the split a prompt lies.
 QUESTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "countries": (
         words("""

@@ -29,7 +29,7 @@ CARD = ROOT / "model_cards" / f"{DEMO_ADAPTER.name}.md"
 
 
 def ship(adapter: Path) -> None:
-    """Copies what decoding needs of a folder that `hf-jacobi train` wrote."""
+    """Copies the files that decoding needs from a folder that `hf-jacobi train` wrote."""
     weights = load_file(adapter / "adapter_model.safetensors")
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     changed = {
@@ -45,7 +45,7 @@ def ship(adapter: Path) -> None:
 
 
 def card() -> str:
-    """The model card of the adapter that ships, from the notes of its training and its figures."""
+    """The model card of the included adapter, from its training notes and its figures."""
     note, evaluation = (json.loads((DEMO_ADAPTER / name).read_text()) for name in (NOTE, EVALUATION))
     settings = json.loads((DEMO_ADAPTER / "generation_config.json").read_text())["jacobi"]
     return render_card(DEMO_ADAPTER.name, note | {"jacobi": settings}, evaluation, packaged=True)
@@ -53,5 +53,5 @@ def card() -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path, help="what `hf-jacobi train` wrote")
+    parser.add_argument("adapter", type=Path, help="the folder that `hf-jacobi train` wrote")
     ship(parser.parse_args().adapter)

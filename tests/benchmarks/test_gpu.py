@@ -1,4 +1,4 @@
-"""The kit for a GPU hour: every stage runs, none takes the others down, and what a machine lacks can be brought."""
+"""The GPU kit: every stage runs, none stops the others, and a bundle brings what a machine lacks."""
 
 import json
 import subprocess

@@ -20,7 +20,7 @@ def test_variants_are_trained_and_decoded_side_by_side(tmp_path, monkeypatch, sc
     folder = ["--folder", str(tmp_path / "run"), "--output", str(output)]
     for module in (forcing, evaluate):
         monkeypatch.setattr(module, "MAX_NEW_TOKENS", 40)
-    monkeypatch.setattr("shutil.which", lambda name: None)  # to compile takes longer than to train
+    monkeypatch.setattr("shutil.which", lambda name: None)  # compiling takes longer than training
     monkeypatch.setattr(sys, "argv", ["x", "--scope", scope, "--variants", *variants, *sizes, *folder])
     learning.main()
     report = json.loads(output.read_text())

@@ -1,4 +1,4 @@
-"""The miniature: its problems, its choice of a checkpoint, its pages, and all of it at the smallest size."""
+"""The miniature: its problems, its choice of a checkpoint, its pages, and a full run at the smallest size."""
 
 import json
 import random
@@ -117,7 +117,7 @@ def test_all_of_it_at_the_smallest_size_goes_on_where_it_stopped(tmp_path, monke
     save_file({name: value + 1 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
     results.fingerprint.cache_clear()
     main(command)
-    assert json.loads(kept.read_text())["measured"] != before, "other weights are measured anew"
+    assert json.loads(kept.read_text())["measured"] != before, "other weights are measured again"
 
     monkeypatch.setitem(forcing.RECIPES, "cllm", replace(forcing.RECIPES["cllm"], learning_rate=1e-4))
     with pytest.raises(ValueError, match="another recipe"):

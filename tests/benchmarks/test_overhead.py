@@ -1,4 +1,4 @@
-"""A step takes few operations beside the model, whatever the batch."""
+"""A step runs few operations outside the model, whatever the batch."""
 
 from __future__ import annotations
 

@@ -52,8 +52,8 @@ def both(model, inputs, config, make_kwargs=dict, drafts=True, **kwargs):
     """
     The outputs of AR and of Jacobi decoding; `make_kwargs` makes new stateful arguments for each.
 
-    Unless `drafts` is false, drafts must be accepted if a block size is given, since without them Jacobi decoding is
-    just AR. The default settings may try nothing in texts this short.
+    Unless `drafts` is false, drafts must be accepted if a block size is given, because otherwise Jacobi decoding is
+    just AR. The default settings may draft nothing in texts this short.
     """
     kwargs = {"max_new_tokens": 40, "do_sample": False, "return_dict_in_generate": True} | kwargs
     expected = model.generate(**inputs, **kwargs, **make_kwargs())
@@ -81,7 +81,7 @@ PROCESSING = {
     "renormalized": {"renormalize_logits": True, "output_scores": True},
 }
 NO_ROOM = ("one new token", "two new tokens")  # for drafts
-UNMOVED = ("repetition penalty", "watermark", "guidance")  # by these is a model that is sure of its text
+UNMOVED = ("repetition penalty", "watermark", "guidance")  # these leave a model sure of its text
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -103,7 +103,7 @@ def test_a_graph_with_the_adapter_on_is_no_other_calls():
 @pytest.mark.compile
 @pytest.mark.parametrize("rows", [1, 4])
 def test_few_graphs_serve_a_long_text_and_the_next(rows):
-    """While text grows, rows end and windows move, and from one call to the next."""
+    """While text grows, rows end and windows move, and between calls."""
     model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(rows)
     model.config.max_position_embeddings = 1024
     ends = None if rows == 1 else last_new_tokens(model, inputs)

@@ -199,7 +199,7 @@ def same_as_ar(model, inputs, **kwargs):
 
 
 class Carrying(LlamaForCausalLM):
-    """Passes a state from step to step, as code of a checkpoint may do."""
+    """Passes a state from step to step, as a checkpoint's own code can."""
 
     def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
         return super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
@@ -351,7 +351,7 @@ def test_models_that_take_a_cache_and_give_none_back():
 
 
 class OldCode(Masked):
-    """Returns a tuple in place of a cache."""
+    """Returns a tuple instead of a cache."""
 
     def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, **kwargs):
         outputs = super().forward(input_ids, attention_mask, position_ids, past_key_values, return_dict=True)

@@ -32,7 +32,7 @@ EVENTS = (  # after which a run can be killed: files that are moved into place, 
 
 
 def killed_after(events: int, log: Path) -> None:
-    """Lets this process be killed after a number of events, and writes into the log where that was."""
+    """Lets this process be killed after a number of events, and logs where that was."""
     seen, stage = [], ["start"]
     begin = Display.begin
 

@@ -133,7 +133,7 @@ def test_a_wrong_recipe_is_refused_in_a_sentence(changes, message):
         ({"choose": {"score": "no_such_module:score"}}, "no_such_module cannot be imported"),
         ({"train": {"learning_rate": -1.0}}, "`learning_rate` must be from 0"),
         ({"train": {"consistency_loss": "soggy"}}, "`consistency_loss` must be one of"),
-        ({"held_out": []}, "not one row"),
+        ({"held_out": []}, "holds no rows"),
         ({"adapter": {"target_modules": ["nothing"]}}, "'nothing'.* not found"),
         ({"adapter": {"r": 0, "target_modules": ["q_proj"]}}, "should be a positive integer"),
         (

@@ -27,7 +27,7 @@ def install(monkeypatch, sampler=None, expand_batch_to_tokens=None) -> type:
         def forward(self, metadata, draft_probs, logits, sampling_metadata):
             """The tokens of each request: the drafts that match the model's predictions, then one prediction."""
             best, drafts = logits.argmax(-1).tolist(), metadata.draft_token_ids.tolist()
-            logits.fill_(0.0)  # the real one can do so, too
+            logits.fill_(0.0)  # so can the real one
             sampled = []
             for count in metadata.num_draft_tokens:
                 tried, said = drafts[:count], best[: count + 1]

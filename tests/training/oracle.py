@@ -1,4 +1,4 @@
-"""The slow way: a causal forward for each noisy block by itself."""
+"""The slow way: a separate causal forward for each noisy block."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def sequences_of(row: dict[str, list[int]]):
-    """For each sample of a packed row the indices of its text, and those of each of its noisy blocks."""
+    """For each sample of a packed row, the indices of its text and those of each of its noisy blocks."""
     result = []
     for number in range(max(row["seq_ids"]) + 1):
         indices = [index for index, seq in enumerate(row["seq_ids"]) if seq == number]
@@ -19,8 +19,8 @@ def sequences_of(row: dict[str, list[int]]):
 
 def oracle_logits(model, row: dict[str, list[int]]) -> torch.Tensor:
     """
-    `[L, V]`, the logits at each token of a packed row: the text by one causal forward, each noisy block by one over
-    the text before its window, the noisy blocks of the window before it, and itself.
+    `[L, V]`, the logits at each token of a packed row. One causal forward scores the text; another one per noisy block
+    scores the text before its window, the earlier noisy blocks of the window, and the block itself.
     """
     logits: dict[int, torch.Tensor] = {}
     tokens = row["input_ids"]

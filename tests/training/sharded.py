@@ -1,4 +1,4 @@
-"""FSDP 2 and DeepSpeed on processes without a GPU: accelerate has them for GPUs alone, and is told otherwise here."""
+"""FSDP 2 and DeepSpeed on processes without a GPU, where accelerate by itself does not allow them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ENVIRONMENT = {  # what `accelerate launch --config_file examples/fsdp.yaml` set
 
 
 def shard() -> None:
-    """From now on accelerate shards the models that it prepares."""
+    """Makes accelerate shard the models that it prepares from now on."""
     os.environ.update(ENVIRONMENT)
     made = AcceleratorState.__init__
 
@@ -37,7 +37,7 @@ def shard() -> None:
 
 def with_zero(stage: int) -> dict:
     """
-    From now on accelerate trains with DeepSpeed.
+    Makes accelerate train with DeepSpeed from now on.
 
     Args:
         stage: of ZeRO, 2 or 3.
@@ -45,7 +45,7 @@ def with_zero(stage: int) -> dict:
     Returns:
         the arguments of the training that say so.
     """
-    os.environ.pop("ACCELERATE_USE_CPU", None)  # with which it would leave DeepSpeed out
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # which would make it leave DeepSpeed out
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState(cpu=True, backend="gloo")

@@ -1,4 +1,4 @@
-"""A draft-only adapter leaves the base model as it is, whatever PEFT can do to it."""
+"""A draft-only adapter leaves the base model unchanged, whatever PEFT can do to it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_an_adapter_begins_alike_whatever_was_drawn_before(tmp_path, scope):
     ],
 )
 def test_whatever_peft_comes_to_change_is_seen(tmp_path, monkeypatch, touch):
-    """Ways to begin an adapter that nobody has thought of yet."""
+    """Changes that a future way to initialize an adapter might make."""
     make = peft.get_peft_model
 
     def changing(model, *arguments, **settings):
@@ -177,7 +177,7 @@ def test_agreement_is_with_the_base_whatever_an_adapter_begins_with(tmp_path):
 
 
 def test_an_adapter_that_is_merged_is_refused(tmp_path):
-    """Its forward leaves the adapter out, so that there is no gradient."""
+    """Its forward leaves the adapter out, so the adapter gets no gradient."""
     made = peft.get_peft_model(tiny_model(), config())
     made.merge_adapter()
     with pytest.raises(hf_jacobi.UsageError, match=r"is merged into the weights.* unmerge_adapter\(\) first"):

@@ -1,4 +1,4 @@
-"""A step whose gradients are not finite leaves weights and optimizer as they are."""
+"""A step whose gradients are not finite leaves the weights and the optimizer unchanged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _cpu(monkeypatch):
 
 
 class Recorder(TrainerCallback):
-    """What weights and optimizer are after each step."""
+    """The weights and the optimizer state after each step."""
 
     def __init__(self, trainer):
         self.trainer, self.states = trainer, []
@@ -91,7 +91,7 @@ def test_ten_in_a_row_end_the_training_and_leave_the_weights(tmp_path):
 
 
 def skipping(folder) -> list:
-    """Sums of the weights of each process after each step; the second step is broken on the last process."""
+    """Sums of each process's weights after each step; the second step is broken on the last process."""
     from accelerate.utils import gather_object
 
     trainer = trainer_of(
@@ -108,14 +108,14 @@ def skipping(folder) -> list:
 
 @pytest.mark.multiprocess
 def test_all_processes_skip_a_step_that_is_broken_on_one(tmp_path):
-    """With weights spread over them one alone may see it."""
+    """With weights spread over the processes, only one may see it."""
     one, other = on_processes(2, "skipping", tmp_path, module="test_broken_steps")
     assert one == other
     assert one[0] == one[1] != one[2]
 
 
 def test_what_a_gradient_scaler_does_is_left_to_it(tmp_path):
-    """It looks for broken gradients itself, and cannot take a step without any."""
+    """It checks for broken gradients itself, and cannot take a step without gradients."""
     trainer = trainer_of(tiny_model(), tmp_path)
     weight = next(trainer.model.parameters())
     weight.grad = torch.full_like(weight, float("nan"))

@@ -1,4 +1,4 @@
-"""Arguments, models and launches that cannot be served are refused at construction, in one sentence."""
+"""Unsupported arguments, models and launches are refused at construction, in one sentence."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _cpu(monkeypatch):
 
 @pytest.mark.parametrize("size", ["cp_size", "sp_size"])
 def test_context_and_sequence_parallelism_are_refused(tmp_path, monkeypatch, size):
-    """accelerate would put a causal mask in the place of ours, without a word. `accelerate launch` sets variables."""
+    """accelerate would silently replace our mask with a causal one. `accelerate launch` sets variables."""
     with pytest.raises(UsageError, match=rf"\({size}=2\) would put a causal mask"):
         trainer_of(tiny_model(), tmp_path, parallelism_config=ParallelismConfig(**{size: 2}))
     with pytest.raises(UsageError, match=rf"\({size}=2\) would put a causal mask"):
@@ -91,7 +91,7 @@ def test_counts_are_whole(tmp_path, name):
 @pytest.mark.parametrize("value", [NAN, -INF])
 def test_a_model_with_a_broken_weight_is_named_as_such(tmp_path, value):
     model = tiny_model()
-    model.model.embed_tokens.weight.data[90, 3] = value  # of a token that no check of logits uses
+    model.model.embed_tokens.weight.data[90, 3] = value  # the weight of a token that no check of logits uses
     with pytest.raises(UsageError, match=r"the model is broken: model\.embed_tokens\.weight"):
         trainer_of(model, tmp_path)
 
@@ -166,7 +166,7 @@ def test_an_optimizer_made_before_the_weights_it_should_train_is_refused(tmp_pat
 
 
 def test_the_training_set_can_be_the_third_argument(tmp_path):
-    """As it was before the order of the parameters was that of `Trainer`."""
+    """As it was before the parameters followed `Trainer`'s order."""
     data = rows(2)
     trainer = JacobiForcingTrainer(tiny_model(), arguments(tmp_path), data)
     assert trainer.train_dataset is data and isinstance(trainer.data_collator, PackedCollator)

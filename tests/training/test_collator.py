@@ -1,4 +1,4 @@
-"""Batches: padding on the left, twins that move with it, and rows as drafts."""
+"""Batches: left padding, twins that move with it, and rows as drafts."""
 
 import torch
 from packed_rows import packed
@@ -28,7 +28,7 @@ def test_padding_goes_on_the_left_and_twins_move_along():
 
 
 def test_drafts_worked_by_hand():
-    """Of the worked example only block 1 has a wrong token, 91 at position 5; the newest right one before it is 13."""
+    """In the worked example only block 1 has a wrong token, 91 at position 5; the last correct one before it is 13."""
     row = cut_to_drafts(PACKED)
     assert row["input_ids"] == [1, 2, 11, 12, 13, 14, 15, 13, 91]
     assert row["position_ids"] == [0, 1, 2, 3, 4, 5, 6, 4, 5]

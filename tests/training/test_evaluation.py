@@ -35,7 +35,7 @@ if dist.is_initialized():
 
 
 def on_processes(count: int, function: str, tmp_path: Path, module: str = "test_evaluation"):
-    """What a function of a test file, given a folder, returns on the first of some processes."""
+    """Calls a function of a test file with a folder in several processes; returns the first one's result."""
     here = Path(__file__).parent
     path = [str(here), str(here.parent), str(Path(hf_jacobi.__file__).parents[1])]
     out = tmp_path / f"{function}-{count}.json"
@@ -53,7 +53,7 @@ def on_processes(count: int, function: str, tmp_path: Path, module: str = "test_
 
 
 def figures(folder) -> dict[str, list]:
-    """The figures of 5, 4, 1 and 7 rows, two a batch, and of a mixture of experts."""
+    """The figures of 5, 4, 1 and 7 rows, two per batch, and of a mixture of experts."""
     found = {}
     for name, settings in (("llama", {}), ("mixtral", {"output_router_logits": True, "router_aux_loss_coef": 0.5})):
         model = tiny_model(name, **settings)
@@ -79,7 +79,7 @@ def test_each_row_counts_once_on_any_number_of_processes(tmp_path, monkeypatch, 
 
 
 def test_rows_that_training_drops_are_evaluated(tmp_path, monkeypatch):
-    """`dataloader_drop_last` is for batches of one size in training; an evaluation of no batch had a loss of 0."""
+    """`dataloader_drop_last` keeps training batches equal; an evaluation without a batch had a loss of 0."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     some = {"eval_dataset": rows(5, seed=1), "per_device_eval_batch_size": 2}
     whole = trainer_of(tiny_model(), tmp_path, **some).evaluate()["eval_loss"]
@@ -90,7 +90,7 @@ def test_rows_that_training_drops_are_evaluated(tmp_path, monkeypatch):
 
 
 def weights_after(folder) -> list[list[float]]:
-    """Sums over the weights of all processes after a training behind an evaluation."""
+    """Sums over the weights of all processes after an evaluation and then a training."""
     from accelerate.utils import gather_object
     from datasets import IterableDataset
 
@@ -113,7 +113,7 @@ def test_processes_train_together_after_an_evaluation(tmp_path):
 
 
 def gradients_after_an_evaluation(folder) -> list[dict[str, list[float]]]:
-    """Those of all processes, of the whole model and of an adapter."""
+    """Those of all processes, for the whole model and for an adapter."""
     from accelerate.utils import gather_object
 
     settings = {"evaluations": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} | BACKEND
@@ -123,7 +123,7 @@ def gradients_after_an_evaluation(folder) -> list[dict[str, list[float]]]:
 
 @pytest.mark.multiprocess
 def test_processes_have_the_gradients_of_one_after_an_evaluation(tmp_path, monkeypatch):
-    """transformers takes a model that it prepared for evaluation for a wrapped one: each would train by itself."""
+    """transformers mistakes a model prepared for evaluation for a wrapped one: each process would train alone."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     one, other = on_processes(2, "gradients_after_an_evaluation", tmp_path)
     assert one == other

@@ -1,4 +1,4 @@
-"""What is said of decoded text: right answers alone, and text that goes in circles."""
+"""Figures of decoded text: correct answers only, and text that loops."""
 
 import pytest
 from models import tiny_model

@@ -1,4 +1,4 @@
-"""The whole way at the smallest scale: prompts, trajectories, packing, training, and a model that decodes faster."""
+"""All stages at the smallest scale: prompts, trajectories, packing, training, and a model that decodes faster."""
 
 import copy
 import math
@@ -28,8 +28,8 @@ def trajectories(base):
 @pytest.mark.parametrize("scope", ["all", "draft"])
 def test_a_model_learns_to_decode_in_parallel(base, trajectories, scope, tmp_path, monkeypatch):
     """
-    Tokens per forward rise well above the untrained model's. The text stays: with a draft-only adapter token for
-    token, with full fine-tuning within 2% of perplexity.
+    Tokens per forward rise well above the untrained model's. A draft-only adapter keeps every token of the text; full
+    fine-tuning keeps perplexity within 2%.
     """
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")

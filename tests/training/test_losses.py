@@ -1,4 +1,4 @@
-"""Losses against loops in plain Python, and their memory."""
+"""Losses compared with loops in plain Python, and their memory."""
 
 import math
 
@@ -52,7 +52,7 @@ def test_consistency_losses(kind, temperature):
 @pytest.mark.parametrize("kind", CONSISTENCY_LOSSES)
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_gradients_are_those_of_small_differences(kind, temperature):
-    """In float64. That of the LK loss takes its weight for a constant, and so is compared with the weight held."""
+    """In float64. The LK loss treats its weight as a constant, so the comparison holds that weight fixed."""
     student, teacher = torch.randn(2, 3, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     student.requires_grad_()
     (ours,) = torch.autograd.grad(consistency_loss(student, teacher, kind, temperature).sum(), student)
@@ -95,7 +95,7 @@ def test_losses_and_gradients_of_bfloat16_are_finite(kind, apart):
 
 
 def test_total_variation_is_what_is_not_accepted():
-    """Of a token drawn from the student, accepted with the chance min(1, p / q)."""
+    """For a token drawn from the student and accepted with probability min(1, p / q)."""
     student, teacher = torch.randn(2, 1, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q, p = student.softmax(-1), teacher.softmax(-1)
     accepted = (q * (p / q).clamp(max=1)).sum()
@@ -138,7 +138,7 @@ def test_targets_are_those_of_a_plain_loop(max_length, within_block):
 
 
 def blocks_of(batch, targets) -> list[list[int]]:
-    """For each noisy block of a batch the places of its tokens among `targets.noisy`, token by token."""
+    """For each noisy block of a batch, the places of its tokens in `targets.noisy`, found token by token."""
     keys = {}
     flat = {name: batch[name].flatten().tolist() for name in ("seq_ids", "block_ids", "position_ids")}
     length = batch["input_ids"].shape[1]
@@ -170,7 +170,7 @@ def test_only_positions_up_to_the_first_failure_count(max_length):
 
 
 def test_copies_of_a_block_side_by_side_are_blocks_of_their_own():
-    """Though they have the same number: the positions begin again."""
+    """Although they have the same number: the positions start again."""
     row = {
         "input_ids": [5, 6, 7, 8, 7, 9, 7, 9],
         "position_ids": [0, 1, 2, 3, 2, 3, 2, 3],
@@ -191,14 +191,14 @@ def test_copies_of_a_block_side_by_side_are_blocks_of_their_own():
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 @pytest.mark.parametrize("settings", [{"accept_cut": True}, {"accept_cut": True, "place_weight": 0.5}])
 def test_a_cut_is_the_same_wherever_chunks_end(kind, chunk_size, settings):
-    """In blocks, too: a chunk of one token cuts every block. Against a loop over the blocks."""
+    """Also in blocks: a chunk of one token cuts every block. Compared with a loop over the blocks."""
     batch = PackedCollator(0)(packed(4))
     targets = find_targets(batch)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(*batch["input_ids"].shape, 16, generator=generator, requires_grad=True)
     head = torch.nn.Linear(16, 96)
     weight = torch.randn(96, 16, generator=generator)
-    with torch.no_grad():  # some predictions are right, as they should be
+    with torch.no_grad():  # some predictions must be correct
         head.weight.copy_(weight)
         some = targets.noisy[torch.rand(len(targets.noisy), generator=generator) < 0.6]
         hidden.flatten(0, 1)[some] = weight[batch_labels(targets, some)]
@@ -230,7 +230,7 @@ def test_a_cut_is_the_same_wherever_chunks_end(kind, chunk_size, settings):
 
 
 def batch_labels(targets, some):
-    """The text's next tokens at some of the noisy tokens."""
+    """The next tokens of the text, at some of the noisy tokens."""
     labels = dict(zip(targets.noisy.tolist(), targets.labels[targets.twins].tolist()))
     return torch.tensor([labels[token] for token in some.tolist()])
 
@@ -273,7 +273,7 @@ def test_a_batch_without_targets_has_a_gradient_of_zero():
 
 
 def test_within_a_block_ends_where_another_copy_begins_with_the_same_block():
-    """Blocks without a wrong token vanish out of drafts: copies of one block may follow each other then."""
+    """Blocks without a wrong token vanish from drafts, so copies of one block can follow each other."""
     text = list(range(10, 22))
     copy = [text[:4], [text[4], 50, 50, 50], text[8:]]
     row = join_samples([lay_out_sample([3, 4], text, [copy, copy, copy], 1)])

@@ -1,4 +1,4 @@
-"""The mask against one causal forward per noisy block: the same logits, the same gradients."""
+"""The mask compared with one causal forward per noisy block: the same logits, the same gradients."""
 
 import shutil
 

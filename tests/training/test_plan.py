@@ -1,4 +1,4 @@
-"""What the training reads off a batch is found once, in the collator, and not on its device."""
+"""The collator derives once what training needs from a batch, not on the batch's device."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def _cpu(monkeypatch):
 
 
 class NoReads(TorchDispatchMode):
-    """Fails where a device would be waited for: numbers that Python reads, and shapes that depend on values."""
+    """Fails where Python would wait for a device: when it reads numbers, or when shapes depend on values."""
 
     READS = ("nonzero", "_local_scalar_dense", "masked_select", "equal", "is_nonzero", "unique", "bincount")
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         assert not any(name == read or name.startswith((f"{read}_", f"_{read}")) for read in self.READS), name
-        if name.startswith(("index", "_index")):  # by booleans
+        if name.startswith(("index", "_index")):  # indexing by booleans
             indices = [one for arg in args if isinstance(arg, (list, tuple)) for one in arg if one is not None]
             assert not any(index.dtype == torch.bool for index in indices), name
         return function(*args, **kwargs or {})
@@ -39,7 +39,7 @@ class NoReads(TorchDispatchMode):
 
 @contextmanager
 def no_reads(monkeypatch):
-    """Also of `tolist`, which is not dispatched; the table of segments is on the host, and may be read."""
+    """Also catches `tolist`, which is not dispatched; the table of segments is on the host and can be read."""
     tolist = torch.Tensor.tolist
 
     def guarded(tensor):
@@ -52,7 +52,7 @@ def no_reads(monkeypatch):
 
 
 def test_the_guard_sees_reads(monkeypatch):
-    """Of a plan that is made where no device may be read."""
+    """Those of a plan that is made where no device may be read."""
     batch = PackedCollator(0)(packed(2))
     with no_reads(monkeypatch), pytest.raises(AssertionError):
         Planner()(batch)
@@ -82,7 +82,7 @@ def test_the_guard_sees_reads(monkeypatch):
     ],
 )
 def test_a_step_reads_nothing_of_its_device(tmp_path, monkeypatch, settings, attention):
-    """PEFT's own way to apply a draft-only adapter does; that of `NoisyTokens` does not."""
+    """PEFT's own way to apply a draft-only adapter does this; that of `NoisyTokens` does not."""
     settings = dict(settings)
     one_forward = settings.pop("in_one_forward", False)
     adapter = {"peft_config": lora()} if settings.pop("adapter", False) else {}
@@ -109,7 +109,7 @@ def test_a_plan_goes_to_the_device_with_its_batch():
 
 
 class Own:
-    """A collator of a user's own."""
+    """A user's own collator."""
 
     def __call__(self, some):
         return PackedCollator(pad_token_id=0)(some)
@@ -147,7 +147,7 @@ def on_a_stream(folder) -> dict[str, list[float]]:
 
 @pytest.mark.multiprocess
 def test_processes_share_a_stream(tmp_path):
-    """Rows of different lengths, which accelerate by itself would have one process read and join for all."""
+    """Rows of different lengths; by itself, accelerate would let one process read and join them for all."""
     two = {name.removeprefix("module."): torch.tensor(value) for name, value in
            on_processes(2, "on_a_stream", tmp_path, module="test_plan").items()}  # fmt: skip
     one = gradients_of_a_step(tmp_path)

@@ -1,4 +1,4 @@
-"""Fresh trajectories within a training: by the model as it is, on the next prompts, and the same after a resume."""
+"""Fresh trajectories during training: from the current model, on the next prompts, the same after a resume."""
 
 import json
 

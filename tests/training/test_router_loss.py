@@ -1,4 +1,4 @@
-"""The router loss of a mixture of experts is added where its configuration asks for it."""
+"""The router loss of a mixture of experts is added if its configuration says so."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_loss_of_a_text_is_that_of_the_model_itself(name, tmp_path):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_padding_does_not_count_and_noise_does(tmp_path, training):
-    """Against the formula of the Switch Transformer (arXiv 2101.03961, equations 4 to 6), token by token."""
+    """Compared with the formula of the Switch Transformer (arXiv 2101.03961, equations 4 to 6), token by token."""
     model = tiny_model("qwen3_moe", **ASKED)
     trainer = trainer_of(model, tmp_path)
     model.train(training)
@@ -102,7 +102,7 @@ def gradients(folder, data, **settings) -> dict[str, torch.Tensor]:
     ],
 )
 def test_it_weighs_as_much_however_a_step_is_cut(tmp_path, settings):
-    """With rows all alike: the loss of a mixed batch is not the mean of those of its parts."""
+    """With identical rows, because the loss of a mixed batch is not the mean over its parts."""
     data = rows(1).select([0] * 8)
     assert_same(gradients(tmp_path, data, **settings), gradients(tmp_path, data))
 

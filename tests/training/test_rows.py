@@ -1,4 +1,4 @@
-"""Rows that were edited or cut are refused, whichever they are, and named."""
+"""Edited or cut rows are refused and named, wherever they are."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WRONG = 66  # beyond the first ones
 
 
 def order(row, key):
-    """The tokens of a row, sorted by what `key` says of their block."""
+    """The tokens of a row, sorted by `key` of their block."""
     indices = sorted(range(len(row["block_ids"])), key=lambda index: key(row["block_ids"][index]))
     for column in COLUMNS:
         row[column] = [row[column][index] for index in indices]
@@ -110,7 +110,7 @@ def test_rows_as_they_are_packed_are_taken(tmp_path, settings):
 
 
 class OfTorch(torch.utils.data.Dataset):
-    """Does not say how to run through it, and gives tensors."""
+    """Defines no iteration of its own, and returns tensors."""
 
     def __init__(self, data):
         self.data = data
@@ -159,7 +159,7 @@ def test_what_is_no_row_is_named(tmp_path, row):
 
 
 def test_columns_of_unsigned_numbers_are_looked_at_beside_others(tmp_path):
-    """Mixed with signed numbers, NumPy makes them floats."""
+    """NumPy turns them into floats when they are mixed with signed numbers."""
     plain, unsigned = packed(2)
     unsigned["input_ids"] = np.array(unsigned["input_ids"], dtype=np.uint64)
     trainer_of(tiny_model(), tmp_path, data=[plain, unsigned]).train()

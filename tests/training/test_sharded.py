@@ -1,4 +1,4 @@
-"""FSDP 2 on two processes of a CPU: the losses of one process, checkpoints, and weights gathered once a step."""
+"""FSDP 2 on two CPU processes: the losses of one process, checkpoints, and weights gathered once per step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sharded_trainer(folder, kind: str, processes: int = 1, **settings):
 
 
 def curves(folder) -> dict[str, list[float]]:
-    """The losses of all kinds; of one also what a run comes to that goes on from the middle, after an evaluation."""
+    """The losses of all kinds; for one kind also those of a run resumed midway, after an evaluation."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
     if processes > 1:
         shard()
@@ -91,7 +91,7 @@ def test_sharded_processes_train_save_and_resume_as_one_does(tmp_path):
 
 
 def zero_curves(folder) -> dict[str, list[float]]:
-    """The losses of a whole model and of an adapter with ZeRO 2 and 3; 3 from a model by name, which comes sharded."""
+    """The losses of a whole model and of an adapter with ZeRO 2 and 3; for 3 the model is named and loads sharded."""
     found = {}
     for stage in (2, 3):
         for kind in ("untied", "lora", "draft"):
@@ -139,7 +139,7 @@ def test_zero_trains_saves_and_resumes_as_one_process_does(tmp_path):
 
 
 def saved(folder: Path, kind: str):
-    """The model of a saved folder."""
+    """The model in a saved folder."""
     if "peft_config" not in KINDS[kind][1]:
         return AutoModelForCausalLM.from_pretrained(folder)
     from peft import PeftModel
@@ -148,7 +148,7 @@ def saved(folder: Path, kind: str):
 
 
 def in_half_precision(folder) -> list[str]:
-    """The dtypes of what a training step sums."""
+    """The dtypes of the sums in a training step."""
     shard()
     trainer = sharded_trainer(folder, "untied", 2, bf16=True, max_steps=1, eval_prompts=0)
     compute, found = trainer.sum_losses, []
@@ -170,7 +170,7 @@ def test_sums_over_thousands_of_tokens_are_not_rounded_to_half_precision(tmp_pat
 
 
 def gathers(folder) -> dict[str, int]:
-    """How often weights are gathered in a step, by the kind of head and the size of the chunks."""
+    """How often a step gathers weights, by kind of head and size of chunks."""
     shard()
     count = [0]
 
@@ -200,7 +200,7 @@ def gathers(folder) -> dict[str, int]:
         return found[0]
 
     def of_a_head_by_itself(size: int) -> int:
-        """Gathered whenever it is called, as any layer is."""
+        """Gathered whenever it is called, like any layer."""
         trainer = sharded_trainer(folder, "untied", 2, loss_chunk_size=size, eval_prompts=0)
         fully_shard(trainer.model.lm_head, reshard_after_forward=True)
         fully_shard(trainer.model)
@@ -221,11 +221,11 @@ def test_the_head_is_gathered_once_however_many_chunks_there_are(tmp_path):
 
 
 def test_fsdp_that_would_be_left_out_is_refused(tmp_path, monkeypatch):
-    """accelerate has none for processes on a CPU, and copies the model to each of them without a word."""
+    """accelerate has none for CPU processes, and silently copies the model to each of them."""
     trainer = sharded_trainer(tmp_path, "untied")
     refuse_without_sharding(trainer)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    refuse_without_sharding(trainer)  # of one process there is nothing to shard
+    refuse_without_sharding(trainer)  # with one process there is nothing to shard
     monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     with pytest.raises(ValueError, match="accelerate does not support FSDP for processes on a cpu"):
         refuse_without_sharding(trainer)

@@ -1,4 +1,4 @@
-"""Draft-only training in two forwards, the text once for all noise, is what it was in one."""
+"""Draft-only training in two forwards, with the text once for all noise, gives the results of one forward."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _cpu(monkeypatch):
 def loss_and_gradients(
     folder, name="llama", data=None, one_forward=False, attention=None, targets=None, required=True, **settings
 ):
-    """Of one batch, of an adapter that does something from the start."""
+    """For one batch, with an adapter that has an effect from the start."""
     model = tiny_model(name, attention=attention)
     torch.manual_seed(1)
     adapter = peft.LoraConfig(r=4, target_modules=targets or MODELS[name], init_lora_weights=False)
@@ -140,7 +140,7 @@ def test_half_precision_differs_by_rounding_alone(tmp_path):
 
 @pytest.mark.parametrize("name", ["mixtral", "phi3", "cohere2", "deepseek_v3", "gemma3n"])
 def test_other_models_are_tried_and_train_as_before(tmp_path, name):
-    """In two forwards, or in one where a few tokens came out otherwise when the trainer was made."""
+    """Two forwards, or one if a few tokens came out differently when the trainer was made."""
     targets = {"deepseek_v3": ["o_proj"], "phi3": ["qkv_proj", "o_proj"]}.get(name, ["q_proj", "v_proj"])
     found = [
         loss_and_gradients(tmp_path, name, targets=targets, one_forward=way, required=False) for way in (False, True)

@@ -1,4 +1,4 @@
-"""The trainer: exact under accumulation and several processes, resumable, and refusing what it cannot do."""
+"""The trainer is exact under accumulation and several processes, resumes, and refuses what it cannot do."""
 
 import copy
 import inspect
@@ -113,7 +113,7 @@ def test_the_loss_is_that_of_the_oracle(tmp_path):
 
 
 def test_a_cut_loss_is_that_of_the_oracle(tmp_path):
-    """After some training, so that predictions are right; what is logged is of all positions."""
+    """After some training, so that some predictions are correct; the logged figures cover all positions."""
     model = tiny_model()
     settings = {"consistency_loss": "tv", "accept_cut": True, "block_position_weight": 0.5, "ar_loss_weight": 2.0}
     trainer = trainer_of(model, tmp_path, max_steps=30, learning_rate=1e-2, **settings)
@@ -243,7 +243,7 @@ def test_what_is_logged(tmp_path):
 
 
 def test_evaluation_sums_over_all_batches(tmp_path):
-    """Rows of different lengths: the mean of the batches' means would be another number."""
+    """With rows of different lengths, the mean of the batches' means would be a different number."""
     data = rows(5, seed=1)
     names = ("eval_loss", "eval_ar_loss", "eval_consistency_loss", "eval_noisy_accuracy")
     figures = []
@@ -394,7 +394,7 @@ def test_the_weight_of_the_ar_loss_grows_slowly_at_first(tmp_path):
 
 
 def compile_quickly(monkeypatch) -> None:
-    """In one graph, as always, but without code of its own for it, which takes a minute."""
+    """In one graph, as always, but without generating code for it, which takes a minute."""
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend="aot_eager"))
 
 
@@ -493,7 +493,7 @@ def test_a_draft_only_adapter_needs_layers_that_know_rows(tmp_path):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_draft_only_adapter_is_evaluated_while_it_trains(tmp_path, checkpointing):
-    """PEFT prepares each forward with checkpointing for a backward pass, which evaluation never runs."""
+    """With checkpointing, PEFT prepares each forward for a backward pass, which evaluation never runs."""
     trainer = trainer_of(
         tiny_model(), tmp_path, peft_config=lora(), adapter_scope="draft", activation_checkpointing=checkpointing,
         max_steps=3, eval_dataset=rows(3), eval_strategy="steps", eval_steps=1, eval_prompts=1, eval_max_new_tokens=8,
@@ -505,7 +505,7 @@ def test_a_draft_only_adapter_is_evaluated_while_it_trains(tmp_path, checkpointi
 @pytest.mark.compile
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_draft_only_adapter_that_trains_compiled_is_told_its_tokens_by_peft_again(tmp_path, monkeypatch):
-    """When it decodes in between, and when training is over."""
+    """While it decodes in between, and after training."""
     compile_quickly(monkeypatch)
     trainer = trainer_of(
         tiny_model(attention="eager"), tmp_path, peft_config=lora(), adapter_scope="draft", compile_layers=True,

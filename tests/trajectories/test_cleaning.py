@@ -1,4 +1,4 @@
-"""Loops are found and cut, and what is dropped is counted."""
+"""Loops are found and cut, and dropped completions are counted."""
 
 from collections import Counter
 

@@ -1,4 +1,4 @@
-"""Collecting: every state is what a plain forward says, whatever the batch, the shards and the processes."""
+"""Collecting: every state equals a plain forward's, whatever the batch, the shards and the processes."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ def collect(model, prompts, **settings):
 
 
 def check_against_oracle(model, row, choose=lambda logits, position: logits.argmax(-1)):
-    """Each state is one plain causal forward over prompt, text before the block, and previous state."""
+    """Each state is the result of one plain causal forward over prompt, text before the block, and previous state."""
     text = row["completion_ids"]
     assert len(row["trajectories"]) == -(-len(text) // row["block_size"])
     for number, states in enumerate(row["trajectories"]):
@@ -80,7 +80,7 @@ def test_the_text_is_that_of_generate():
 
 
 def test_states_are_those_of_the_decode_loop(permuted_copy):
-    """The other way to get them: decode in blocks, and record every draft."""
+    """Another way to get them: decode in blocks and record every draft."""
     from hf_jacobi.decoding.call import DecodeCall
     from hf_jacobi.decoding.loop import run_to_end
     from hf_jacobi.trajectories.refine import Block, refine_blocks
@@ -312,7 +312,7 @@ def test_a_data_set_may_grow_but_not_shrink(tmp_path):
     model, folder = tiny_model(), tmp_path / "out"
     collect(model, texts(3), output_dir=folder, shard_size=2)
     assert collect(model, texts(7), output_dir=folder, shard_size=2)[:] == collect(model, texts(7))[:]
-    with pytest.raises(ValueError, match="begun with more data than there are now"):
+    with pytest.raises(ValueError, match="begun with more data than is given now"):
         collect(model, texts(4), output_dir=folder, shard_size=2)
 
 

@@ -1,4 +1,4 @@
-"""Completions from elsewhere: the states are those of the model, the text is the one that was given."""
+"""Completions from elsewhere: the states are the model's, the text is the given one."""
 
 import itertools
 import json
@@ -77,7 +77,7 @@ def test_a_check_leaves_out_and_names_what_the_model_would_not_have_written(tmp_
     assert len(collect_trajectories(model, tiny_tokenizer(), completions=pairs, **SETTINGS)) == 5
     with pytest.raises(UsageError, match="prompt 2 is not the model's greedy text"):
         collect_trajectories(model, tiny_tokenizer(), completions=pairs, check=True, strict=True, **SETTINGS)
-    with pytest.raises(UsageError, match="not one of 1 completions is the model's greedy text"):
+    with pytest.raises(UsageError, match="none of the 1 completions is the model's greedy text"):
         collect_trajectories(model, tiny_tokenizer(), completions=pairs[2:3], check=True, **SETTINGS)
 
 
@@ -122,7 +122,7 @@ def test_bad_completions_are_named_and_the_others_kept():
         ({"dataset": ["w5"], "completions": ["w5"]}, "either `dataset`"),
         ({"dataset": ["w5"], "check": True}, "`check` is for `completions`"),
         ({"completions": [{"prompt": "w5"}]}, "need a column `completion`"),
-        ({"completions": [{"prompt": "w5", "completion": "w6"}], "do_sample": True}, "written already"),
+        ({"completions": [{"prompt": "w5", "completion": "w6"}], "do_sample": True}, "already written"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, message):

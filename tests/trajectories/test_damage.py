@@ -56,7 +56,7 @@ def test_a_shard_damaged_in_its_middle_is_named_by_all_who_read_it(tmp_path, byt
 
 
 def test_no_bit_of_a_shard_that_is_flipped_is_passed_over(tmp_path):
-    """In a page that is stored as it is, others read another token without a word; in a name, they miss a column."""
+    """In an uncompressed page, other readers silently read another token; in a name, they miss a column."""
     folder = tmp_path / "out"
     expected = collect(folder).to_list()
     shard = folder / "trajectories-00001.parquet"
@@ -101,14 +101,14 @@ def test_settings_that_are_lost_are_asked_for(tmp_path):
     """As after `cp folder/*`."""
     collect(tmp_path / "out")
     (tmp_path / "out" / ".hf_jacobi.json").unlink()
-    with pytest.raises(UsageError, match=r"without its settings: put back the \.hf_jacobi\.json"):
+    with pytest.raises(UsageError, match=r"without its settings: restore the hidden file \.hf_jacobi\.json"):
         collect(tmp_path / "out")
 
 
-EMPTY = ("empty", "blank")  # which do no harm among others
+EMPTY = ("empty", "blank")  # harmless among others
 FILES = {
-    "cut.jsonl": (b'{"prompt": "w3"}\n{"prompt": ', r"cut\.jsonl, line 2 is no JSON"),
-    "list.jsonl": (b'{"prompt": "w3"}\n[1]\n', r"list\.jsonl, line 2 is no object"),
+    "cut.jsonl": (b'{"prompt": "w3"}\n{"prompt": ', r"cut\.jsonl, line 2 is not JSON"),
+    "list.jsonl": (b'{"prompt": "w3"}\n[1]\n', r"list\.jsonl, line 2 is not an object"),
     "empty.jsonl": (b"", r"empty\.jsonl is empty"),
     "empty.csv": (b"", r"empty\.csv is empty"),
     "blank.jsonl": (b"\n", r"blank\.jsonl is empty"),
@@ -169,7 +169,7 @@ def test_splits_of_a_folder_of_any_name_are_found(tmp_path):
         open_prompts(empty)
 
 
-# What is no set of trajectories
+# What is not a set of trajectories
 
 
 @pytest.mark.parametrize("token", [None, -5, 3.5, "a", 2**31, 2**40])

@@ -1,4 +1,4 @@
-"""Noise levels against a loop in plain Python, and the shapes of the schedules."""
+"""Noise levels compared with a loop in plain Python, and the shapes of the schedules."""
 
 from __future__ import annotations
 

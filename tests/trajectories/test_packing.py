@@ -1,4 +1,4 @@
-"""Packing against an example worked by hand."""
+"""Packing compared with an example worked by hand."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_data_that_cannot_be_packed_is_refused(tmp_path):
     with pytest.raises(ValueError, match="block of no states"):
         pack_trajectories([ROW | {"trajectories": [[]]}])
     pack_trajectories([ROW] * 3, output_dir=tmp_path / "out", shard_size=1)
-    with pytest.raises(ValueError, match="more data than there are now"):
+    with pytest.raises(ValueError, match="more data than is given now"):
         pack_trajectories([ROW], output_dir=tmp_path / "out", shard_size=1)
 
 
@@ -159,7 +159,7 @@ print(max(last) - max(first))
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path):
-    """Ten times the data, 150 MB of packed rows, in less than 60 MB more."""
+    """Ten times the data, 150 MB of packed rows, takes less than 60 MB more."""
     path = str(Path(hf_jacobi.__file__).parents[1])
     code = MEMORY.format(path=path, cache=str(tmp_path / "cache"), out=str(tmp_path))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Packing, which works on whole arrays, against the slow and obvious way: token by token, in lists."""
+"""Packing, which works on whole arrays, compared with the slow and obvious way: token by token, in lists."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_what_data_sets_hold_is_read_whatever_its_types_and_order():
 
 @pytest.mark.parametrize("source", [list, Dataset.from_list])
 def test_files_and_their_digests_are_those_of_rows_written_one_by_one(tmp_path, source):
-    """So that a folder that an earlier version began is gone on with."""
+    """So that folders begun by an earlier version can be continued."""
     fast(source(ROWS), 3, "random", copies=2, output_dir=tmp_path, shard_size=100)
     for shard in range(4):
         piece = ROWS[shard * 100 : (shard + 1) * 100]
@@ -197,7 +197,7 @@ def test_files_and_their_digests_are_those_of_rows_written_one_by_one(tmp_path, 
 
 
 def test_a_digest_does_not_depend_on_where_the_rows_come_from():
-    """Those that Arrow writes as text, and those that it cannot."""
+    """Those that Arrow writes as text, and those that it cannot write."""
     columns = ("prompt_ids", "completion_ids", "block_size", "trajectories")
     empty = {"prompt_ids": [], "completion_ids": [], "block_size": 2, "trajectories": []}
     for rows in (ROWS, [empty, *ROWS], [{**empty, "block_size": None}, *ROWS[:3]]):

@@ -1,4 +1,4 @@
-"""Prompts as users have them: tools, settings of the template, token ids, and some that are bad."""
+"""Prompts as users have them: tools, template settings, token ids, and bad prompts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 
 def tokenizer(template: str = TEMPLATE, before: str = "", behind: str = ""):
-    """One that puts special tokens around a text, if asked to."""
+    """A tokenizer that can put special tokens around a text."""
     found = tiny_tokenizer()
     found.chat_template = template
     if before or behind:
@@ -178,20 +178,20 @@ BAD = [
     ({"messages": []}, "prompt 1 is empty"),
     ({"messages": None}, "prompt 1 is empty"),
     ({"prompt": " "}, "prompt 1 is empty"),
-    ({"prompt": [3, 96]}, "prompt 1 holds token 96, but LlamaForCausalLM has 96"),
+    ({"prompt": [3, 96]}, "prompt 1 holds token 96, but LlamaForCausalLM has only 96"),
     ({"prompt": [-1]}, "prompt 1 holds token -1"),
     ({"prompt": [3, 2.5]}, "prompt 1: a prompt must be text or a list of messages or of token ids"),
     ({"prompt": 3.5}, "prompt 1: a prompt must be text or a list of messages or of token ids"),
     ({"messages": ["w3"]}, "prompt 1: a prompt must be text or a list of messages or of token ids"),
     ({"messages": [{"role": "user", "content": 3}]}, "prompt 1: a message must be text or parts with a text"),
     ({"messages": ASKED, "tools": 3}, "prompt 1: its tools must be a list"),
-    ({"messages": ASKED, "tools": "{bad"}, "prompt 1: its tools are text, but no JSON"),
+    ({"messages": ASKED, "tools": "{bad"}, "prompt 1: its tools are text, but not JSON"),
     ({"messages": ASKED, "chat_template_kwargs": [1]}, "prompt 1: `chat_template_kwargs` must be a dictionary"),
     ({"messages": ASKED, "chat_template_kwargs": {"tokenize": False}}, "prompt 1: .*drop tokenize"),
     ({"prompt": "w3", "tools": [TOOL]}, "prompt 1: it is text, but has tools"),
     ({"prompt": "w3 " * 300}, "prompt 1 has 300 tokens, more than 248"),
     ({"other": "w3"}, r"prompt 1: none of the columns \['other'\] looks like a prompt"),
-    ({"messages": ASKED, "tools": ["{bad"]}, "prompt 1: its tools are text, but no JSON"),
+    ({"messages": ASKED, "tools": ["{bad"]}, "prompt 1: its tools are text, but not JSON"),
     ({"id": "seven", "prompt": 3}, "prompt seven: a prompt must be"),
 ]
 
@@ -227,7 +227,7 @@ def test_a_prompt_that_strict_ended_at_can_be_mended(tmp_path):
 
 
 def test_not_one_good_prompt_is_an_error():
-    with pytest.raises(UsageError, match="not one of 2 prompts can be used: prompt 0: TemplateError"):
+    with pytest.raises(UsageError, match="none of the 2 prompts can be used: prompt 0: TemplateError"):
         collect([{"messages": [{"role": "system", "content": "w3"}]}] * 2)
 
 
@@ -265,7 +265,7 @@ def test_arguments_that_are_none_are_named():
 
 
 def test_long_arrays_of_ids_are_told_apart_by_a_folder(tmp_path):
-    """NumPy prints the ends of a long array alone."""
+    """NumPy prints only the ends of a long array."""
     long = np.arange(1200) % 90 + 3
     other = long.copy()
     other[600] = 5

@@ -1,4 +1,4 @@
-"""The folder that a data set grows in, by itself."""
+"""The folder in which a data set grows, tested alone."""
 
 import pytest
 from datasets import Features, Value

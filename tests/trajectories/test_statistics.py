@@ -1,4 +1,4 @@
-"""Statistics of packed rows, counted again by hand."""
+"""Statistics of packed rows, compared with counts by hand."""
 
 import pytest
 from packing_example import PACKED, ROW

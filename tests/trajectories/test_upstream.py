@@ -1,4 +1,4 @@
-"""The authors' formats, on rows made by hand: the same pairs, windows and positions come out."""
+"""The authors' formats, on rows made by hand: the pairs, windows and positions stay the same."""
 
 import json
 import re
@@ -109,7 +109,7 @@ def test_raw_trajectories_become_ours(tmp_path, kind):
 
 
 def test_raw_and_packed_agree(tmp_path):
-    """What is packed from raw rows is what their packed rows convert to."""
+    """Packing raw rows gives the same result as converting the authors' packed rows."""
     raw = RawTrajectories(write(tmp_path, RAW), block_size=3)
     ours = pack_trajectories(raw, window_size=2, noise_schedule="constant")
     theirs = PackedRows(write(tmp_path, [PACKED], ".json"), window_size=2).to_dataset()
@@ -147,7 +147,7 @@ def test_malformed_packed_rows_are_counted_or_named(tmp_path, row, reason):
     ("row", "reason"),
     [
         (RAW[1], "without those before it"),
-        (OTHER | {"diffusion_itr_id": "one"}, "itr_ and a number"),
+        (OTHER | {"diffusion_itr_id": "one"}, "itr_ followed by a number"),
         (OTHER | {"answer_trajectory_ids": [[1, 3, 4], [1, 3]]}, r"states of \[2, 3\] tokens"),
         (OTHER | {"answer_trajectory_ids": []}, "not a list of states"),
         (RAW[1] | {"data_id": "data_8", "prompt_ids": [8]}, "neither the prompt nor the text"),
@@ -167,7 +167,7 @@ def test_malformed_raw_rows_are_counted_or_named(tmp_path, row, reason):
 def test_a_broken_array_and_a_missing_file_are_errors(tmp_path):
     path = write(tmp_path, [PACKED], ".json")
     path.write_text(path.read_text()[:-10])
-    with pytest.raises(ValueError, match="row 1: the array ends in the middle"):
+    with pytest.raises(ValueError, match="row 1: the array is cut off"):
         list(PackedRows(path, window_size=2))
     with pytest.raises(OSError, match="no file"):
         PackedRows(tmp_path / "nothing.jsonl", window_size=2)
@@ -181,7 +181,7 @@ def test_another_block_size_than_that_of_the_data_makes_no_rows(tmp_path, size):
     rows = list(reader)
     assert sum(reader.skipped.values()) >= 1
     for row in rows:
-        assert row["prompt_id"] != "data_7" or size == 4  # blocks of three are short blocks of four: no second one
+        assert row["prompt_id"] != "data_7" or size == 4  # blocks of three are short blocks of four: none can follow
         assert len(row["trajectories"]) == 1
 
 

@@ -1,4 +1,4 @@
-"""How training data is made: trajectories, the noise schedule, packing. Needs what the extra `train` brings."""
+"""Makes training data: trajectories, the noise schedule, packing. Needs the extra `train`."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ __all__ = [
     "read_report",
 ]
 
-# Imported when it is first asked for, as `encoding` serves those, too, who do not have `datasets`.
+# Imported on first use, because `encoding` must also work without `datasets`.
 _MODULES = {
     "TRAJECTORY_FEATURES": "collect",
     "collect_trajectories": "collect",

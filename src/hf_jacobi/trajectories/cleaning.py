@@ -45,7 +45,7 @@ def clean(
     counts: MutableMapping[str, int],
 ) -> list[int] | None:
     """
-    The part of a completion that is kept.
+    Returns the part of a completion to keep.
 
     Args:
         tokens: the completion, its end-of-sequence token included if it has one.

@@ -44,8 +44,8 @@ TRAJECTORY_FEATURES = Features(
     }
 )
 NAME = "trajectories"
-NAMED = 10  # the most prompts that a warning names
-WAIT = timedelta(days=2)  # for each other: a shard can take long, and torch gives up after minutes
+NAMED = 10  # a warning names at most this many prompts
+WAIT = timedelta(days=2)  # for other processes: a shard can take long, and by default torch gives up after minutes
 
 
 def collect_trajectories(
@@ -78,12 +78,12 @@ def collect_trajectories(
     progress: bool | Callable[[int, int | None], None] = True,
 ) -> Dataset:
     """
-    Lets a model complete prompts, and records the Jacobi trajectory of each block of the text.
+    Completes prompts with a model and records the Jacobi trajectory of each block of the text.
 
     A block's trajectory begins with a first guess (`draft_init`); each further state holds the model's own prediction
     for every position, given the text before the block and the state before it; the last state is the text (paper,
-    section 3.1). Started again with the same arguments, it goes on where it was interrupted. Started by
-    `accelerate launch` in several processes, each takes its share of the shards, and all return the whole.
+    section 3.1). An interrupted run continues when it is started again with the same arguments. With several processes
+    of `accelerate launch`, each takes its share of the shards, and all return the whole data set.
 
     > Parameters that control what is collected
 
@@ -92,27 +92,27 @@ def collect_trajectories(
         tokenizer: its tokenizer.
         dataset: prompts: a `datasets` data set, a list of texts, rows or token ids, or the path of a JSON, JSONL,
             Parquet, CSV or text file. Messages go through the chat template, with the row's `tools` and
-            `chat_template_kwargs` if it has such columns; an answer at their end is left out.
-        completions: in place of `dataset`, prompts with their completions, such as the output of a serving engine:
-            rows, or a file of them, with a prompt as in `dataset` and `completion`, text or tokens, or
-            `completion_ids`. The states alone are computed, in a fraction of the time. A state holds the tokens given
-            so far, the next one among them, and the model's own predictions from there on; so the last state is the
-            completion, whoever wrote it, and where the model wrote it, greedily, the trajectory is the one that it
-            would get here. Text gets the end-of-sequence token that engines leave out, unless the row's
-            `finish_reason` is `"length"` or `"max_tokens"`, or its `ended` is false. Tokens of an engine are exact;
-            text is encoded anew, which may split words otherwise.
-        check: of `completions`, leave out those that are not the model's greedy text: counted and named like prompts
-            that cannot be used, and an error with `strict`. In half precision a model can break ties differently
-            from the engine.
+            `chat_template_kwargs` if it has such columns; a final answer is left out.
+        completions: instead of `dataset`, prompts with their completions, such as the output of a serving engine:
+            rows, or a file of them, with a prompt as in `dataset` and either `completion` (text or tokens) or
+            `completion_ids`. Only the states are computed, in a fraction of the time. A state holds the tokens given
+            so far, including the next one, and the model's own predictions from there on. The last state is therefore
+            the completion, whoever wrote it; if the model wrote it greedily, the trajectory is the one that it would
+            get here. Text gets the end-of-sequence token that engines leave out, unless the row's `finish_reason` is
+            `"length"` or `"max_tokens"`, or its `ended` is false. Tokens of an engine are exact; text is tokenized
+            again, which can split words differently.
+        check: leave out those `completions` that are not the model's greedy text. They are counted and named like
+            prompts that cannot be used, and are an error with `strict`. In half precision a model can break ties
+            differently from the engine.
         block_size: n, the length of a block; the last block of a completion may be shorter.
         max_new_tokens: the longest completion.
-        draft_init: `"prompt"` or `"vocabulary"`, what a block's first guess is drawn from, by `seed`.
-        prompt_column: the column of the prompts. Left out, the first existing one of `messages`, `conversations`,
+        draft_init: `"prompt"` or `"vocabulary"`: where the first guess of a block is drawn from, with `seed`.
+        prompt_column: the column of the prompts; by default the first existing one of `messages`, `conversations`,
             `prompt`, `question`, `instruction`, `text`, `prompt_ids` and `input_ids`.
         as_chat: treat a text as a user's message instead of a text to continue.
-        max_prompt_length: prompts of more tokens are left out. Never more than the model's positions leave room for.
-        chat_template_kwargs: settings of the chat template, such as `{"enable_thinking": False}`; a row's own take
-            precedence.
+        max_prompt_length: prompts with more tokens are left out. The model's positions can lower this limit.
+        chat_template_kwargs: settings of the chat template, such as `{"enable_thinking": False}`; a row's own settings
+            take precedence.
         strict: whether a prompt that cannot be used (empty, too long, refused by the chat template, ...) is an error.
             Otherwise it is left out, counted and named in a warning and in `read_report(output_dir).skipped`.
 
@@ -121,7 +121,7 @@ def collect_trajectories(
     Args:
         do_sample: sample instead of taking the likeliest token. The noise of a token depends on `seed`, on the place
             of its prompt in the data set and on its position, so states are sampled like the text.
-        temperature, top_k, top_p: of the samples; left out, as in the model's generation config.
+        temperature, top_k, top_p: for sampling; by default those of the model's generation config.
         seed: of the samples and of the first guesses.
 
     > Parameters that control cleaning
@@ -130,14 +130,14 @@ def collect_trajectories(
         repetition: a completion that ends in a loop (a piece four or more times in a row, 32 tokens at least) is
             `"cut"` after the loop's first round, `"drop"`ped or `"keep"`pt.
         overlong: `"keep"` or `"drop"` a completion that reached `max_new_tokens` without an end.
-        empty: `"drop"` or `"keep"` a completion that consists of an end alone.
+        empty: `"drop"` or `"keep"` a completion that holds only an end token.
 
     > Parameters that control the run
 
     Args:
         batch_size: sequences decoded together.
-        output_dir: where Parquet files are written as they are made. Left out, the result is kept in memory.
-        shard_size: prompts per file. An interruption loses at most one file's work per process.
+        output_dir: the folder in which Parquet files are written. Without it, the result is kept in memory.
+        shard_size: prompts per file. An interruption costs each process at most one file's work.
         positions_per_forward: approximate number of tokens scored by one forward over blocks of several sequences.
             Larger is faster until the device is saturated; the logits have this many rows of vocabulary size.
         progress: whether to show a progress bar; or a function called with the number of finished prompts and
@@ -150,8 +150,8 @@ def collect_trajectories(
         `read_report(output_dir)` gives the counts.
 
     Raises:
-        `ValueError`: an argument is out of range, no prompt can be used (one of them, with `strict`), `output_dir`
-            holds other work or a damaged file, or Jacobi decoding cannot serve the model.
+        `ValueError`: an argument is out of range, no prompt can be used (with `strict`: one cannot be used),
+            `output_dir` holds other work or a damaged file, or Jacobi decoding does not support the model.
     """
     given = locals()
     settings = CollectSettings(**{field.name: given[field.name] for field in dataclasses.fields(CollectSettings)})
@@ -164,14 +164,14 @@ def collect_trajectories(
     if given_too == (dataset is not None):
         raise UsageError("pass either `dataset`, prompts to complete, or `completions`, prompts with their texts.")
     if check and not given_too:
-        raise UsageError("`check` is for `completions`: what the model writes here is its own text.")
+        raise UsageError("`check` is for `completions`: without them, all text is the model's own.")
     collector = Collector(model, tokenizer, settings, batch_size, positions_per_forward, given_too, check)
     others = (*COMPLETION_COLUMNS, *END_COLUMNS) if given_too else ()
     rows = only_prompts(open_prompts(completions if given_too else dataset), prompt_column, *others)
     check_columns(rows, prompt_column)
     if given_too:
         check_completions(next(iter(rows)))
-    if len(tokenizer) > collector.vocabulary:  # a token without an embedding is found before any work is done
+    if len(tokenizer) > collector.vocabulary:  # find tokens without an embedding before any work is done
         for number, row in enumerate(rows):
             with suppress(BadPrompt):
                 collector.encode(number, row)
@@ -184,7 +184,7 @@ def collect_trajectories(
             _fill(files, collector, rows, strict, progress)
             return files.dataset(in_memory=True)
     described = {"model": describe(model), "tokenizer": describe_tokenizer(tokenizer), **vars(settings)}
-    if settings.draft_init == "prompt":  # as folders were described before there was a choice
+    if settings.draft_init == "prompt":  # earlier folders do not name it
         del described["draft_init"]
     described["generation_config"] = {
         name: getattr(collector.generation_config, name) for name in (*TOKENS, *SAMPLING)
@@ -200,7 +200,7 @@ def collect_trajectories(
 
 
 def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress) -> None:
-    """Writes the missing shards among those of this process."""
+    """Writes the missing shards of this process."""
     processes, settings = process_state(), collector.settings
     total = len(rows) if hasattr(rows, "__len__") else None
     others = (*COMPLETION_COLUMNS, *END_COLUMNS) if collector.given else ()
@@ -233,14 +233,14 @@ def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress
         note = read_note(files.path(shard))
         if expected and (note["made_from"], note["digest"]) != (count, expected):
             raise UsageError(
-                f"the processes were given different data (shard {shard}): shuffle with a seed, the same for all."
+                f"the processes were given different data (shard {shard}): shuffle with the same seed in all of them."
             )
     if processes.is_main_process:
         _name_skipped(read_report(files.folder))
 
 
 def _encode(collector: Collector, first: int, rows: list, strict: bool) -> tuple[list[Prompt], list[str], Counter]:
-    """The prompts of some rows, counted from `first`; why others were left out, a sentence each; and the counts."""
+    """The prompts of some rows, numbered from `first`; why others were left out, one sentence each; the counts."""
     prompts, skipped, counts = [], [], Counter(prompts=len(rows))
     for number, row in enumerate(rows, start=first):
         try:
@@ -254,13 +254,13 @@ def _encode(collector: Collector, first: int, rows: list, strict: bool) -> tuple
 
 
 def _name_skipped(report: CollectReport) -> None:
-    """Warns of prompts that were left out; raises `UsageError` where not one of them could be encoded."""
+    """Warns about prompts that were left out; raises `UsageError` if none can be used."""
     if report.bad_prompts and report.bad_prompts == report.prompts:
-        raise UsageError(f"not one of {report.prompts} prompts can be used: {report.skipped[0]}.")
+        raise UsageError(f"none of the {report.prompts} prompts can be used: {report.skipped[0]}.")
     if report.other_text and report.other_text + report.bad_prompts == report.prompts:
         raise UsageError(
-            f"not one of {report.prompts} completions is the model's greedy text: {report.skipped[0]}; leave `check` "
-            "out to take them as they are."
+            f"none of the {report.prompts} completions is the model's greedy text: {report.skipped[0]}; drop `check` "
+            "to take them as they are."
         )
     if report.skipped:
         shown = "; ".join(report.skipped[:NAMED])
@@ -277,8 +277,8 @@ def process_state() -> PartialState:
 
 class Progress:
     """
-    A bar of prompts, with blocks per second; `total` is `None` where nobody knows. In its place a function may be told
-    how many are done.
+    A progress bar of prompts, with blocks per second; `total` is `None` if unknown. If `show` is a function, it is
+    called with both counts instead.
     """
 
     def __init__(self, total: int | None, show: bool | Callable[[int, int | None], None]):
@@ -295,14 +295,14 @@ class Progress:
         self.bar.close()
 
     def skip(self, prompts: int) -> None:
-        """Passes over prompts that are done already, or that another process does."""
+        """Skips prompts that are already done, or that another process handles."""
         self._count(prompts)
         if not self.bar.disable:
-            self.bar.initial += prompts  # not part of the rate that the time left is estimated by
+            self.bar.initial += prompts  # so that they do not count in the rate and the time left
             self.bar.update(prompts)
 
     def advance(self, prompts: int, blocks: int) -> None:
-        """Counts prompts that were completed just now."""
+        """Counts prompts that have just been completed."""
         self._count(prompts)
         self.blocks += blocks
         rate = self.blocks / (time.perf_counter() - self.start)
@@ -342,11 +342,11 @@ def describe_tokenizer(tokenizer) -> str:
 
 def read_report(folder: str | Path) -> CollectReport:
     """
-    The counts of a folder that `collect_trajectories` wrote, finished or not, and the prompts that were left out.
+    Reads the counts of a folder that `collect_trajectories` wrote, finished or not, and the prompts left out.
 
     Raises:
-        `OSError`: there are no trajectories in it.
-        `ValueError`: a file of it is damaged; the message names it.
+        `OSError`: the folder holds no trajectories.
+        `ValueError`: one of its files is damaged; the message names it.
     """
     notes = notes_in(folder, NAME)
     counts: Counter = Counter()

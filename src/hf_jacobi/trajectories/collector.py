@@ -1,4 +1,4 @@
-"""Completes prompts with a model, and records every state of every block of its text."""
+"""Completes prompts with a model and records every state of every block of its text."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Collector:
     Completes prompts with one model and refines their blocks; the arguments are those of `collect_trajectories`.
 
     Args:
-        given: whether the rows give completions, too.
+        given: whether the rows also give completions.
         check: whether to leave out completions that are not the model's greedy text.
     """
 
@@ -137,7 +137,7 @@ class Collector:
         self.positions_per_forward = positions_per_forward
         self.given, self.check = given, check
         if given and settings.do_sample:
-            raise UsageError("`completions` are written already: drop `do_sample`.")
+            raise UsageError("`completions` are already written: drop `do_sample`.")
         self.generation_config = generation_config_for(self.model, tokenizer, settings)
         if (
             not 0 <= self.generation_config.pad_token_id < self.vocabulary
@@ -157,7 +157,7 @@ class Collector:
 
     def encode(self, number: int, row: dict[str, Any]) -> Prompt:
         """
-        The prompt of a row.
+        Encodes the prompt of a row.
 
         Raises:
             `BadPrompt`: the row has no prompt that the model can complete.
@@ -180,7 +180,7 @@ class Collector:
                     f"prompt {prompt.name} holds token {odd[0]} of the tokenizer, but {name} has embeddings for "
                     f"{self.vocabulary}: pass the tokenizer of this model, or call model.resize_token_embeddings."
                 )
-            raise BadPrompt(f"prompt {prompt.name} holds token {odd[0]}, but {name} has {self.vocabulary}")
+            raise BadPrompt(f"prompt {prompt.name} holds token {odd[0]}, but {name} has only {self.vocabulary}")
         if self.given:
             prompt.completion = encode_completion(
                 prompt.name, row, self.tokenizer, self.eos_tokens, settings.max_new_tokens
@@ -188,13 +188,13 @@ class Collector:
             if odd := [token for token in prompt.completion if not 0 <= token < self.vocabulary]:
                 raise BadPrompt(
                     f"the completion of prompt {prompt.name} holds token {odd[0]}, but {type(self.model).__name__} "
-                    f"has {self.vocabulary}"
+                    f"has only {self.vocabulary}"
                 )
         return prompt
 
     def collect(self, prompts: list[Prompt], advance) -> tuple[list[dict], list[str], Counter]:
         """
-        The trajectories of some prompts, in their order; why completions were left out, a sentence each; the counts.
+        The trajectories of some prompts, in order; why completions were left out, one sentence each; the counts.
 
         Args:
             prompts: the prompts.
@@ -209,12 +209,12 @@ class Collector:
             blocks = counts["blocks"]
             rows |= self._complete(batch, counts)
             advance(len(batch), counts["blocks"] - blocks)
-        counts["seconds"] = time.perf_counter() - start  # type: ignore[assignment]  # a Counter adds up floats, too
+        counts["seconds"] = time.perf_counter() - start  # type: ignore[assignment]  # a Counter also adds floats
         refused = sorted((prompt for prompt in prompts if prompt.refused), key=lambda prompt: prompt.number)
         return [rows[number] for number in sorted(rows)], [prompt.refused for prompt in refused], counts
 
     def _complete(self, batch: list[Prompt], counts: Counter) -> dict[int, dict]:
-        """Completes a batch of prompts, by number of the prompt."""
+        """Completes a batch of prompts; returns the rows by prompt number."""
         width = max(len(prompt.ids) for prompt in batch)
         pad = self.generation_config.pad_token_id
         ids = torch.tensor([[pad] * (width - len(prompt.ids)) + prompt.ids for prompt in batch])
@@ -245,7 +245,7 @@ class Collector:
             step = Step(model, input_ids, generation_config, model_kwargs, chooser)
             texts = self._read(step, batch, counts)
         else:
-            # Token by token: at these batch sizes a forward is busy without drafts.
+            # Token by token: at these batch sizes a forward keeps the device busy without drafts.
             config = JacobiConfig(block_size=1, pool_size=0, seed=self.settings.seed)
             call = DecodeCall(
                 model,
@@ -266,10 +266,10 @@ class Collector:
 
     def _read(self, step: Step, batch: list[Prompt], counts: Counter) -> list[list[int] | None]:
         """
-        Runs given completions through the model, some tokens of all rows at a time, so that the cache holds them.
+        Runs given completions through the model, a piece of all rows at a time, so that the cache holds them.
 
         Returns:
-            the completions, `None` in place of those that are refused.
+            the completions, with `None` for each one refused.
         """
         texts = [prompt.completion for prompt in batch]
         longest = max(map(len, texts))
@@ -291,7 +291,7 @@ class Collector:
                 counts["other_text"] += 1
                 prompt.refused = (
                     f"the completion of prompt {prompt.name} is not the model's greedy text: its token {place} is "
-                    f"{given!r}, the model's {mine!r}"
+                    f"{given!r}, but the model's is {mine!r}"
                 )
             kept.append(None if prompt.refused else text)
         return kept
@@ -344,7 +344,7 @@ def first_guesses(
     Args:
         text: the completion.
         row: its row in the batch.
-        start: index in that row of its first token.
+        start: the index of its first token in that row.
         prompt: the prompt; its number and the seed decide what is drawn.
         settings: the settings.
         vocabulary: how many tokens the model has.
@@ -364,7 +364,7 @@ def generation_config_for(model, tokenizer, settings: CollectSettings) -> Genera
     The generation config of the settings, with the model's special tokens and, for sampling, its defaults.
 
     Everything else in the model's generation config, such as a repetition penalty, is left out, with a warning
-    where it would change the text: a trajectory holds the model's own predictions.
+    if it would change the text: a trajectory holds the model's own predictions.
     """
     own = model.generation_config
     values = {name: getattr(own, name, None) for name in TOKENS}
@@ -390,8 +390,8 @@ def generation_config_for(model, tokenizer, settings: CollectSettings) -> Genera
 @contextmanager
 def _refusing_nan(model) -> Iterator[None]:
     """
-    Raises `UsageError` when this ends, if a score of a row's newest token was NaN or infinite: the likeliest token
-    would always be 0, or the first of these. The scores stay on the device until then.
+    Raises `UsageError` on exit if a score of a row's newest token was NaN or infinite: the likeliest token would then
+    always be 0, or the first of these. Until then the result stays on the device.
     """
     found: list[torch.Tensor] = []
 
@@ -415,7 +415,7 @@ def _refusing_nan(model) -> Iterator[None]:
 
 @contextmanager
 def _evaluating(model, generation_config: GenerationConfig) -> Iterator[None]:
-    """The model in evaluation mode, with another generation config: `generate` fills gaps from the model's own."""
+    """Sets evaluation mode and another generation config: `generate` fills gaps from the model's own."""
     before, training = model.generation_config, [module for module in model.modules() if module.training]
     model.generation_config = generation_config
     model.eval()

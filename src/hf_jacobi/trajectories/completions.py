@@ -1,4 +1,4 @@
-"""Reads the completion that a row gives beside its prompt, and turns it into tokens."""
+"""Reads the completion of a row and turns it into tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .encoding import BadPrompt, token_ids
 
 COMPLETION_COLUMNS = ("completion_ids", "completion")
 END_COLUMNS = ("finish_reason", "ended")  # say whether a completion given as text is complete
-CUT = ("length", "max_tokens")  # the reasons that engines give for a text without an end
+CUT = ("length", "max_tokens")  # engines' finish reasons for a text without an end
 
 
 def check_completions(row: dict[str, Any]) -> None:
@@ -25,13 +25,13 @@ def check_completions(row: dict[str, Any]) -> None:
 
 def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: list[int], longest: int) -> list[int]:
     """
-    The tokens of a row's completion, up to its end of text, and `longest` at most.
+    Returns the tokens of a row's completion, up to its end of text and at most `longest`.
 
     Text is encoded without the prompt before it. Engines omit the end-of-sequence token from text, so it is added
     unless `finish_reason` is one of `CUT` or `ended` is false. Tokens are used unchanged.
 
     Args:
-        name: of the prompt, for errors.
+        name: the prompt's name, for errors.
         row: the row.
         tokenizer: the tokenizer.
         eos_tokens: the end-of-sequence tokens of the model.
@@ -50,7 +50,7 @@ def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: lis
         text = _text_of(name, value)
         try:
             tokens = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-        except Exception as error:  # of a tokenizer, about this one text
+        except Exception as error:  # the tokenizer rejects this text
             raise BadPrompt(f"the completion of prompt {name}: {type(error).__name__}: {error}") from error
         if _has_end(row) and not (tokens and tokens[-1] in eos_tokens):
             own = getattr(tokenizer, "eos_token_id", None)
@@ -61,7 +61,10 @@ def encode_completion(name: str, row: dict[str, Any], tokenizer, eos_tokens: lis
 
 def _has_end(row: dict[str, Any]) -> bool:
     is_cut = str(row.get("finish_reason")).lower() in CUT
-    return not is_cut and str(row.get("ended")).lower() not in ("false", "0")  # of CSV, say, or NumPy
+    return not is_cut and str(row.get("ended")).lower() not in (
+        "false",
+        "0",
+    )  # CSV holds text
 
 
 def _text_of(name: str, value: Any) -> str:

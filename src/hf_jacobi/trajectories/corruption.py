@@ -1,4 +1,4 @@
-"""Packs plain completions into training rows: noise that needs no trajectories, for draft-only adapters."""
+"""Packs plain completions into training rows for draft-only adapters, with noise that needs no trajectories."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOISES = ("uniform", "corrupt")
 
 
 def share_for(noise: str, corrupt_share: float | None) -> float:
-    """The share of tokens to replace: as given or 0.5. Raises `UsageError` for one that `noise` does not use."""
+    """The share of tokens to replace, by default 0.5. Raises `UsageError` for a share that `noise` does not use."""
     if corrupt_share is not None and noise == "uniform":
         raise UsageError("`corrupt_share` is for noise='corrupt', not 'uniform', which replaces every token: drop it.")
     return 0.5 if corrupt_share is None else corrupt_share
@@ -63,7 +63,7 @@ class NoiseSettings:
         return {field.name: getattr(self, field.name) for field in fields(self)} | {"allowed": allowed}
 
     def sample(self, row: dict[str, Any], number: int) -> Sample | None:
-        """See `Packing.sample`; the place of a row decides, with the seed, what is drawn."""
+        """See `Packing.sample`; the row's place and the seed decide what is drawn."""
         prompt, text = _checked(row, number)
         if self.max_length is not None:
             room = max(0, self.max_length - len(prompt)) // (1 + self.noisy_copies)
@@ -85,8 +85,8 @@ class NoiseSettings:
 
         Args:
             text: the completion.
-            starts: where in it the blocks begin.
-            generator: where noise is drawn from.
+            starts: where its blocks begin.
+            generator: the source of the noise.
         """
         replaced = np.ones(len(text), bool)
         replaced[starts] = False
@@ -123,29 +123,29 @@ def pack_completions(
     """
     Turns plain completions into training rows for a draft-only adapter, without trajectories.
 
-    Noise is drawn from the vocabulary instead. A block begins with a token of the text, as a draft does with the
-    newest committed one, and noise follows; see `pack_trajectories` for how rows look.
+    Noise is drawn from the vocabulary instead. A block begins with a token of the text, as a draft begins with the
+    newest committed token, and noise follows; see `pack_trajectories` for the layout of rows.
 
     Args:
-        completions: rows with `prompt_ids` and `completion_ids`; a `datasets.Dataset` or anything that can be run
-            through again. Trajectories are such rows, too. Best the model's own greedy text: an adapter learns to
-            foresee the model, on whatever text it is given.
-        tokenizer: the tokenizer, whose tokens are drawn, but not its special ones; or a number of tokens, all of
-            which are.
-        block_size: n, a token of the text and n - 1 after it.
+        completions: rows with `prompt_ids` and `completion_ids`, such as trajectories: a `datasets.Dataset` or
+            anything that can be iterated more than once. Prefer the model's own greedy text: an adapter learns to
+            predict the model on the text it is given.
+        tokenizer: the tokenizer, from which all tokens except its special ones are drawn; or a number of tokens, from
+            which all are drawn.
+        block_size: n, one token of the text and the n - 1 positions after it.
         noise: `"uniform"`, whole blocks of random tokens (UNO, arXiv 2609.04010), or `"corrupt"`, the text with a
             share of its tokens replaced by random ones.
-        corrupt_share: the chance of each token to be replaced, with `"corrupt"` alone; 0.5 if left out.
-        noisy_copies: how many noisy versions of the text follow it in a row. The blocks of each but the first begin
-            at places of their own.
-        max_length, pack_samples, output_dir, shard_size, progress: as of `pack_trajectories`.
-        seed: of the noise; each sample draws by itself, so the result does not depend on the others.
+        corrupt_share: the probability that a token is replaced; only for `"corrupt"`, by default 0.5.
+        noisy_copies: how many noisy versions of the text follow it in a row. After the first copy, each one has
+            different block boundaries.
+        max_length, pack_samples, output_dir, shard_size, progress: as in `pack_trajectories`.
+        seed: of the noise; each sample draws independently of the others.
 
     Returns:
         A `datasets.Dataset` with the columns of `pack_trajectories`.
 
     Raises:
-        `ValueError`: as of `pack_trajectories`.
+        `ValueError`: as in `pack_trajectories`.
 
     Example:
 
@@ -162,7 +162,7 @@ def pack_completions(
 
 
 def _draw(below: int, count: int, generator: random.Random) -> np.ndarray:
-    """What `count` calls of `generator.randrange(below)` return; each draws 32 bits until the number is below."""
+    """What `count` calls of `generator.randrange(below)` return; each redraws until the number is below."""
     bits = below.bit_length()
     found = np.zeros(0, np.int64)
     while len(found) < count:

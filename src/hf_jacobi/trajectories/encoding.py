@@ -1,4 +1,4 @@
-"""Prompts become token ids: text as it is, messages through the tokenizer's chat template."""
+"""Turns prompts into token ids: text directly, messages through the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..decoding.errors import UsageError
 
 
-# What decides the form of the result, and so is not for whoever hands settings to the template.
+# Arguments that decide the form of the result; settings for the template must not change them.
 FORM = (
     "tokenize",
     "add_generation_prompt",
@@ -28,11 +28,11 @@ FORM = (
 
 class BadPrompt(UsageError):
     """
-    What is wrong with one prompt; the others may be right.
+    One prompt cannot be used; others may be fine.
 
     Args:
         reason: a sentence.
-        count: under which name the report counts it.
+        count: the name under which the report counts it.
     """
 
     def __init__(self, reason: str, count: str = "bad_prompts"):
@@ -42,8 +42,9 @@ class BadPrompt(UsageError):
 
 def encode_text(tokenizer, text: str) -> list[int]:
     """
-    The tokens of a text, with those that the tokenizer puts before a text, such as the beginning token, but not a
-    second time: a text that a chat template rendered has them already. What it puts after a text is left out.
+    Returns the tokens of a text, after the special tokens that the tokenizer adds before a text, such as the beginning
+    token. Those that the text already starts with, as a chat template renders them, are not repeated. Tokens that the
+    tokenizer adds after a text are left out.
 
     Args:
         tokenizer: the tokenizer.
@@ -53,7 +54,7 @@ def encode_text(tokenizer, text: str) -> list[int]:
     special = list(tokenizer(text)["input_ids"])
     starts = range(len(special) - len(plain), -1, -1)
     start = next((start for start in starts if special[start : start + len(plain)] == plain), None)
-    if start is None:  # a tokenizer that does not put its own around what is there
+    if start is None:  # the tokenizer does not simply add tokens around the text
         return special
     before = special[:start]
     there = next(count for count in range(start, -1, -1) if before[start - count :] == plain[:count])
@@ -62,12 +63,12 @@ def encode_text(tokenizer, text: str) -> list[int]:
 
 def encode_messages(tokenizer, messages: list[dict], tools: list | None = None, settings: Mapping | None = None):
     """
-    The tokens of a conversation and of the beginning of the answer, as the chat template has them.
+    Returns the tokens of a conversation and of the beginning of the answer, as the chat template renders them.
 
     Args:
         tokenizer: the tokenizer, with a chat template.
         messages: the messages.
-        tools: the tools that the template tells the model of.
+        tools: the tools that the template describes to the model.
         settings: further arguments of the template, such as `{"enable_thinking": False}`.
 
     Returns:
@@ -81,19 +82,19 @@ def encode_messages(tokenizer, messages: list[dict], tools: list | None = None, 
 
 
 def check_settings(settings: Any) -> dict[str, Any]:
-    """The settings, a copy; `UsageError` where they are no dictionary, or would change more than the text."""
+    """Returns a copy of the settings; raises `UsageError` unless they are a dictionary that changes only the text."""
     settings = {} if settings is None else settings
     if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
         raise UsageError(f"`chat_template_kwargs` must be a dictionary of settings, got {settings!r:.80}.")
     if odd := [name for name in settings if name in FORM]:
-        raise UsageError(f"`chat_template_kwargs` are for the text that the template makes: drop {', '.join(odd)}.")
+        raise UsageError(f"`chat_template_kwargs` must change only the text of the template: drop {', '.join(odd)}.")
     return dict(settings)
 
 
 def refuse_unknown_settings(tokenizer, settings: Mapping[str, Any] | None) -> None:
     """
-    Raises `UsageError` for settings that the chat template does not name, as with a letter too few: templates pass
-    over them without a word.
+    Raises `UsageError` for settings that the chat template does not name, such as misspelled ones: templates ignore
+    them silently.
     """
     template = getattr(tokenizer, "chat_template", None)
     if not settings or not template or "chat_template" in settings:
@@ -104,7 +105,7 @@ def refuse_unknown_settings(tokenizer, settings: Mapping[str, Any] | None) -> No
 
 
 def without_nulls(value: Any) -> Any:
-    """Without what Arrow fills in so that all rows have the same keys: the entries of dictionaries that are `None`."""
+    """Drops dictionary entries that are `None`, which Arrow adds so that all rows have the same keys."""
     if isinstance(value, Mapping):
         return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, (list, tuple)):
@@ -113,17 +114,17 @@ def without_nulls(value: Any) -> Any:
 
 
 def from_json(name: str, value: Any) -> Any:
-    """A column that may hold JSON as text, as data sets do whose rows have tools of different shapes."""
+    """Parses a column that may hold JSON as text, as in data sets whose rows have tools of different shapes."""
     if not isinstance(value, str):
         return value
     try:
         return json.loads(value) if value.strip() else None
     except ValueError:
-        raise BadPrompt(f"its {name} are text, but no JSON: {value!r:.60}") from None
+        raise BadPrompt(f"its {name} are text, but not JSON: {value!r:.60}") from None
 
 
 def token_ids(value: Any) -> list[int] | None:
-    """The ids of a prompt that is given so, a list or an array of whole numbers; `None` if it is something else."""
+    """The ids of a prompt given as a list or an array of whole numbers; `None` for anything else."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if not isinstance(value, (list, tuple)) or not value:
         return None

@@ -39,7 +39,7 @@ PROMPT_COLUMNS = (
     "input_ids",
 )
 MESSAGE_COLUMNS = PROMPT_COLUMNS[:2]
-TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # arguments of the template, beside the messages
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")  # arguments of the template, besides the messages
 ID_COLUMNS = ("prompt_id", "id", "data_id", "task_id", "question_id")
 BYTE_ORDER_MARK = "\ufeff"  # some editors put it at the beginning of a file
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant"}  # ShareGPT's names
@@ -67,18 +67,18 @@ class Prompt:
 
 def open_prompts(source, split: str | None = None, name: str | None = None) -> Iterable[dict[str, Any]]:
     """
-    Rows of prompts.
+    Opens a source of prompts as rows.
 
     Args:
         source: a `datasets` data set, a list of rows, strings, conversations or token ids, the path of a JSON, JSONL,
-            Parquet, CSV or text file (one prompt a line), a folder that `save_to_disk` or Parquet files made, or a
+            Parquet, CSV or text file (one prompt per line), a folder of `save_to_disk` or of such files, or a
             data set on the Hub.
         split: of a folder or of a data set on the Hub; `"train"` if left out.
         name: the configuration of a data set on the Hub.
 
     Raises:
         `ValueError`: the source is none of these, or cannot be read; the message names the file, and the row if one is
-            to blame.
+            at fault.
         `OSError`: there is no such file.
     """
     if isinstance(source, (Dataset, IterableDataset)):
@@ -88,13 +88,13 @@ def open_prompts(source, split: str | None = None, name: str | None = None) -> I
     if isinstance(source, Mapping) and source:
         if any(key in PROMPT_COLUMNS for key in source):
             raise UsageError(
-                f"`dataset` is a dictionary of columns, {list(source)}: pass Dataset.from_dict of it, or rows."
+                f"`dataset` is a dictionary of columns, {list(source)}: use Dataset.from_dict, or pass rows."
             )
         raise UsageError(f"`dataset` has several splits, {list(source)}: pass one of them, as in dataset['train'].")
     if isinstance(source, Iterable) and not isinstance(source, Mapping):
         rows = list(source)
         if (odd := next((row for row in rows if _is_no_prompt(row)), None)) is not None:
-            raise UsageError(f"`dataset` must be a list of texts or of rows with columns, it holds {odd!r:.80}.")
+            raise UsageError(f"`dataset` must be a list of texts or of rows with columns, but holds {odd!r:.80}.")
         return [row if isinstance(row, dict) else {"prompt": row} for row in rows]
     raise UsageError(f"`dataset` must be a data set, a list of prompts or a path, got {type(source).__name__}.")
 
@@ -108,7 +108,7 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
         raise UsageError("the name of the data is empty: name a file, a folder or a data set on the Hub.")
     path = Path(source).expanduser()
     if path.exists() and name:
-        raise UsageError(f"{source} is here, and has no configurations: drop {name!r}, which is for the Hub.")
+        raise UsageError(f"{source} is local and has no configurations: drop {name!r}, which is for the Hub.")
     if path.is_file() and split != "train":
         raise UsageError(f"{source} is a file, which has no split {split!r}: leave the split out.")
     if path.is_file() and path.suffix.lower() not in BUILDERS:
@@ -126,7 +126,7 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
         return load_dataset(source, name, split=split)
     except UsageError:
         raise
-    except Exception as error:  # whatever `datasets` stumbles over: nothing but what was given can fail here
+    except Exception as error:  # any error of `datasets`: only the input can be at fault here
         kind = MissingFile if isinstance(error, OSError) else UsageError
         for file in _files_of(path):
             _name_damage(file)
@@ -137,13 +137,13 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
 def _open_file(path: Path) -> Dataset:
     kind = BUILDERS[path.suffix.lower()]
     if not path.stat().st_size or (kind == "json" and not _holds_text(path)):
-        raise UsageError(f"{path} is empty: there is not one row in it.")
-    # The absolute path, as what `datasets` puts before a relative one may hold `[`, too.
+        raise UsageError(f"{path} is empty: it holds no rows.")
+    # Absolute, because the folder that `datasets` puts before a relative path can hold `[`, too.
     return load_dataset(kind, data_files=glob.escape(os.path.abspath(path)), split="train")
 
 
 def _holds_text(path: Path) -> bool:
-    """Whether anything but blanks stands in a file."""
+    """Whether a file holds anything but white space."""
     with open(path, "rb") as file:
         return any(line.strip() for line in file)
 
@@ -159,7 +159,7 @@ def _open_folder(path: Path, split: str) -> Dataset:
         raise UsageError(f"{path} holds no data: it has no {', '.join(BUILDERS)} files.")
     if not any(glob.has_magic(str(one)) for one in (path.absolute(), path.resolve())):
         return load_dataset(str(path), split=split)
-    # `datasets` would take the name for a pattern: it is handed the files instead, in the splits that it sees in them.
+    # `datasets` would take the name for a pattern, so it gets the files instead, in the splits that it finds in them.
     base = glob.escape(os.path.abspath(path))
     kind = Counter(BUILDERS[file.suffix.lower()] for file in files).most_common(1)[0][0]
     splits = {}
@@ -170,7 +170,7 @@ def _open_folder(path: Path, split: str) -> Dataset:
 
 
 def _files_of(path: Path) -> list[Path]:
-    """The data files at a path, itself or, in a folder, those that are not hidden."""
+    """The data files at a path: the file itself, or all files in a folder that are not hidden."""
     if path.is_file():
         return [path]
     found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
@@ -179,7 +179,7 @@ def _files_of(path: Path) -> list[Path]:
 
 
 def _name_damage(path: Path) -> None:
-    """Raises `UsageError` for a file that cannot be read by itself: with its name, and the row if one is to blame."""
+    """Raises `UsageError` if this one file cannot be read, naming it and the row if one is at fault."""
     if path.suffix.lower() == ".parquet":
         check_file(path)
     elif path.suffix.lower() in (".json", ".jsonl"):
@@ -195,18 +195,18 @@ def _name_damage(path: Path) -> None:
 def _check_json(path: Path) -> None:
     with open(path, "rb") as file:
         if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            return  # `datasets` itself says where an array breaks
+            return  # `datasets` itself reports where an array breaks
         file.seek(0)
         if _is_one_object(file.read()):
-            raise UsageError(f"{path} holds one JSON object over several lines: prompts are a line each, or an array.")
+            raise UsageError(f"{path} holds one JSON object over several lines: write one per line, or an array.")
         file.seek(0)
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
             except ValueError as error:
-                raise UsageError(f"{path}, line {number} is no JSON: {error}.") from None
+                raise UsageError(f"{path}, line {number} is not JSON: {error}.") from None
             if not isinstance(row, dict):
-                raise UsageError(f"{path}, line {number} is no object with columns: {row!r:.60}.")
+                raise UsageError(f"{path}, line {number} is not an object with columns: {row!r:.60}.")
 
 
 def _is_one_object(content: bytes) -> bool:
@@ -217,15 +217,15 @@ def _is_one_object(content: bytes) -> bool:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says, or what led to it, or else its name."""
+    """The message of an error's cause or of the error itself, else its type."""
     chain = [error.__cause__, error.__context__, error]
     return next((str(one).strip() for one in chain if one is not None and str(one).strip()), type(error).__name__)
 
 
 def only_prompts(rows, column: str | None, *others: str):
     """
-    The columns of a data set that prompts and their names are read from, and `others` that it has; the rest may be
-    costly to decode.
+    Selects the columns of a data set that hold prompts and their names, and those of `others` that exist; the rest may
+    be costly to decode.
     """
     if not isinstance(rows, (Dataset, IterableDataset)):
         return rows
@@ -255,7 +255,7 @@ def prompt_column(row: dict[str, Any], column: str | None) -> str:
 
 
 def name_of_prompt(number: int, row: dict[str, Any]) -> str:
-    """What identifies a prompt: the row's own id if it has one, else its number."""
+    """The identifier of a prompt: the row's own id if it has one, else its number."""
     name = next((str(row[key]) for key in ID_COLUMNS if row.get(key) is not None), str(number))
     return name.encode("utf-8", "replace").decode()
 
@@ -265,7 +265,7 @@ def check_columns(rows: Iterable[dict[str, Any]], column: str | None) -> None:
     Looks for a column of prompts before any work is done: in all rows of a list, else in the first.
 
     Raises:
-        `ValueError`: there is none, or not one row.
+        `ValueError`: there is no such column, or no row.
     """
     first = None
     for row in rows:
@@ -275,7 +275,7 @@ def check_columns(rows: Iterable[dict[str, Any]], column: str | None) -> None:
         if not isinstance(rows, list):  # all rows have the same columns
             break
     if first is None:
-        raise UsageError("there are no prompts: not one row is in the data.")
+        raise UsageError("there are no prompts: the data holds no rows.")
     prompt_column(first, column)  # says what is missing
 
 
@@ -297,16 +297,16 @@ def encode_prompt(
         column: see `prompt_column`.
         tokenizer: the tokenizer.
         as_chat: whether text is a user's message.
-        chat_template_kwargs: settings of the template for all rows; a row's own column goes before them.
+        chat_template_kwargs: settings of the template for all rows; a row's own column takes precedence.
 
     Raises:
         `BadPrompt`: this row has no usable prompt; the message names it.
-        `ValueError`: no row could be used so: there is no such column, or no chat template.
+        `ValueError`: no row can be used with these arguments, for example without a chat template.
     """
     name = name_of_prompt(number, row)
     try:
         found = prompt_column(row, column)
-    except UsageError as error:  # the others may have it
+    except UsageError as error:  # other rows may have it
         raise BadPrompt(f"prompt {name}: {str(error).rstrip('.')}") from None
     value = row[found]
     if isinstance(value, str):
@@ -323,8 +323,8 @@ def encode_prompt(
         if isinstance(value, str) and not as_chat:
             if chat_template_kwargs:
                 raise UsageError(
-                    f"`chat_template_kwargs` are for messages, but prompt {name} is text: leave them out, or take "
-                    "text for a user's message (as_chat)."
+                    f"`chat_template_kwargs` are for messages, but prompt {name} is text: leave them out, or treat "
+                    "text as a user's message (as_chat)."
                 )
             if tools or settings:
                 raise BadPrompt("it is text, but has tools or settings for a chat template: use messages, or as_chat")
@@ -340,12 +340,12 @@ def encode_prompt(
         raise BadPrompt(f"prompt {name}: {error}") from error
     except UsageError:
         raise
-    except Exception as error:  # of a template or a tokenizer, about this one prompt
+    except Exception as error:  # the template or the tokenizer rejects this prompt
         raise BadPrompt(f"prompt {name}: {type(error).__name__}: {_reason(error).rstrip('.')}") from error
 
 
 def _messages_of(text: str) -> Any:
-    """The messages that a text holds as JSON, as data sets do whose messages have different keys; else the text."""
+    """The messages that a text holds as JSON, as in data sets whose messages differ in keys; else the text."""
     try:
         found = json.loads(text)
     except ValueError:
@@ -354,7 +354,7 @@ def _messages_of(text: str) -> Any:
 
 
 def _template_columns(row: dict[str, Any]) -> tuple[list | None, dict[str, Any]]:
-    """The tools and the settings of the template that a row has, which may be JSON."""
+    """A row's tools and template settings, either of which can be JSON."""
     tools, settings = (without_nulls(from_json(key, row.get(key))) for key in TEMPLATE_COLUMNS)
     if isinstance(tools, list):
         tools = [without_nulls(from_json("tools", tool)) for tool in tools]
@@ -380,7 +380,7 @@ def _without_end(ids: list[int], tokenizer) -> list[int]:
 
 
 def _until_answer(messages: Any) -> list[dict[str, Any]]:
-    """The messages before the last answer, with the roles and keys that templates know."""
+    """The messages before the last answer, with the roles and keys that templates expect."""
     if not (isinstance(messages, list) and all(isinstance(message, Mapping) for message in messages)):
         raise BadPrompt(f"a prompt must be text or a list of messages or of token ids, got {messages!r:.80}")
     known = []
@@ -405,12 +405,13 @@ def _text_of(content: Any) -> str:
 
 
 def digest_of(rows: list[dict[str, Any]], column: str | None, others: Sequence[str] = ()) -> str:
-    """A digest of the prompts of some rows, by which a run that goes on knows that they are still the same.
+    """
+    Returns a digest of the prompts of some rows, by which a resumed run checks that they are unchanged.
 
     Args:
         rows: the rows.
         column: see `prompt_column`.
-        others: columns that count, too.
+        others: further columns to include.
     """
     prompts = []
     for row in rows:

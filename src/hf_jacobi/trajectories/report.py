@@ -19,11 +19,11 @@ class CollectReport:
         empty, repetitive, overlong: completions that hold only an end token; that end in a loop; that
             reached the limit.
         other_text: given completions left out because they are not the model's greedy text.
-        given_tokens, own_tokens: tokens of given completions, and those of them that the model itself predicts there.
+        given_tokens, own_tokens: tokens of given completions, and how many of them the model itself predicts.
         sequences: completions kept.
-        tokens, blocks, states: of those.
-        seconds: time spent completing and refining, added up over processes.
-        skipped: which prompts were left out, and why, a sentence each.
+        tokens, blocks, states: what these completions hold.
+        seconds: time spent completing and refining, summed over processes.
+        skipped: which prompts were left out and why, one sentence each.
     """
 
     prompts: int = 0
@@ -45,7 +45,7 @@ class CollectReport:
 
     @classmethod
     def from_counts(cls, counts: Mapping[str, float], skipped: Iterable[str] = ()) -> CollectReport:
-        """The report of counts that `Collector` made, and of the prompts that were left out."""
+        """Makes the report from the counts of `Collector` and the prompts that were left out."""
         names = (one.name for one in fields(cls) if one.name != "skipped")
         report = cls(skipped=list(skipped))
         for name in names:
@@ -54,7 +54,7 @@ class CollectReport:
 
     @property
     def blocks_per_second(self) -> float:
-        """Blocks refined in each second, decoding included."""
+        """Blocks refined per second, decoding included."""
         return self.blocks / self.seconds if self.seconds else 0.0
 
     @property
@@ -64,7 +64,7 @@ class CollectReport:
 
     @property
     def tokens_per_iteration(self) -> float:
-        """Mean number of tokens that an iteration settles: the figure of vanilla Jacobi decoding on this text."""
+        """Mean number of tokens that converge per iteration, as in vanilla Jacobi decoding of this text."""
         iterations = self.states - self.blocks
         return self.tokens / iterations if iterations else 0.0
 
@@ -74,7 +74,7 @@ class CollectReport:
         return asdict(self) | {name: getattr(self, name) for name in names}
 
     def table(self) -> str:
-        """The report for the terminal."""
+        """The report as a table for the terminal."""
         lines = [
             ("prompts", f"{self.prompts}"),
             ("  too long, or empty", f"{self.long_prompts}, {self.empty_prompts}"),

@@ -55,7 +55,7 @@ class ShardFolder:
         if not self.files():  # settings without files do not matter
             if any(path.suffix == ".parquet" for path in self.folder.iterdir()):
                 raise UsageError(
-                    f"{self.folder} holds Parquet files of other work: name an empty folder or a new one."
+                    f"{self.folder} holds Parquet files from other work: name an empty folder or a new one."
                 )
             return
         before = read_settings(file)
@@ -67,8 +67,8 @@ class ShardFolder:
         ]
         if other:
             raise UsageError(
-                f"{self.folder} was begun with other settings ({'; '.join(other)}): go on with those, or name another "
-                "folder."
+                f"{self.folder} was begun with other settings ({'; '.join(other)}): continue with those, or name "
+                "another folder."
             )
 
     @contextmanager
@@ -115,17 +115,17 @@ class ShardFolder:
         note = read_note(path)
         if note["made_from"] > len(piece) or note["digest"] != digest(piece[: note["made_from"]]):
             raise UsageError(
-                f"{path} was made from other data than is at its place now: go on with the data that {self.folder} "
+                f"{path} was made from other data than that now in its place: continue with what {self.folder} "
                 "was begun with, or name another folder."
             )
         return note["made_from"] == len(piece)
 
     def check_end(self, count: int) -> None:
-        """Raises `ValueError` if there are shards beyond the first `count`, which the data at hand did not make."""
+        """Raises `ValueError` if shards exist beyond the first `count`, which the given data did not make."""
         if more := [path.name for path in self.files() if _number(path) >= count]:
             raise UsageError(
-                f"{self.folder} was begun with more data than there are now ({', '.join(more)} are left over): go on "
-                "with those, or name another folder."
+                f"{self.folder} was begun with more data than is given now ({', '.join(more)} left over): continue "
+                "with all of it, or name another folder."
             )
 
     def write(
@@ -143,10 +143,10 @@ class ShardFolder:
         Args:
             number: its number.
             rows: its rows, possibly none.
-            counts: numbers that `counts_in` adds up over all shards.
+            counts: numbers that `counts_in` sums over all shards.
             digest: digest of the data it was made from; `is_done` compares it.
             made_from: how many rows that digest covers.
-            skipped: why some of these rows were left out, a sentence each.
+            skipped: why some of these rows were left out, one sentence each.
         """
         schema = self.features.arrow_schema
         counts = dict(counts)
@@ -194,7 +194,7 @@ class ShardFolder:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder; raises `UsageError` where another run is at work in it."""
+    """Keeps other runs out of a folder; raises `UsageError` if one is already at work in it."""
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
@@ -237,14 +237,14 @@ def shard_files(folder: str | Path, name: str) -> list[Path]:
 
 def read_settings(path: Path) -> dict[str, Any]:
     """
-    The settings that the shards beside a file were made with.
+    Reads the settings that the shards beside a file were made with.
 
     Raises:
         `ValueError`: the file is lost or damaged.
     """
-    way_out = f"put back the {path.name} that was beside them, a hidden file, or name another folder"
+    way_out = f"restore the hidden file {path.name} that was beside them, or name another folder"
     if not path.exists():
-        raise UsageError(f"{path.parent} holds files of an earlier run without its settings: {way_out}.")
+        raise UsageError(f"{path.parent} holds files from an earlier run without its settings: {way_out}.")
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError):
@@ -284,7 +284,7 @@ def check_own_file(path: Path) -> None:
     """`check_file` for files written here: other readers ignore their checksums."""
     try:
         own = METADATA in (pyarrow.parquet.read_schema(path).metadata or {})
-    except (ValueError, OSError):  # whoever opens it says so
+    except (ValueError, OSError):  # opening the file reports it
         return
     if own:
         check_file(path)
@@ -299,12 +299,12 @@ def read_note(path: Path) -> dict[str, Any]:
     The metadata written with a shard.
 
     Raises:
-        `ValueError`: the file is broken, or of something else.
+        `ValueError`: the file is broken, or was not written here.
     """
     try:
         note = json.loads(pyarrow.parquet.read_schema(path).metadata[METADATA])
         return {"skipped": [], **note, "counts": dict(note["counts"]), "made_from": int(note["made_from"])}
-    except (ValueError, OSError, KeyError, TypeError) as error:  # those of pyarrow are among them
+    except (ValueError, OSError, KeyError, TypeError) as error:  # pyarrow's errors are among these
         raise UsageError(f"{path} is broken or not one of ours: delete it and run again.") from error
 
 
@@ -335,7 +335,7 @@ def notes_in(folder: str | Path, name: str) -> list[dict[str, Any]]:
 
 
 def counts_in(folder: str | Path, name: str) -> Counter:
-    """The counts of all shards of a folder, added up; errors as of `notes_in`."""
+    """The summed counts of all shards of a folder; errors as in `notes_in`."""
     total: Counter = Counter()
     for note in notes_in(folder, name):
         total.update(note["counts"])

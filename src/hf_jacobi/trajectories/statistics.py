@@ -1,4 +1,4 @@
-"""What packed training rows consist of: how much clean text, how much noise, and how noisy."""
+"""Counts what packed training rows hold: clean text, noise, and noise levels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets import Dataset
 
 
 READ = ("seq_ids", "block_ids", "position_ids", "window_start", "labels", "twin_ids")
-BINS = 10  # of noise levels above 0; converged blocks are counted by themselves
+BINS = 10  # of noise levels above 0; converged blocks are counted separately
 
 
 @dataclass
@@ -21,7 +21,7 @@ class PackingStatistics:
     Counts of packed rows.
 
     Attributes:
-        trajectories: what they were packed from, if that is known; the rest of them fitted into no row.
+        trajectories: how many trajectories were packed, if known; some can be too long for any row.
         rows: rows.
         samples: sequences in them.
         clean_tokens, noisy_tokens: tokens of either half.
@@ -67,7 +67,7 @@ class PackingStatistics:
             self._add(flat, columns["seq_ids"].value_lengths().to_numpy())
 
     def _add(self, columns: dict[str, np.ndarray], lengths: np.ndarray) -> None:
-        """Counts rows that lie one after the other, each of so many tokens."""
+        """Counts concatenated rows of the given lengths."""
         sequences, blocks, positions, windows = (columns[name] for name in READ[:4])
         begins = np.cumsum(lengths) - lengths
         noisy = np.flatnonzero(blocks >= 0)
@@ -79,7 +79,7 @@ class PackingStatistics:
         if not len(noisy):
             return
         rows = np.repeat(np.arange(len(lengths)), lengths)
-        shifts = positions - np.arange(len(positions))  # one within a block, another in the next copy of it
+        shifts = positions - np.arange(len(positions))  # constant within a block, different in its next copy
         heads = noisy[_changes(rows[noisy], sequences[noisy], blocks[noisy], shifts[noisy])]
         ends = np.append(np.searchsorted(noisy, heads[1:]), len(noisy))
         sizes = np.diff(ends, prepend=0)
@@ -101,13 +101,13 @@ class PackingStatistics:
         counts = np.bincount(places)
         known = [self.by_place.get(place, (0, 0.0)) for place in range(len(counts))]
         totals = np.array([total for _, total in known])
-        np.add.at(totals, places, noise)  # one by one: a sum does not depend on how many rows were counted at once
+        np.add.at(totals, places, noise)  # one by one: the sum must not depend on how rows are grouped
         for place, (count, total) in enumerate(zip(counts.tolist(), totals.tolist())):
             if count:
                 self.by_place[place] = (known[place][0] + count, total)
 
     def counts(self) -> dict[str, float]:
-        """All of it as one flat dictionary of numbers, which can be added up; `from_counts` reads it back."""
+        """All counts as one flat dictionary of numbers that can be summed; `from_counts` reads it back."""
         flat = {name: value for name, value in vars(self).items() if name not in ("histogram", "by_place")}
         flat |= {f"histogram/{index}": value for index, value in enumerate(self.histogram)}
         for place, (count, total) in self.by_place.items():
@@ -116,7 +116,7 @@ class PackingStatistics:
 
     @classmethod
     def from_counts(cls, flat: Mapping[str, float]) -> PackingStatistics:
-        """The statistics that `counts` gave, or a sum of several."""
+        """Restores the statistics that `counts` returned, or a sum of several."""
         statistics = cls()
         for name, value in flat.items():
             if "/" not in name:
@@ -132,7 +132,7 @@ class PackingStatistics:
         return shown | {"converged_share": self.converged_share, "mean_noise_by_place": self.mean_noise_by_place}
 
     def table(self) -> str:
-        """The statistics for the terminal."""
+        """The statistics as a table for the terminal."""
         lines = [
             ("rows", f"{self.rows}"),
             ("samples", f"{self.samples}"),
@@ -155,7 +155,7 @@ class PackingStatistics:
 
 
 def _changes(*columns: np.ndarray) -> np.ndarray:
-    """Where any of some columns differs from the entry before; the first entry does."""
+    """Where any column differs from its previous entry; the first entry counts as different."""
     differs = np.ones(len(columns[0]), bool)
     differs[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
     return np.flatnonzero(differs)
@@ -163,7 +163,7 @@ def _changes(*columns: np.ndarray) -> np.ndarray:
 
 def packing_statistics(packed: Iterable[Mapping[str, Sequence[int]]]) -> PackingStatistics:
     """
-    Counts packed rows, whether ours or converted ones.
+    Counts packed rows, whether packed here or converted.
 
     Args:
         packed: rows as `pack_trajectories` returns them.

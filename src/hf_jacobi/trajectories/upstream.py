@@ -1,5 +1,5 @@
 """
-Reads the data sets that the authors of Jacobi Forcing publish, and the files their code writes, into ours.
+Converts the data sets that the authors of Jacobi Forcing publish, and the files their code writes, into ours.
 
 Two formats: raw trajectories, one row per block (`RawTrajectories`), and packed training rows, one per completion with
 one noisy state per block (`PackedRows`). Both are read as a stream, from JSONL, a JSON array or Parquet.
@@ -79,7 +79,7 @@ class UpstreamRows:
         self.skipped[str(error)] += 1
 
     def _until_end(self, tokens: list[int]) -> list[int]:
-        """The tokens up to the first end-of-sequence token, with it."""
+        """The tokens up to and including the first end-of-sequence token."""
         end = next((index for index, token in enumerate(tokens) if token in self.eos_tokens), len(tokens))
         return tokens[: end + 1]
 
@@ -92,18 +92,18 @@ class UpstreamRows:
         """
         if next(iter(self), None) is None:
             raise UsageError(f"no row could be read from {', '.join(map(str, self.paths))}: {dict(self.skipped)}.")
-        # A fingerprint of its own: by default `datasets` would return what files of the same names held before.
+        # A unique fingerprint: by default `datasets` would return what files of the same names held before.
         return Dataset.from_generator(lambda: iter(self), features=self.features, fingerprint=uuid.uuid4().hex)
 
 
 class RawTrajectories(UpstreamRows):
     """
     Raw trajectories: rows of `data_id`, `diffusion_itr_id` ("itr_0", "itr_1", ... in the order of the blocks),
-    `prompt_ids` (of the first block the prompt; of later ones that, or all the text before them) and
+    `prompt_ids` (the prompt; in later blocks the prompt or all the text before them) and
     `answer_trajectory_ids` (the states of the block; each may begin with the text before it).
 
-    Rows of one completion must be adjacent. Where a trajectory begins with its fixed point and leaves it
-    again, that is a first guess which the authors' code overwrote; it is left out. `teacher_output_ids` is not needed.
+    Rows of one completion must be adjacent. If a trajectory begins with its fixed point and then leaves it, the
+    authors' code overwrote the first guess; that state is left out. `teacher_output_ids` is not needed.
 
     Yields:
         rows of `TRAJECTORY_FEATURES`, ready for `pack_trajectories`.
@@ -204,10 +204,10 @@ class PackedRows(UpstreamRows):
     clean tokens, n each; `traj_position_indices` has one entry per block.
 
     Yields:
-        rows of `PACKED_FEATURES`, what `pack_trajectories` returns: clean text first, noise after.
+        rows of `PACKED_FEATURES`, as `pack_trajectories` returns them: clean text first, then noise.
 
     Args:
-        window_size: w, the blocks of a window that the rows were made with ("n32w16": 16).
+        window_size: w, the number of blocks in a window when the rows were made ("n32w16": 16).
         block_size: n, checked if given; it follows from the lengths.
         others: see `UpstreamRows`.
     """
@@ -263,7 +263,7 @@ class PackedRows(UpstreamRows):
 
 def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
     """
-    The objects of a file with their numbers, from 1 on (lines, for JSONL); what is not JSON comes as `None`.
+    The objects of a file, numbered from 1 (by line, for JSONL); `None` for what is not JSON.
 
     Raises:
         `ValueError`: a JSON array or a Parquet file is broken, so that what follows cannot be read.
@@ -292,12 +292,12 @@ def read_objects(path: Path) -> Iterator[tuple[int, Any]]:
             if line.strip():
                 try:
                     yield number, json.loads(line.removeprefix(BOM))
-                except ValueError:  # of UnicodeDecodeError, too
+                except ValueError:  # or UnicodeDecodeError, a subclass
                     yield number, None
 
 
 def _array(file, path: Path) -> Iterator[tuple[int, Any]]:
-    """The elements of a JSON array whose opening bracket has been read, holding one chunk or element at a time."""
+    """Yields a JSON array's elements after its opening bracket, with one chunk or element in memory at a time."""
     decoder = json.JSONDecoder()
     text, number = "", 0
     while True:
@@ -309,7 +309,7 @@ def _array(file, path: Path) -> Iterator[tuple[int, Any]]:
         except ValueError:
             more = file.read(max(CHUNK, len(text)))
             if not more:
-                raise UsageError(f"{path}, row {number + 1}: the array ends in the middle, or is no JSON.") from None
+                raise UsageError(f"{path}, row {number + 1}: the array is cut off, or is not JSON.") from None
             text += more
             continue
         number += 1
@@ -337,5 +337,5 @@ def _tokens(value: Any, name: str) -> list[int]:
 def _number_of(name: Any) -> int:
     found = re.fullmatch(r"(?:itr_)?(\d+)", str(name))
     if found is None:
-        raise MalformedRow("diffusion_itr_id is not itr_ and a number")
+        raise MalformedRow("diffusion_itr_id is not itr_ followed by a number")
     return int(found.group(1))
