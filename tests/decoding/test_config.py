@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 from hf_jacobi import JacobiConfig
@@ -43,6 +44,12 @@ def test_round_trip():
     for config in (JacobiConfig(), JacobiConfig(block_size=64, max_blocks=2, spawn_ratio=0.5, seed=3, window="block")):
         assert JacobiConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
         assert JacobiConfig.coerce(config.to_dict()) == JacobiConfig.coerce(config) == config
+
+
+def test_numbers_of_numpy_become_those_of_python():
+    config = JacobiConfig(block_size=np.int64(8), pool_size=np.int32(2), spawn_ratio=np.float32(0.5), seed=np.int64(3))
+    assert config == JacobiConfig(block_size=8, pool_size=2, spawn_ratio=0.5, seed=3)
+    assert JacobiConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_unknown_settings_are_named():

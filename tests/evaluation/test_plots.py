@@ -100,6 +100,8 @@ def test_the_output_of_generate_is_drawn_row_by_row(output):
     whole = plots.trajectory(output.trajectory, forwards=100)
     assert [patch.get_xy() for patch in whole.patches] == [patch.get_xy() for patch in first.patches]
     assert (whole.get_title(), first.get_title()) == ("text 0 of 0 to 1", "")
+    first.set_title("a title of the caller's")
+    assert plots.trajectory(output.trajectory[0], axes=first).get_title() == "a title of the caller's"
     other = plots.trajectory(output.trajectory, forwards=100, row=1)
     assert [patch.get_xy() for patch in other.patches] == [patch.get_xy() for patch in second.patches]
     for recorded, row, said in ((None, 0, "nothing was recorded"), (output.trajectory, 2, "there are 2 texts")):

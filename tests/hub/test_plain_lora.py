@@ -195,7 +195,7 @@ def test_arguments_that_peft_does_not_have_are_refused(tmp_path, given):
 def test_arguments_of_peft_and_of_its_downloads_reach_it(tmp_path):
     plain(adapted(), tmp_path / "pushed" / "draft")
     given = {"subfolder": "draft", "revision": "main", "torch_device": "cpu", "autocast_adapter_dtype": False}
-    given |= {"local_files_only": True, "low_cpu_mem_usage": True, "device_map": "auto"}
+    given |= {"local_files_only": True, "low_cpu_mem_usage": True, "device_map": "auto", "use_safetensors": True}
     assert hf_jacobi.load_draft_adapter(trained_model(), tmp_path / "pushed", **given).peft_config
 
 

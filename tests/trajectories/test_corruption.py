@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, Features, List, Value
 from models import VOCABULARY, tiny_model, tiny_tokenizer
 
 import hf_jacobi
@@ -53,6 +54,17 @@ def test_blocks_are_a_token_of_the_text_and_random_ones():
             assert not {*block["tokens"][1:]} <= {*text[block["start"] :][: len(block["tokens"])]}
             assert block["wrong"], "something is left to learn"
         assert row["input_ids"][: len(text)] == text
+
+
+@pytest.mark.parametrize("settings", [{"noise": "uniform"}, {"noise": "corrupt", "corrupt_share": 0.5}])
+@pytest.mark.parametrize("kind", ["uint8", "int16", "uint16", "uint32", "int64"])
+def test_noise_does_not_depend_on_the_integers_that_hold_the_text(settings, kind):
+    expected = pack_completions(completions(), 100_000, block_size=8, **settings).to_list()
+    columns = ("prompt_ids", "completion_ids")
+    narrow = Dataset.from_list(completions(), features=Features({name: List(Value(kind)) for name in columns}))
+    arrays = [{name: np.array(row[name], kind) for name in columns} for row in completions()]
+    for rows in (narrow, arrays):
+        assert pack_completions(rows, 100_000, block_size=8, **settings).to_list() == expected
 
 
 def test_special_tokens_are_not_drawn_unless_nothing_else_is_left():
@@ -143,6 +155,7 @@ def test_the_trainer_learns_from_them(tmp_path, monkeypatch):
         ({"tokenizer": "gpt2"}, "must be a tokenizer"),
         ({"completions": [{"prompt_ids": [1]}]}, "completion_ids"),
         ({"completions": [{"prompt_ids": [1], "completion_ids": ["a"]}]}, "holds 'a', which is not a token"),
+        ({"completions": [{"prompt_ids": [1], "completion_ids": [True]}]}, "holds True, which is not a token"),
         ({"completions": [{"prompt_ids": [1], "completion_ids": []}]}, "every completion is empty"),
         ({"completions": iter(completions())}, "through only once"),
     ],

@@ -105,6 +105,10 @@ class JacobiConfig:
 
     def __post_init__(self):
         self.validate()
+        for name in (*LEAST, "spawn_ratio", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, (int, float)):  # NumPy's numbers are not JSON
+                setattr(self, name, float(value) if name == "spawn_ratio" else int(value))
 
     @property
     def size(self) -> int:

@@ -154,7 +154,8 @@ def trajectory(
             axes.add_patch(Rectangle((begin, line), step.start - begin, 1, facecolor=PROMPT, edgecolor="none"))
         _draw_draft(axes, line, step, one, tokenizer)
     axes.set(xlim=(begin, end), ylim=(len(steps), 0), xlabel="index after the prompt", ylabel="forward")
-    axes.set_title(title, fontsize=9)
+    if title:
+        axes.set_title(title, fontsize=9)
     axes.set_xticks([tick for tick in range(begin, end) if (tick - one.prompt_length) % 8 == 0])
     axes.set_xticklabels([str(int(tick) - one.prompt_length) for tick in axes.get_xticks()])
     shown = {

@@ -33,7 +33,15 @@ CONFIG = "adapter_config.json"
 DRAFTS = "draft-only adapter"
 HUB = ("subfolder", "revision", "token", "cache_dir", "local_files_only")
 # Arguments that PEFT reads from `**kwargs`, so that no signature lists them.
-UNLISTED = {"device_map", "max_memory", "offload_dir", "offload_folder", "offload_index", "ignore_mismatched_sizes"}
+UNLISTED = {
+    "device_map",
+    "max_memory",
+    "offload_dir",
+    "offload_folder",
+    "offload_index",
+    "ignore_mismatched_sizes",
+    "use_safetensors",
+}
 OURS = {"model", "model_id", "adapter_name", "is_trainable", "config", "repo_id", "filename", "self", "kwargs"}
 
 

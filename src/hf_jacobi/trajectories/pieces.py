@@ -118,14 +118,14 @@ def read_trajectory(row: Any, number: int) -> TrajectoryArrays:
 
 
 def token_array(tokens: Any, what: str) -> np.ndarray:
-    """Tokens as an array `[n]`; raises `UsageError` for a list that holds anything else."""
+    """Tokens as an array `[n]` of int64; raises `UsageError` for a list that holds anything else."""
     array = _array(tokens)
     if not array.size:
         return np.zeros(0, np.int64)
     if array.dtype.kind not in "iu" or array.min() < 0 or array.max() >= MOST_TOKENS:
         odd = next((token for token in array.tolist() if not _is_token(token)), None)
         raise UsageError(f"{what} holds {odd!r}, which is not a token: tokens are whole numbers from 0 on.")
-    return array
+    return array.astype(np.int64, copy=False)  # noise can be a number that a narrower type does not hold
 
 
 def _array(values: Any) -> np.ndarray:
@@ -139,7 +139,7 @@ def _array(values: Any) -> np.ndarray:
 
 
 def _is_token(value: Any) -> bool:
-    return isinstance(value, Integral) and 0 <= int(value) < MOST_TOKENS
+    return isinstance(value, Integral) and not isinstance(value, bool) and 0 <= int(value) < MOST_TOKENS
 
 
 def pieces_of(rows: Iterable[Any], size: int, columns: Sequence[str]) -> Iterator[tuple[int, Piece]]:
