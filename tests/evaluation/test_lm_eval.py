@@ -141,7 +141,7 @@ def test_an_adapters_folder_is_scored_as_the_adapter_on_its_base_model(place, mo
         (["--include_path", "none"], "there is no folder none"),
         (["--gen_kwargs", "decoding=beam"], "decoding must be one of"),
         (["--gen_kwargs", "blocksize=4"], "blocksize: neither a setting"),
-        (["--gen_kwargs", "block_size=many"], "`block_size` must be an integer"),
+        (["--gen_kwargs", "block_size=many"], "`block_size` must be a whole number"),
         (["--gen_kwargs", "decoding=ar,block_size=4"], "need decoding=jacobi"),
         (["--output", "/"], "is a folder"),
         (["--evaluation", "/"], "is a folder"),
