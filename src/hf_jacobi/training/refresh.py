@@ -143,7 +143,7 @@ class Refreshing(TrainerCallback):
         self.rows = rows
         assert trainer.args.refresh_steps is not None  # `check_refresh` requires it
         self.steps = trainer.args.refresh_steps
-        self.block_size = trainer.args.block_size or trainer.block_size or 0
+        self.block_size = trainer.block_size or 0
         if self.block_size < 2:
             raise UsageError(
                 "`refresh_steps` needs `block_size`, as no block of `train_dataset` has two tokens to read it from."

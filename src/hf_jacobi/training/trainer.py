@@ -145,7 +145,7 @@ class JacobiForcingTrainer(Trainer):
         self._examine(inner, args)
         data = by_argument(train_dataset, eval_dataset)
         sizes = [self._check(name, some, args) for name, some in data.items()]
-        self.block_size = next(filter(None, sizes), None)
+        self.block_size = args.block_size or next(filter(None, sizes), None)
         if processing_class is not None:
             check_tokenizer(processing_class, inner)
         prompts = prompts_of(first_of(eval_dataset), args.eval_prompts)
@@ -288,7 +288,7 @@ class JacobiForcingTrainer(Trainer):
         if settings is not None:
             assert not isinstance(settings, str)  # `JacobiForcingConfig` reads JSON
             return JacobiConfig.coerce(settings)
-        return JacobiConfig(block_size=self.args.block_size or self.block_size)
+        return JacobiConfig(block_size=self.block_size)
 
     # The loss
 
