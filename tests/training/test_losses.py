@@ -14,7 +14,7 @@ from hf_jacobi.training.losses import (
     sum_losses,
     until_failure,
 )
-from hf_jacobi.trajectories.packing import join_samples, lay_out_sample
+from hf_jacobi.trajectories.samples import join_samples, lay_out_sample
 
 
 def softmax(values, temperature=1.0):

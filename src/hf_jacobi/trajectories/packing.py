@@ -22,8 +22,6 @@ from .checks import check_whole
 from .noise import NoiseSchedule, nearest_states, noise_targets
 from .pieces import TRAJECTORY_COLUMNS, digest_of_piece, pieces_of, read_trajectory, rows_in
 from .samples import COLUMNS, PACKED_FEATURES, Sample, fill_rows, lay_out_arrays, table_of
-from .samples import join_samples as join_samples  # part of this module for those who import them from it
-from .samples import lay_out_sample as lay_out_sample
 from .shards import ShardFolder, in_shards
 from .statistics import PackingStatistics
 
