@@ -131,7 +131,7 @@ def test_a_wrong_recipe_is_refused_in_a_sentence(changes, message):
         ({"prompts": [{"words": 1}]}, "looks like a prompt"),
         ({"choose": {"count": 8}}, "choose.count=8 holds out all of 8 prompts"),
         ({"choose": {"score": "no_such_module:score"}}, "no_such_module cannot be imported"),
-        ({"train": {"learning_rate": -1.0}}, "`learning_rate` must be from 0"),
+        ({"train": {"learning_rate": -1.0}}, "`learning_rate` must be at least 0"),
         ({"train": {"consistency_loss": "soggy"}}, "`consistency_loss` must be one of"),
         ({"held_out": []}, "holds no rows"),
         ({"adapter": {"target_modules": ["nothing"]}}, "'nothing'.* not found"),

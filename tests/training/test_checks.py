@@ -121,7 +121,7 @@ def test_logits_that_come_to_nan_or_infinity_are_named_as_such(tmp_path):
         ({"model_init_kwargs": "{bad"}, "an argument must be JSON, got '{bad'"),
         ({"jacobi_config": "not json"}, "`jacobi_config` must be a dictionary, or JSON of one, got 'not json'"),
         ({"fp16": True}, "`fp16` needs a GPU"),
-        ({"learning_rate": -1}, "`learning_rate` must be from 0 to inf, got -1"),
+        ({"learning_rate": -1}, "`learning_rate` must be at least 0, got -1"),
         ({"learning_rate": "abc"}, "`learning_rate` must be a finite number, got 'abc'"),
         ({"label_smoothing_factor": 2.0}, "`label_smoothing_factor` must be from 0 to 1"),
         ({"adam_beta1": 1.0}, r"`adam_beta1` must be from 0 to 0\.9"),

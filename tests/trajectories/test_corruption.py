@@ -148,7 +148,7 @@ def test_the_trainer_learns_from_them(tmp_path, monkeypatch):
         ({"noise": "pink"}, "`noise` must be one of"),
         ({"block_size": 1}, "block_size"),
         ({"noisy_copies": 0}, "noisy_copies"),
-        ({"noise": "corrupt", "corrupt_share": 0.0}, r"`corrupt_share` must lie in \(0, 1\], got 0.0"),
+        ({"noise": "corrupt", "corrupt_share": 0.0}, r"`corrupt_share` must be above 0 and at most 1, got 0.0"),
         ({"corrupt_share": 0.5}, "`corrupt_share` is for noise='corrupt', not 'uniform'"),
         ({"pack_samples": True}, "max_length"),
         ({"max_length": 5}, "no sample that fits into max_length=5"),

@@ -15,10 +15,10 @@ from typing import Any
 
 from ..decoding.compat import INVOCATION, fingerprint_of
 from ..decoding.config import JacobiConfig
-from ..decoding.errors import UsageError
+from ..decoding.errors import UsageError, check_range
 from ..decoding.files import read_yaml
 from ..training.config import JacobiForcingConfig
-from ..trajectories.checks import check_real, check_whole
+from ..trajectories.checks import check_whole
 from ..trajectories.collect import collect_trajectories
 from ..trajectories.collector import CollectSettings
 from ..trajectories.corruption import NoiseSettings, pack_completions, share_for
@@ -90,9 +90,7 @@ class Choice:
         for name in ("count", "max_new_tokens", "batch_size"):
             check_whole(f"choose.{name}", getattr(self, name), 1)
         for name in ("min_agreement", "max_score_loss", "near"):
-            check_real(f"choose.{name}", getattr(self, name))
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"choose.{name} must be from 0 to 1, got {getattr(self, name)}.")
+            check_range(f"choose.{name}", getattr(self, name), 0, 1)
         check_dtype("choose.dtype", self.dtype)
         decoding = JacobiConfig.coerce(self.decoding(2, 0))
         if decoding.adapts and decoding.position_cost is None:

@@ -13,20 +13,20 @@ from transformers import TrainingArguments
 
 from ..decoding.compat import name_checkpointing, parsed_as_dict
 from ..decoding.config import JacobiConfig
-from ..decoding.errors import UsageError
+from ..decoding.errors import UsageError, check_range
 from ..trajectories.checks import check_real, check_whole
 from .losses import CONSISTENCY_LOSSES
 
 
 ADAPTER_SCOPES = ("all", "draft")
 # Smallest and largest values of arguments that `TrainingArguments` does not check.
-RANGES: dict[str, tuple[float, float]] = {
-    "learning_rate": (0, math.inf),
-    "weight_decay": (0, math.inf),
+RANGES: dict[str, tuple[float, float | None]] = {
+    "learning_rate": (0, None),
+    "weight_decay": (0, None),
     "label_smoothing_factor": (0, 1),
     "adam_beta1": (0, 0.999999999),
     "adam_beta2": (0, 0.999999999),
-    "adam_epsilon": (0, math.inf),
+    "adam_epsilon": (0, None),
 }
 POSITIVE = ("temperature", "block_position_weight")
 COUNTS = {  # whole numbers, and the smallest value of each
@@ -198,11 +198,9 @@ class JacobiForcingConfig(TrainingArguments):
         for name in ("ar_loss_weight", *POSITIVE, *RANGES):
             check_real(name, getattr(self, name))
         for name in POSITIVE:
-            if getattr(self, name) <= 0:
-                raise UsageError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+            check_range(f"`{name}`", getattr(self, name), above=0)
         for name, (least, most) in RANGES.items():
-            if not least <= getattr(self, name) <= most:
-                raise UsageError(f"`{name}` must be from {least} to {most}, got {getattr(self, name)}.")
+            check_range(f"`{name}`", getattr(self, name), least, most)
         for name, smallest in COUNTS.items():
             check_whole(name, getattr(self, name), smallest)
         for name in ("block_size", "refresh_steps"):

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import Dataset
 
-from ..decoding.errors import UsageError
-from .checks import check_real, check_whole
+from ..decoding.errors import UsageError, check_range
+from .checks import check_whole
 from .packing import pack_rows
 from .pieces import token_array
 from .samples import Sample, lay_out_arrays
@@ -49,9 +49,7 @@ class NoiseSettings:
             raise UsageError(f"`noise` must be one of {NOISES}, got {self.noise!r}.")
         check_whole("block_size", self.block_size, 2)
         check_whole("noisy_copies", self.noisy_copies, 1)
-        check_real("corrupt_share", self.corrupt_share)
-        if not 0.0 < self.corrupt_share <= 1.0:
-            raise UsageError(f"`corrupt_share` must lie in (0, 1], got {self.corrupt_share!r}.")
+        check_range("`corrupt_share`", self.corrupt_share, above=0, most=1)
         if self.pack_samples and self.max_length is None:
             raise UsageError("`pack_samples=True` fills rows up to `max_length`: pass it too.")
         if self.max_length is not None:

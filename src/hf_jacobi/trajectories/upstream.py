@@ -19,6 +19,7 @@ import pyarrow.parquet
 from datasets import Dataset, Features
 
 from ..decoding.errors import MissingFile, UsageError
+from .checks import check_whole
 from .collect import TRAJECTORY_FEATURES
 from .samples import PACKED_FEATURES, join_samples, lay_out_sample
 from .shards import check_file
@@ -117,8 +118,7 @@ class RawTrajectories(UpstreamRows):
 
     def __init__(self, paths, block_size: int, eos_token_id=None, strict: bool = False):
         super().__init__(paths, eos_token_id, strict)
-        if block_size < 2:
-            raise UsageError(f"`block_size` must be at least 2, got {block_size}.")
+        check_whole("block_size", block_size, 2)
         self.block_size = block_size
 
     def _convert(self, path: Path) -> Iterator[dict[str, Any]]:
@@ -218,8 +218,7 @@ class PackedRows(UpstreamRows):
         self, paths, window_size: int, block_size: int | None = None, eos_token_id=None, strict: bool = False
     ):
         super().__init__(paths, eos_token_id, strict)
-        if window_size < 1:
-            raise UsageError(f"`window_size` must be at least 1, got {window_size}.")
+        check_whole("window_size", window_size, 1)
         self.window_size = window_size
         self.block_size = block_size
 
