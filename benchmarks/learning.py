@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -34,58 +35,83 @@ from .miniature.tasks import training_problems
 
 
 BLOCK = 16
-CUT = {"accept_cut": True}
 REFRESHES, REFRESHED = 4, 500  # parts of a training with `-refresh`, and the prompts of each part after the first
-# name -> (settings of `JacobiForcingConfig`, where the noise comes from, noisy copies of each text)
-VARIANTS: dict[str, tuple[dict, str, int]] = {
-    "soft": ({}, "trajectories", 1),
-    "kl": ({"consistency_loss": "kl"}, "trajectories", 1),
-    "hard": ({"consistency_loss": "hard"}, "trajectories", 1),
-    "tv": ({"consistency_loss": "tv"}, "trajectories", 1),
-    "lk": ({"consistency_loss": "lk"}, "trajectories", 1),
-    "soft-cut": (CUT, "trajectories", 1),
-    "kl-cut": (CUT | {"consistency_loss": "kl"}, "trajectories", 1),
-    "hard-cut": (CUT | {"consistency_loss": "hard"}, "trajectories", 1),
-    "tv-cut": (CUT | {"consistency_loss": "tv"}, "trajectories", 1),
-    "lk-cut": (CUT | {"consistency_loss": "lk"}, "trajectories", 1),
-    "soft-0.8": ({"block_position_weight": 0.8}, "trajectories", 1),
-    "lk-0.8": ({"consistency_loss": "lk", "block_position_weight": 0.8}, "trajectories", 1),
-    "soft-uniform": ({}, "uniform", 1),
-    "lk-uniform": ({"consistency_loss": "lk"}, "uniform", 1),
-    "soft-corrupt": ({}, "corrupt", 1),
-    "soft-copies": ({}, "trajectories", 4),
-    "lk-copies": ({"consistency_loss": "lk"}, "trajectories", 4),
-    "soft-uniform-copies": ({}, "uniform", 4),
-    "soft-refresh": ({}, "refresh", 1),
+COPIES = 4
+LOSSES = ("soft", "kl", "hard", "tv", "lk")
+PARTS = {
+    "cut": {"accept_cut": True},
+    "0.8": {"block_position_weight": 0.8},
+    "copies": {},  # several noisy copies of each text
+    "uniform": {},  # noise from the vocabulary instead of trajectories
+    "corrupt": {},  # the true tokens, some of them replaced by such noise
+    "refresh": {},  # fresh trajectories while the model trains
 }
 
 
-def rows_of(trajectories, base: Path, noise: str, copies: int, window: int):
-    """Packed rows; a window of 1 has clean context, as for CLLM and the miniature's draft-only adapter."""
-    if noise in ("trajectories", "refresh"):
-        return hf_jacobi.pack_trajectories(trajectories, window, "random", max_length=1024, noisy_copies=copies)
-    return hf_jacobi.pack_completions(
-        trajectories,
-        load_tokenizer(base),
-        BLOCK,
-        noise,
-        max_length=1024,
-        noisy_copies=copies,
-    )
+@dataclass(frozen=True)
+class Variant:
+    """
+    What is compared, from a name such as `lk-cut-copies`.
+
+    Args:
+        settings: arguments of `JacobiForcingConfig`.
+        noise: where the noise comes from.
+        copies: noisy copies of each text.
+    """
+
+    settings: dict
+    noise: str
+    copies: int
+
+    @classmethod
+    def of(cls, name: str) -> Variant:
+        """The variant that a name describes: a loss, and any of `PARTS`, separated by hyphens."""
+        loss, *parts = name.split("-")
+        if loss not in LOSSES or not set(parts) <= set(PARTS):
+            raise argparse.ArgumentTypeError(
+                f"{name!r} is not one of {', '.join(LOSSES)} with any of -{', -'.join(PARTS)}"
+            )
+        settings = {key: value for part in parts for key, value in PARTS[part].items()}
+        noise = next((part for part in ("uniform", "corrupt", "refresh") if part in parts), "trajectories")
+        return cls({"consistency_loss": loss} | settings, noise, COPIES if "copies" in parts else 1)
+
+
+def variant_name(name: str) -> str:
+    """A name that `Variant.of` reads."""
+    Variant.of(name)
+    return name
+
+
+def rows_of(arguments, trajectories, base: Path, variant: Variant, count: int):
+    """
+    Packed rows in the order of the training, with other noise in each epoch. A window of 1 has clean context, as for
+    CLLM and the miniature's draft-only adapter.
+    """
+    parts = []
+    for seed, first in enumerate(range(0, count, len(trajectories))):
+        settings = {"max_length": 2048, "noisy_copies": variant.copies, "seed": seed}
+        if variant.noise in ("trajectories", "refresh"):
+            rows = hf_jacobi.pack_trajectories(trajectories, arguments.window, "random", **settings)
+        else:
+            rows = hf_jacobi.pack_completions(trajectories, load_tokenizer(base), BLOCK, variant.noise, **settings)
+        parts.append((rows, min(len(trajectories), count - first)))
+    return one_after_another(parts)
 
 
 def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
     """Trains one variant; returns its folder and the seconds of its steps."""
-    settings, noise, copies = VARIANTS[name]
+    variant = Variant.of(name)
+    settings = variant.settings
     draft = arguments.scope == "draft"
-    steps = max(1, arguments.steps // copies) if arguments.equal_noise else arguments.steps
     context = f"-w{arguments.window}" if arguments.window > 1 else ""
-    folder = arguments.folder / f"{arguments.scope}-{name}{context}-{steps}"
+    what = f"{arguments.scope}-{name}{context}-{arguments.steps}x{arguments.texts}-{arguments.learning_rate:g}"
+    folder = arguments.folder / what
     if (folder / "seconds").exists():
         return folder, float((folder / "seconds").read_text())
-    rows = one_after_another([(rows_of(trajectories, base, noise, copies, arguments.window), BATCH_SIZE * steps)])
+    steps = arguments.steps
+    rows = rows_of(arguments, trajectories, base, variant, arguments.texts * steps)
     refresh = None
-    if noise == "refresh":
+    if variant.noise == "refresh":
         settings = settings | {"refresh_steps": max(1, steps // REFRESHES)}
         fresh = [{"prompt": problem.prompt} for problem in training_problems(REFRESHED * REFRESHES, "refresh")]
         refresh = hf_jacobi.Refresh(
@@ -100,7 +126,7 @@ def train(arguments, base: Path, trajectories, name: str) -> tuple[Path, float]:
         model=str(base),
         args=hf_jacobi.JacobiForcingConfig(
             output_dir=str(folder / "training"),
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=arguments.texts,
             max_steps=steps,
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
@@ -140,11 +166,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/learning"))
     parser.add_argument("--scope", choices=("draft", "whole"), default="draft")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["soft", "tv", "lk", "soft-cut", "lk-cut"])
+    parser.add_argument("--variants", nargs="+", type=variant_name, default=["soft", "tv", "lk", "soft-cut", "lk-cut"])
     parser.add_argument("--base-problems", type=int, default=24_000)
     parser.add_argument("--prompts", type=int, default=1_500)
-    parser.add_argument("--steps", type=int, default=600, help="of four texts")
-    parser.add_argument("--equal-noise", action="store_true", help="with several noisy copies of a text, fewer steps")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--texts", type=int, default=BATCH_SIZE, help="in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--ar-loss-weight", type=float, default=30.0, help="of whole models; grows from 1")
     parser.add_argument("--window", type=int, default=1, help="w of the rows; 1 is clean context")

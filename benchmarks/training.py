@@ -228,45 +228,62 @@ def attention(arguments) -> dict:
 # Draft-only adapters: text and noise in one forward, or the text once for several copies of the noise
 
 
-def one_drafts(model: str, way: str, copies: int, length: int, batch: int, steps: int) -> dict:
+def one_drafts(
+    model: str, way: str, copies: int, length: int, batch: int, steps: int, dtype: str, compiled: bool
+) -> dict:
     """Noisy tokens with a target per second of process time, and the memory of a step."""
     from datasets import Dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, TrainerCallback
 
     from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer
     from hf_jacobi.training.collator import PLAN
     from hf_jacobi.trajectories.packing import PackSettings, packed_rows
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype="float32")
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
     rows = made_up_trajectories(batch, length, vocabulary=base.config.vocab_size)
-    data = Dataset.from_list(list(packed_rows(rows, PackSettings(1, "random", 0.0, 1.0, None, False, 0, copies))))
+    data = list(packed_rows(rows, PackSettings(1, "random", 0.0, 1.0, None, False, 0, copies)))
+    starts, seconds = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            starts.append(time.process_time())
+
+        def on_step_end(self, args, state, control, **kwargs):
+            seconds.append(time.process_time() - starts[-1])
+
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         trainer = JacobiForcingTrainer(
             base,
-            JacobiForcingConfig(folder, report_to="none", use_cpu=USE_CPU, adapter_scope="draft"),
-            data,
+            JacobiForcingConfig(
+                folder,
+                report_to="none",
+                use_cpu=USE_CPU,
+                adapter_scope="draft",
+                per_device_train_batch_size=batch,
+                max_steps=steps,
+                save_strategy="no",
+                logging_steps=1,
+                disable_tqdm=True,
+                bf16=dtype == "bfloat16",
+                compile_layers=compiled,
+            ),
+            train_dataset=Dataset.from_list(data),
             peft_config=LoraConfig(r=32, lora_alpha=64, target_modules="all-linear"),
+            callbacks=[Clock()],
         )
         if way == "one":
             trainer.text_once, trainer.planner.text_once = None, False
-        inputs = trainer.data_collator([data[number] for number in range(batch)])
-        targets, before, seconds = inputs[PLAN].targets, peak_megabytes(), []
-        trainer.model.train()
-        trainer.create_optimizer()
-        for _ in range(steps):
-            start = time.process_time()
-            loss = trainer.training_step(trainer.model, dict(inputs))
-            trainer.optimizer.step()
-            trainer.optimizer.zero_grad()
-            seconds.append(time.process_time() - start)
+        noisy, before = trainer.data_collator(data)[PLAN].targets.counts[1], peak_megabytes()
+        trainer.train()
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
-        "noisy_tokens_per_second": len(targets.noisy) / min(seconds),
+        "noisy_tokens_per_second": noisy / min(seconds),
         "seconds": min(seconds),
-        "noisy_tokens": len(targets.noisy),
+        "noisy_tokens": noisy,
         "megabytes": peak_megabytes() - before,
-        "loss": float(loss),
+        "loss": losses[-1],
     }
 
 
@@ -274,8 +291,16 @@ def drafts(arguments) -> dict:
     rows = {}
     print(f"{'forwards':10}{'copies':>8}{'noisy tokens':>14}{'seconds':>9}{'a second':>10}{'ratio':>8}{'MB':>8}")
     for way, copies in (("one", 1), ("two", 1), ("two", 2), ("two", 4)):
-        settings = (arguments.model, way, copies, arguments.length, arguments.batch, arguments.steps)
-        found = rows[f"{way}/{copies}"] = in_own_process("drafts", *settings)
+        settings = (
+            way,
+            copies,
+            arguments.length,
+            arguments.batch,
+            arguments.steps,
+            arguments.dtype,
+            arguments.compile,
+        )
+        found = rows[f"{way}/{copies}"] = in_own_process("drafts", arguments.model, *settings)
         rate = found["noisy_tokens_per_second"]
         print(
             f"{way:10}{copies:>8}{found['noisy_tokens']:>14}{found['seconds']:>9.2f}{rate:>10.1f}"
@@ -295,6 +320,8 @@ def main() -> None:
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="the model of `drafts`")
     parser.add_argument("--length", type=int, default=256, help="tokens of a completion in `drafts`")
     parser.add_argument("--batch", type=int, default=1, help="texts per step in `drafts`")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of `drafts`")
+    parser.add_argument("--compile", action="store_true", help="compile the layers in `drafts`")
     parser.add_argument("--output", help="a JSON file for the results")
     arguments = parser.parse_args()
     if arguments.what == "one":

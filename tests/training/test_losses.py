@@ -242,16 +242,17 @@ def straightforward(head, hidden, targets, temperature=1.0):
     return consistency_loss(logits[targets.noisy], teacher, "soft", temperature).sum(), ar
 
 
+@pytest.mark.parametrize("trained_head", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_chunks_change_nothing(chunk_size):
+def test_chunks_change_nothing(chunk_size, trained_head):
     batch = PackedCollator(0)(packed(4))
     targets = find_targets(batch)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(*batch["input_ids"].shape, 16, generator=generator, requires_grad=True)
-    head = torch.nn.Linear(16, 96)
-    terms = sum_losses(head, hidden, targets, temperature=2.0, chunk_size=chunk_size)
+    head = torch.nn.Linear(16, 96).requires_grad_(trained_head)
+    terms = sum_losses(head, hidden, targets, temperature=2.0, chunk_size=chunk_size, trained_head=trained_head)
     (terms.consistency + 3 * terms.ar).backward()
-    gradients = hidden.grad.clone(), head.weight.grad.clone()
+    gradients = [tensor.grad.clone() for tensor in (hidden, head.weight) if tensor.requires_grad]
     hidden.grad = head.weight.grad = None
     consistency, ar = straightforward(head, hidden, targets, temperature=2.0)
     (consistency + 3 * ar).backward()

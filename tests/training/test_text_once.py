@@ -160,7 +160,7 @@ def test_what_gives_another_text_in_two_forwards_trains_in_one(tmp_path, monkeyp
     assert trainer.text_once is None
 
 
-@pytest.mark.parametrize("settings", [{"compile_layers": True}, {"adapter_scope": "all"}])
+@pytest.mark.parametrize("settings", [{"adapter_scope": "all"}])
 def test_what_needs_one_forward_has_one(tmp_path, settings):
     trainer = trainer_of(tiny_model(), tmp_path, **{"adapter_scope": "draft", "peft_config": lora()} | settings)
     assert trainer.text_once is None

@@ -372,6 +372,11 @@ def decoder_layers(model) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def attention_layers(model) -> list[Any]:
+    """The modules of a decoder whose keys and values go into layer `layer_idx` of a cache."""
+    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+
+
 def causal_lm_of(model_type: str) -> type | None:
     """transformers' own causal language model of a type, such as `"llama"`; `None` if it has none."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

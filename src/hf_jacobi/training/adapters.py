@@ -264,13 +264,14 @@ class NoisyTokens:
         model: the model with the adapter.
 
     Attributes:
-        on: whether the adapter applies to the current forward, while `in_two_forwards` is open.
+        on: whether the adapter applies to the current forward, while `in_two_forwards` is open; `None` between
+            batches, where layers run as they do otherwise.
     """
 
     def __init__(self, model: torch.nn.Module):
         self.model = model
         self.mask: torch.Tensor | None = None  # [B, T, 1], true for noisy tokens; the longest row has T of them
-        self.on = False
+        self.on: bool | None = None
         self._in_one_piece = self._in_two_forwards = self._in_batch = False
 
     def inputs(self, rows: RowTensors, counts: list[int]) -> dict[str, Any]:
@@ -299,7 +300,7 @@ class NoisyTokens:
             forget_offsets(self.model)
             raise
         finally:
-            self._in_batch, self.mask = False, None
+            self._in_batch, self.mask, self.on = False, None, None
 
     @contextmanager
     def in_one_piece(self):
@@ -325,7 +326,7 @@ class NoisyTokens:
             with self._with_forwards(self._forward_of_all):
                 yield
         finally:
-            self._in_two_forwards = False
+            self._in_two_forwards, self.on = False, None
 
     @contextmanager
     def _with_forwards(self, make: Callable[[Any, Callable | None], MethodType]):
@@ -344,6 +345,8 @@ class NoisyTokens:
 
     def _forward_of_all(self, layer, before: Callable | None) -> MethodType:
         def forward(layer, x, *args, **kwargs):
+            if self.on is None:
+                return before(x, *args, **kwargs) if before else type(layer).forward(layer, x, *args, **kwargs)
             kwargs.pop(OFFSETS, None)
             result = layer.base_layer(x, *args, **kwargs)
             if not self.on or layer.disable_adapters:

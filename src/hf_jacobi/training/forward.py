@@ -162,6 +162,11 @@ class Head:
         with redirected(embeddings, partial(function, head)):
             return embeddings(hidden)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether its weights get a gradient."""
+        return any(weight.requires_grad for weight in self._embeddings().parameters())
+
     def _embeddings(self) -> nn.Module:
         embeddings = self.model.get_output_embeddings()
         assert embeddings is not None  # a causal language model has them

@@ -6,6 +6,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,9 @@ def consistency_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str, te
     student, teacher = student.to(precision), teacher.detach().to(precision)
     if kind == "hard":
         return F.cross_entropy(student, teacher.argmax(-1), reduction="none")
-    loss = DIVERGENCES[kind](F.log_softmax(student / temperature, -1), F.log_softmax(teacher / temperature, -1))
+    if temperature != 1.0:
+        student, teacher = student / temperature, teacher / temperature
+    loss = DIVERGENCES[kind](F.log_softmax(student, -1), F.log_softmax(teacher, -1))
     return loss if kind in OF_ACCEPTANCE else loss * temperature**2
 
 
@@ -231,6 +234,41 @@ class Terms(NamedTuple):
     uncut: torch.Tensor | float = 0.0
 
 
+class TokenLosses(torch.autograd.Function):
+    """
+    Losses of single tokens together with their gradients, for a head that is not trained.
+
+    The loss of a token depends on its own hidden state alone, so its gradient needs no second computation of the
+    logits: the backward pass multiplies it by the weight of the loss, which is not known before.
+    """
+
+    @staticmethod
+    def forward(ctx, function, clean, noisy):
+        """
+        Args:
+            function: maps `clean` and `noisy` to the losses `[N]` and `[M]`, and to a tensor without a gradient.
+            clean, noisy: hidden states, `[N, H]` and `[M, H]`.
+        """
+        wanted = ctx.needs_input_grad[1:]
+        with torch.enable_grad():
+            inputs = [hidden.detach().requires_grad_(want) for hidden, want in zip((clean, noisy), wanted)]
+            *losses, right = function(*inputs)
+            for number, (hidden, loss, want) in enumerate(zip(inputs, losses, wanted)):
+                if want and len(hidden):
+                    (inputs[number],) = torch.autograd.grad(loss.sum(), hidden)
+        ctx.save_for_backward(*inputs)
+        ctx.mark_non_differentiable(right)
+        return *(loss.detach() for loss in losses), right
+
+    @staticmethod
+    def backward(ctx, of_clean, of_noisy, _):
+        weighted = [
+            gradient * weight.unsqueeze(1).to(gradient.dtype) if want else None
+            for gradient, weight, want in zip(ctx.saved_tensors, (of_clean, of_noisy), ctx.needs_input_grad[1:])
+        ]
+        return None, *weighted
+
+
 def sum_losses(
     head: Callable[[torch.Tensor], torch.Tensor],
     hidden: torch.Tensor,
@@ -242,11 +280,14 @@ def sum_losses(
     chunk_size: int = 512,
     accept_cut: bool = False,
     place_weight: float = 1.0,
+    trained_head: bool = True,
+    text_learns: bool = True,
 ) -> Terms:
     """
     The sums of both losses, with the logits of one chunk of tokens in memory at a time.
 
-    The logits of a chunk are dropped once they are summed, and recomputed in the backward pass.
+    The logits of a chunk are dropped once they are summed. A head that is trained computes them again in the backward
+    pass; any other has the gradients of the hidden states by then.
 
     Args:
         head: maps hidden states `[N, H]` to logits `[N, V]`.
@@ -257,31 +298,32 @@ def sum_losses(
         chunk_size: the number of text tokens in a chunk, to which their noisy twins are added.
         accept_cut: see `until_failure`.
         place_weight: the weight of each place of a block relative to the one before it.
+        trained_head: whether the weights of the head get a gradient.
+        text_learns: whether the AR loss has a gradient.
     """
     flat = hidden.flatten(0, 1)
     # With a gradient, so that processes whose batch has no targets stay in step.
     zero = flat.new_zeros((), dtype=torch.float32) + 0.0 * flat[:1].float().sum()
 
-    def chunk_losses(clean_hidden, noisy_hidden, labels, places):
+    def chunk_losses(labels, places, clean_hidden, noisy_hidden):
         logits = head(clean_hidden)
-        ar = F.cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=label_smoothing)
+        ar = F.cross_entropy(logits.float(), labels, reduction="none", label_smoothing=label_smoothing)
         student = head(noisy_hidden)
         right = student.detach().argmax(-1) == labels[places]
         return ar, consistency_loss(student, logits[places], kind, temperature), right
 
     ar, losses, rights = zero, [zero.new_zeros(0)], [torch.zeros(0, dtype=torch.bool, device=flat.device)]
     for chunk, some in targets.chunks(chunk_size):
-        inputs = (
-            flat[targets.clean[chunk]],
-            flat[targets.noisy[some]],
-            targets.labels[chunk],
-            targets.twins[some] - chunk.start,
-        )
-        if torch.is_grad_enabled():
-            text, drafts, right = checkpoint(chunk_losses, *inputs, use_reentrant=False)
+        function = partial(chunk_losses, targets.labels[chunk], targets.twins[some] - chunk.start)
+        text_hidden = flat[targets.clean[chunk]]
+        inputs = text_hidden if text_learns else text_hidden.detach(), flat[targets.noisy[some]]
+        if not torch.is_grad_enabled():
+            text, drafts, right = function(*inputs)
+        elif trained_head:
+            text, drafts, right = checkpoint(function, *inputs, use_reentrant=False)
         else:
-            text, drafts, right = chunk_losses(*inputs)
-        ar = ar + text
+            text, drafts, right = TokenLosses.apply(function, *inputs)
+        ar = ar + text.sum()
         losses.append(drafts)
         rights.append(right)
     # A block can lie in several chunks, so its cut is known only now.

@@ -8,20 +8,25 @@ second forward: tokens of different windows do not see each other, and a dense m
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..decoding.compat import (
+    attending_by,
+    attention_layers,
     attention_of,
     cache_argument,
     caches_in_checkpoints,
     caching_in_checkpoints,
+    looks_attention_up,
+    not_compiled,
+    own_attention,
     without_checkpointing,
 )
 from .adapters import NoisyTokens
@@ -30,6 +35,7 @@ from .mask import RowTensors, dense_mask, training_mask
 from .windows import attending_by_windows, segments
 
 
+AFTER_TEXT = "jacobi_after_text"
 GROUP = 256  # approximate number of noisy tokens in a row of the second forward
 
 
@@ -146,6 +152,18 @@ class TextCache(DynamicCache):
         self.layers = [TextLayer(layer, rows) for layer in cache.layers]
 
 
+def attention_after_text(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **kwargs
+) -> tuple[torch.Tensor, None]:
+    """
+    SDPA in which noise sees the text before itself. The keys and values of the text are an attribute of the module: a
+    compiled layer cannot take them from a cache without being compiled anew for each layer.
+    """
+    text_keys, text_values = module.jacobi_text
+    keys, values = torch.cat((text_keys, key), 2), torch.cat((text_values, value), 2)
+    return own_attention()(module, query, keys, values, attention_mask, **kwargs)
+
+
 class TextOnce:
     """
     Runs batches of a draft-only adapter in two forwards.
@@ -154,11 +172,13 @@ class TextOnce:
         model: the causal language model, with the adapter's layers in it.
         noisy_tokens: switches the adapter on and off.
         windowed: whether the text runs with the windowed attention.
+        compiled: whether the layers run compiled, for the noise; the text, without a gradient, gains little by it.
     """
 
-    def __init__(self, model: PreTrainedModel, noisy_tokens: NoisyTokens, windowed: bool):
+    def __init__(self, model: PreTrainedModel, noisy_tokens: NoisyTokens, windowed: bool, compiled: bool = False):
         self.noisy_tokens = noisy_tokens
         self.windowed = windowed
+        self.compiled = compiled
         cache = cache_argument(model)
         assert cache is not None  # see `can_split`
         self.cache = cache
@@ -208,7 +228,7 @@ class TextOnce:
         cache = DynamicCache()
         mask = split.segments if self.windowed else training_mask(rows, self.config, dtype)
         windows = attending_by_windows(model) if self.windowed else nullcontext()
-        with without_checkpointing(model), windows:
+        with without_checkpointing(model), windows, not_compiled(model):
             hidden = run_decoder(
                 model,
                 input_ids=input_ids[of_batch, split.text.clamp(min=0)],
@@ -229,14 +249,17 @@ class TextOnce:
     ) -> torch.Tensor:
         owner, first = split.rows.unsqueeze(1), split.text.shape[1]
         seen = rows.take(owner, torch.cat([split.text[split.rows], split.noise], 1))
+        inputs = {
+            "input_ids": input_ids[owner, split.noise.clamp(min=0)],
+            "position_ids": seen.position_ids[:, first:],
+            "attention_mask": dense_mask(seen, self.config, dtype, first),
+        }
+        text = TextCache(cache, split.rows)
+        if self.compiled:
+            with after_text(model, text):
+                return run_decoder(model, **inputs).last_hidden_state
         with caching_in_checkpoints(model):
-            return run_decoder(
-                model,
-                input_ids=input_ids[owner, split.noise.clamp(min=0)],
-                position_ids=seen.position_ids[:, first:],
-                attention_mask=dense_mask(seen, self.config, dtype, first),
-                **{self.cache: TextCache(cache, split.rows)},
-            ).last_hidden_state
+            return run_decoder(model, **inputs, **{self.cache: text}).last_hidden_state
 
     @torch.no_grad()
     def check(self, model: PreTrainedModel) -> bool:
@@ -255,14 +278,34 @@ class TextOnce:
         return torch.allclose(ours.float(), whole.float(), atol=1e-2 * float(whole.abs().max()), rtol=1e-2)
 
 
-def can_split(model: PreTrainedModel, checkpointing: bool) -> bool:
+@contextmanager
+def after_text(model: PreTrainedModel, text: TextCache) -> Iterator[None]:
+    """While this is open, the attention of each layer sees its part of a text; see `attention_after_text`."""
+    layers = attention_layers(model)
+    for module in layers:
+        module.jacobi_text = text.layers[module.layer_idx].text
+    try:
+        with attending_by(model, AFTER_TEXT):
+            yield
+    finally:
+        for module in layers:
+            del module.jacobi_text
+
+
+def can_split(model: PreTrainedModel, checkpointing: bool, compiled: bool = False) -> bool:
     """
     Whether a model has the attention and the cache that two forwards need; `TextOnce.check` tests them.
 
     Args:
         model: the causal language model.
         checkpointing: whether the backward pass recomputes activations.
+        compiled: whether the layers run compiled.
     """
     plain = attention_of(model.config.get_text_config(decoder=True)) in ("sdpa", "eager")
+    if compiled and (checkpointing or not looks_attention_up(model)):
+        return False
     cached = cache_argument(model) is not None and (not checkpointing or caches_in_checkpoints(model))
     return plain and cached
+
+
+AttentionInterface.register(AFTER_TEXT, attention_after_text)

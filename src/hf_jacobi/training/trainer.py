@@ -275,10 +275,11 @@ class JacobiForcingTrainer(Trainer):
     def _make_text_once(self, model: PreTrainedModel) -> TextOnce | None:
         """What runs the text of a draft-only adapter once for all noise, if the model and the settings allow it."""
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        others = self.args.compile_layers or self.router_loss.weight or sharded
-        if not self.noisy_tokens or others or not can_split(model, bool(self.args.activation_checkpointing)):
+        checkpointing, compiled = bool(self.args.activation_checkpointing), self.args.compile_layers
+        others = self.router_loss.weight or sharded
+        if not self.noisy_tokens or others or not can_split(model, checkpointing, compiled):
             return None
-        text_once = TextOnce(model, self.noisy_tokens, self.windowed)
+        text_once = TextOnce(model, self.noisy_tokens, self.windowed, compiled)
         return text_once if text_once.check(model) else None
 
     @property
@@ -347,8 +348,7 @@ class JacobiForcingTrainer(Trainer):
             if self.text_once:
                 assert plan.split is not None  # `planner.text_once` is set with `text_once`
                 hidden = self.text_once(inner, input_ids, rows, plan.split, dtype)
-                terms: Terms = self.head.in_one_call(partial(self._terms_of, plan), hidden)
-                return terms._replace(ar=terms.ar.detach())  # a draft-only adapter does not change the text
+                return self.head.in_one_call(partial(self._terms_of, plan), hidden)  # type: ignore[no-any-return]
             router = {"output_router_logits": True} if self.router_loss.weight else {}
             outputs = run_decoder(
                 inner, input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **router
@@ -392,6 +392,8 @@ class JacobiForcingTrainer(Trainer):
             chunk_size=max(1, self.args.loss_chunk_size * clean // max(1, clean, noisy)),
             accept_cut=self.args.accept_cut,
             place_weight=self.args.block_position_weight,
+            trained_head=self.head.is_trained,
+            text_learns=self.noisy_tokens is None,  # a draft-only adapter does not change the text
         )
 
     def _attention(self) -> AbstractContextManager:
@@ -423,7 +425,8 @@ class JacobiForcingTrainer(Trainer):
             if self.args.compile_layers:
                 stack.enter_context(compiled_layers(self.head.model))
                 if self.noisy_tokens:  # the same forwards in all steps, or they would recompile
-                    stack.enter_context(self.noisy_tokens.in_one_piece())
+                    tokens = self.noisy_tokens
+                    stack.enter_context(tokens.in_two_forwards() if self.text_once else tokens.in_one_piece())
             return super().train(*args, **kwargs)
 
     def training_step(self, *args, **kwargs):
