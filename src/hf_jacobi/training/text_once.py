@@ -36,7 +36,7 @@ from .windows import attending_by_windows, segments
 
 
 AFTER_TEXT = "jacobi_after_text"
-GROUP = 256  # approximate number of noisy tokens in a row of the second forward
+GROUPS = 64, 256  # fewest and most noisy tokens in a row of the second forward, approximately
 
 
 class Split(NamedTuple):
@@ -82,13 +82,15 @@ class Split(NamedTuple):
         )
 
 
-def split_tokens(rows: RowTensors, group: int = GROUP, windowed: bool = False) -> Split:
+def split_tokens(rows: RowTensors, windowed: bool = False) -> Split:
     """
     Separates the text of a batch from its noise, and cuts the noise into rows that keep windows whole; on the host.
 
+    A row of noise has about half as many tokens as the text that it sees, within `GROUPS`: longer ones waste more of
+    the dense mask, shorter ones copy the text's keys and values more often. A longer window gets a row of its own.
+
     Args:
         rows: the tokens.
-        group: the approximate number of noisy tokens in a row; a longer window gets a row of its own.
         windowed: whether the text runs with the windowed attention.
     """
     keys = torch.stack([rows.seq_ids, rows.noisy.long(), rows.window_start, rows.copy_ids]).cpu().numpy()
@@ -98,6 +100,7 @@ def split_tokens(rows: RowTensors, group: int = GROUP, windowed: bool = False) -
         texts.append(np.flatnonzero((sequence >= 0) & (noisy == 0)))
         tokens = np.flatnonzero((sequence >= 0) & (noisy == 1))
         seams = 1 + np.flatnonzero((np.diff(of_row[:, tokens]) != 0).any(0))
+        group = max(GROUPS[0], min(GROUPS[1], len(texts[-1]) // 2))
         size = len(tokens) / max(1, -(-len(tokens) // group))
         cuts = [seam for before, seam in zip([0, *seams], seams) if before // size < seam // size] if size else []
         for piece in np.split(tokens, cuts):

@@ -261,6 +261,8 @@ def _pack_into_cache(rows: Iterable[Any], settings: Packing) -> Dataset:
         with pyarrow.ipc.new_stream(path, PACKED_FEATURES.arrow_schema) as writer:
             for table in packed_tables(source, settings):
                 writer.write_table(table)
+        if not writer.stats.num_record_batches:
+            raise UsageError(_nothing_fits(rows, settings))
     except BaseException:
         path.unlink(missing_ok=True)
         raise

@@ -156,7 +156,7 @@ def rows_in(piece: Piece) -> Iterator[Any]:
         yield from piece
         return
     nested = {name: _flat(piece.column(name), LISTS[name]) for name in piece.column_names if name in LISTS}
-    if any(flat is None for flat in nested.values()):  # something else than lists of whole numbers: checked row by row
+    if any(flat is None for flat in nested.values()):  # not lists of whole numbers: checked row by row
         yield from piece.to_pylist()
         return
     columns: dict[str, Iterable[Any]] = {name: _split(*flat) for name, flat in nested.items() if flat is not None} | {
@@ -202,7 +202,7 @@ def _split(levels: list[np.ndarray], values: np.ndarray) -> Iterator[Any]:
 
 
 def digest_of_piece(piece: Piece, columns: Sequence[str]) -> str:
-    """A digest of the columns of some rows, by which a run that goes on knows that they are still the same."""
+    """A digest of the columns of some rows, by which a resumed run checks that they have not changed."""
     if isinstance(piece, list) or (text := _json_of_table(piece.select(columns))) is None:
         rows = piece if isinstance(piece, list) else piece.to_pylist()
         known = [[row[column] for column in columns] for row in rows]
@@ -220,7 +220,7 @@ def _json_of_table(table: pyarrow.Table) -> str | None:
 
 
 def _json_of(array: pyarrow.Array) -> pyarrow.Array | None:
-    """The JSON of each value, whole numbers or lists of them; `None` where there is something else, or too much."""
+    """The JSON of each value, whole numbers or lists of them; `None` for other types, or too many numbers."""
     if array.null_count or len(array) > MOST_NUMBERS:
         return None
     if pyarrow.types.is_integer(array.type):

@@ -1,4 +1,9 @@
-"""Reads prompts from data sets and files of any common shape, and turns them into token ids."""
+"""
+Reads prompts from data sets and files of any common shape, and turns them into token ids.
+
+`trl.data_utils` does not serve here: it stops at the first row that it cannot convert, where a row is skipped here
+and the reason counted, and it does not read tools, settings of the template, or conversations given as JSON.
+"""
 
 from __future__ import annotations
 

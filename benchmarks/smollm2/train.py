@@ -1,0 +1,104 @@
+"""
+Trains the draft-only adapter of SmolLM2-135M-Instruct, from the one in the package or from new weights.
+
+    python -m benchmarks.smollm2.prompts prompts
+    hf-jacobi collect --dataset prompts/train.jsonl --output-dir trajectories --block-size 8 --max-new-tokens 128 \
+        --batch-size 64 --dtype bfloat16
+    python -m benchmarks.smollm2.train trajectories draft --steps 500
+
+An interrupted training resumes from its last checkpoint. Losses and the share of noisy positions predicted correctly
+are kept in `draft/jacobi_forcing.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import datasets
+import torch
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.trainer_utils import get_last_checkpoint
+
+import hf_jacobi
+from hf_jacobi.cli.demo_model import demo_checkpoint
+from hf_jacobi.cli.models import DEMO_ADAPTER
+from hf_jacobi.trajectories.prompts import open_prompts
+
+
+def rows_of(trajectories, copies: int, epochs: int) -> datasets.Dataset:
+    """Packed rows with clean context in random order, with other noise in each epoch."""
+    packed = [
+        hf_jacobi.pack_trajectories(trajectories, 1, "random", max_length=1536, noisy_copies=copies, seed=epoch)
+        for epoch in range(epochs)
+    ]
+    return datasets.concatenate_datasets([rows.shuffle(seed=epoch) for epoch, rows in enumerate(packed)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trajectories", help="the folder that `hf-jacobi collect` wrote")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", help="the base model (default: the demo model)")
+    parser.add_argument("--new", type=int, metavar="RANK", help="begin with new weights of this rank")
+    parser.add_argument("--last-layers", type=int, help="with --new: adapt only this many layers, the last ones")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--texts", type=int, default=4, help="in a step")
+    parser.add_argument("--copies", type=int, default=4, help="noisy copies of each text")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--loss", default="soft")
+    parser.add_argument("--accept-cut", action="store_true")
+    arguments = parser.parse_args()
+    base = arguments.model or demo_checkpoint()
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    config = None
+    if arguments.new:
+        count = model.config.num_hidden_layers
+        layers = list(range(count - arguments.last_layers, count)) if arguments.last_layers else None
+        config = LoraConfig(
+            r=arguments.new,
+            lora_alpha=2 * arguments.new,
+            target_modules="all-linear",
+            layers_to_transform=layers,
+            task_type="CAUSAL_LM",
+        )
+    else:
+        model = PeftModel.from_pretrained(model, DEMO_ADAPTER, is_trainable=True)
+    trajectories = open_prompts(arguments.trajectories)
+    wanted = arguments.steps * arguments.texts
+    rows = rows_of(trajectories, arguments.copies, -(-wanted // len(trajectories)))
+    training = arguments.output / "training"
+    trainer = hf_jacobi.JacobiForcingTrainer(
+        model,
+        hf_jacobi.JacobiForcingConfig(
+            str(training),
+            per_device_train_batch_size=arguments.texts,
+            max_steps=arguments.steps,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=20,
+            adam_beta2=0.98,
+            consistency_loss=arguments.loss,
+            accept_cut=arguments.accept_cut,
+            adapter_scope="draft",
+            compile_layers=True,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            train_sampling_strategy="sequential",
+            save_steps=50,
+            save_total_limit=1,
+            logging_steps=10,
+            report_to="none",
+            seed=0,
+        ),
+        train_dataset=rows,
+        processing_class=AutoTokenizer.from_pretrained(base),
+        peft_config=config,
+    )
+    trainer.train(resume_from_checkpoint=training.is_dir() and get_last_checkpoint(str(training)))
+    trainer.save_model(str(arguments.output))
+
+
+if __name__ == "__main__":
+    main()
