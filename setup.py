@@ -69,6 +69,8 @@ setup(
             "checkpoints/*/*",
             "evaluation/metrics/*/*.py",
             "evaluation/tasks/*",
+            "hub/*.jinja",
+            "hub/*.pyi",
             "serving/page/*",
         ]
     },

@@ -1,4 +1,4 @@
-"""setup.py declares every package that the library imports."""
+"""setup.py declares every package that the library imports, and every file that it reads."""
 
 import ast
 import sys
@@ -19,9 +19,14 @@ def declared() -> dict[str, list[str]]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "EXTRAS":
             values = ast.literal_eval(node.value)
-        if isinstance(node, ast.keyword) and node.arg == "install_requires":
-            required = ast.literal_eval(node.value)
-    return values | {"": required}
+    return values | {"": argument("install_requires")}
+
+
+def argument(name: str):
+    """The value of an argument of `setup`."""
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == name)
+    return ast.literal_eval(next(found).value)
 
 
 def name_of(requirement: str) -> str:
@@ -55,3 +60,18 @@ def test_whatever_is_imported_is_declared():
 def test_an_extra_has_what_its_room_imports(room, extras):
     names = [requirement for extra in ["", *extras] for requirement in declared()[extra]]
     assert imported((SOURCE / room).rglob("*.py")) <= set(map(name_of, names))
+
+
+def test_the_wheel_has_every_file_of_the_package():
+    """An editable installation hides a missing one."""
+    packages = {path.parent for path in SOURCE.rglob("__init__.py")}
+    patterns = argument("package_data")["hf_jacobi"]
+    others = [
+        path.relative_to(SOURCE)
+        for path in SOURCE.rglob("*")
+        if path.is_file()
+        and "__pycache__" not in path.parts
+        and not (path.suffix == ".py" and path.parent in packages)
+    ]
+    assert Path("hub/card.md.jinja") in others
+    assert not [path for path in others if not any(path.match(pattern) for pattern in patterns)]

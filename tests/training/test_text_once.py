@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import nullcontext
+
 import pytest
 import torch
 from datasets import Dataset
@@ -160,7 +163,20 @@ def test_what_gives_another_text_in_two_forwards_trains_in_one(tmp_path, monkeyp
     assert trainer.text_once is None
 
 
-@pytest.mark.parametrize("settings", [{"adapter_scope": "all"}])
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_compiled_layers_see_the_text_through_their_attention(tmp_path, monkeypatch, attention):
+    """Uncompiled here; `test_compiled_layers_give_the_same_gradients` compiles them."""
+    monkeypatch.setattr("hf_jacobi.training.trainer.compiled_layers", lambda model: nullcontext())
+    loss, ours = loss_and_gradients(tmp_path, "qwen3", attention=attention, compile_layers=True)
+    expected, theirs = loss_and_gradients(tmp_path, "qwen3", one_forward=True, attention=attention)
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"adapter_scope": "all"}, {"compile_layers": True, "activation_checkpointing": True}]
+)
 def test_what_needs_one_forward_has_one(tmp_path, settings):
     trainer = trainer_of(tiny_model(), tmp_path, **{"adapter_scope": "draft", "peft_config": lora()} | settings)
     assert trainer.text_once is None

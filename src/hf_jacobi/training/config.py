@@ -73,7 +73,7 @@ class JacobiForcingConfig(TrainingArguments):
         loss_chunk_size (`int`, defaults to 512):
             The number of tokens whose logits are in memory at a time.
 
-    `label_smoothing_factor` applies to the autoregressive loss.
+    `label_smoothing_factor` applies to the autoregressive loss. `bf16` needs no `use_cpu` where there is only a CPU.
 
     > Parameters that control the model
 
@@ -157,6 +157,8 @@ class JacobiForcingConfig(TrainingArguments):
         name_checkpointing(self)
         self._check_numbers()
         self._check_choices()
+        if self.bf16 and not torch.accelerator.is_available() and not self.deepspeed:
+            self.use_cpu = True  # without it, transformers refuses bfloat16 where there is only a CPU
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:
