@@ -66,12 +66,8 @@ def test_the_wheel_has_every_file_of_the_package():
     """An editable installation hides a missing one."""
     packages = {path.parent for path in SOURCE.rglob("__init__.py")}
     patterns = argument("package_data")["hf_jacobi"]
-    others = [
-        path.relative_to(SOURCE)
-        for path in SOURCE.rglob("*")
-        if path.is_file()
-        and "__pycache__" not in path.parts
-        and not (path.suffix == ".py" and path.parent in packages)
-    ]
+    modules = {path for package in packages for path in package.glob("*.py")}
+    files = {path for path in SOURCE.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    others = [path.relative_to(SOURCE) for path in files - modules]
     assert Path("hub/card.md.jinja") in others
     assert not [path for path in others if not any(path.match(pattern) for pattern in patterns)]
