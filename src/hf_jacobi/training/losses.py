@@ -263,7 +263,7 @@ class TokenLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_clean, of_noisy, _):
         weighted = [
-            gradient * weight.unsqueeze(1).to(gradient.dtype) if want else None
+            (gradient * weight.unsqueeze(1)).to(gradient.dtype) if want else None  # a weight can be scaled for float16
             for gradient, weight, want in zip(ctx.saved_tensors, (of_clean, of_noisy), ctx.needs_input_grad[1:])
         ]
         return None, *weighted
