@@ -24,7 +24,7 @@ def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
     prompts.write_text("\n".join(map(json.dumps, rows)))
     collect = ["collect", "--model", str(checkpoint), "--dataset", str(prompts), "--output-dir", str(tmp_path / "t")]
     assert main([*collect, "--block-size", "8", "--max-new-tokens", "24", "--max-prompts", "4"]) == 0
-    assert "completions kept" in capsys.readouterr().out
+    assert "completions kept  " in capsys.readouterr().out
     trajectories = load_dataset(str(tmp_path / "t"), split="train")
     assert trajectories["prompt_id"] == ["p0", "p1", "p2", "p3"]
 
