@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_jacobi.cli import EXTRA_OF, EXTRAS
+
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hf_jacobi"
@@ -55,3 +57,10 @@ def test_whatever_is_imported_is_declared():
 def test_an_extra_has_what_its_room_imports(room, extras):
     names = [requirement for extra in ["", *extras] for requirement in declared()[extra]]
     assert imported((SOURCE / room).rglob("*.py")) <= set(map(name_of, names))
+
+
+def test_the_command_line_knows_what_the_extras_install():
+    for extra, modules in EXTRAS.items():
+        known = {module.replace("_", "-") for module in modules}
+        assert known == set(map(name_of, declared()[extra]))
+    assert declared().keys() - {"", "test", "docs", "dev"} == EXTRAS.keys() >= set(EXTRA_OF.values())

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..decoding.errors import UsageError, missing_extra, of_usage
+from ..decoding.errors import UsageError, of_usage
 from ..decoding.files import read_yaml
 from .options import check_folder
 from .train_options import check
@@ -69,10 +69,8 @@ def with_config_checked(typed: list[str]) -> list[str]:
 def run(arguments) -> int:
     """Runs the command."""
     check(arguments.rest, ABOUT)
-    try:
-        from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
-    except ModuleNotFoundError as error:
-        raise missing_extra("this", error.name, "train") from error
+
+    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
     from ..training import JacobiForcingConfig, JacobiForcingTrainer
     from ..training.figures import score_function
