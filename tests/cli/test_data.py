@@ -79,6 +79,10 @@ def test_training_from_the_command_line(checkpoint, tmp_path, capsys, monkeypatc
         "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--adapter_scope", "draft",
     ]  # fmt: skip
     assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\ntraining loss \d+\.\d+\n", shown)
+    assert re.search(r"\nevaluation: loss \S+, tokens per forward \d\.\d\d, agreement .* 100\.0%\n", shown)
+    assert f"`hf-jacobi bench {tmp_path / 'out'}`" in shown.splitlines()[-1]
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["decoding"] == "jacobi" and written["jacobi"]["block_size"] == 6
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [-1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -99,17 +101,45 @@ def run(arguments) -> int:
         eval_score=score,
     )
     last = str(training.resume_from_checkpoint).lower() == "true"  # text from an option, a boolean from YAML
-    trainer.train(resume_from_checkpoint=last or training.resume_from_checkpoint)
+    trained = trainer.train(resume_from_checkpoint=last or training.resume_from_checkpoint)
     trainer.save_model()
+    figures: dict[str, float] = {}
     if held_out is not None:
-        trainer.evaluate()
+        figures = trainer.evaluate()
         trainer.create_model_card()  # with the figures of the evaluation
-    trainer.accelerator.print(f"written to {training.output_dir}")
+    trainer.accelerator.print(summary(trained.training_loss, figures, str(training.output_dir)))
     if training.push_to_hub:
         local = Path(data.train_dataset).expanduser().exists()
         trainer.push_to_hub(dataset_name=None if local else data.train_dataset)
     trainer.accelerator.state.destroy_process_group()
     return 0
+
+
+def summary(loss: float, figures: Mapping[str, float], folder: str) -> str:
+    """
+    The end of the output: the figures, and what to do next.
+
+    Args:
+        loss: the mean training loss.
+        figures: what `evaluate` returned; empty without an evaluation.
+        folder: where the checkpoint is.
+    """
+    lines = [f"\ntraining loss {loss:.4g}"]
+    shown = {
+        "loss": "loss {:.4g}",
+        "tokens_per_forward": "tokens per forward {:.2f}",
+        "agreement": "agreement with the text before training {:.1%}",
+        "score": "score {:.1%}",
+    }
+    if found := [text.format(figures[f"eval_{name}"]) for name, text in shown.items() if f"eval_{name}" in figures]:
+        lines.append(f"evaluation: {', '.join(found)}")
+    name = shlex.quote(folder)
+    lines += [
+        f"written to {folder}",
+        f"Next: `hf-jacobi tune {name}` finds its fastest settings on this machine, and `hf-jacobi bench {name}` "
+        "compares it with AR.",
+    ]
+    return "\n".join(lines)
 
 
 def _model_settings(
