@@ -24,7 +24,12 @@ def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
     prompts.write_text("\n".join(map(json.dumps, rows)))
     collect = ["collect", "--model", str(checkpoint), "--dataset", str(prompts), "--output-dir", str(tmp_path / "t")]
     assert main([*collect, "--block-size", "8", "--max-new-tokens", "24", "--max-prompts", "4"]) == 0
-    assert "completions kept  " in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    cut = int(re.search(r"\n  cut at max_new_tokens +(\d)\n", shown)[1])
+    note = f"\n{cut} of 4 completions were cut at 24 tokens; --max-new-tokens changes that.\n"
+    assert "completions kept  " in shown and (note in shown) == (cut > 2)
+    assert main([*collect[:-1], str(tmp_path / "short"), "--max-new-tokens", "2"]) == 0
+    assert "\n5 of 5 completions were cut at 2 tokens; " in capsys.readouterr().out
     trajectories = load_dataset(str(tmp_path / "t"), split="train")
     assert trajectories["prompt_id"] == ["p0", "p1", "p2", "p3"]
 
