@@ -42,7 +42,10 @@ def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
     assert "noisy blocks" in shown and "smaller --window-size" not in shown
     wide = [*pack[:4], str(tmp_path / "wide"), "--window-size", "16"]
     assert main(wide) == 0
-    assert "No text has more than 3 blocks" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("No text has more than 3 blocks")
+    cut = [*pack[:4], str(tmp_path / "cut"), "--window-size", "2", "--max-length", "24"]
+    assert main(cut) == 0
+    assert "\nNo text has more than 1 block," in capsys.readouterr().out
     packed = load_dataset(str(tmp_path / "p"), split="train")
     assert len(packed) == 4
     assert bool(plot) == (tmp_path / "noise.png").exists()
