@@ -236,6 +236,7 @@ def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress
             raise UsageError(
                 f"the processes were given different data (shard {shard}): shuffle with the same seed in all of them."
             )
+    processes.wait_for_everyone()  # until all have read the notes of files that can be removed below
     if processes.is_main_process:
         report = read_report(files.folder)
         if not report.sequences:  # without files, the folder can be used with other settings
@@ -286,13 +287,12 @@ def _judge(report: CollectReport, collector: Collector, row: dict[str, Any]) -> 
 
 
 def _advice(report: CollectReport, collector: Collector, row: dict[str, Any]) -> str:
-    """What is likely to help against empty completions: the end of a sentence."""
-    settings = collector.settings
-    if 2 * report.empty <= report.completions or collector.given or settings.as_chat:
-        return "."
-    if not getattr(collector.tokenizer, "chat_template", None) or not is_text(row, settings.prompt_column):
-        return "."
-    return "; the prompts are plain text, but the model has a chat template: as_chat=True (--as-chat) applies it."
+    """The end of a sentence: what is likely to help against empty completions."""
+    settings, template = collector.settings, getattr(collector.tokenizer, "chat_template", None)
+    mostly_empty = 2 * report.empty > report.completions and not collector.given
+    if mostly_empty and template and not settings.as_chat and is_text(row, settings.prompt_column):
+        return "; the prompts are plain text, but the model has a chat template: as_chat=True (--as-chat) applies it."
+    return "."
 
 
 def process_state() -> PartialState:
