@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_jacobi.cli import EXTRA_OF, EXTRAS
+
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "hf_jacobi"
@@ -71,3 +73,10 @@ def test_the_wheel_has_every_file_of_the_package():
     others = [path.relative_to(SOURCE) for path in files - modules]
     assert Path("hub/card.md.jinja") in others
     assert not [path for path in others if not any(path.match(pattern) for pattern in patterns)]
+
+
+def test_the_command_line_knows_what_the_extras_install():
+    for extra, modules in EXTRAS.items():
+        known = {module.replace("_", "-") for module in modules}
+        assert known == set(map(name_of, declared()[extra]))
+    assert declared().keys() - {"", "test", "docs", "dev"} == EXTRAS.keys() >= set(EXTRA_OF.values())

@@ -50,7 +50,7 @@ def test_errors_at_the_end_are_found_at_the_start(checkpoint, tmp_path, capsys):
     assert "bench.xyz does not name a format" in capsys.readouterr().err
 
 
-def test_blank_lines_are_skipped_and_text_can_be_a_users_message(tmp_path):
+def test_blank_lines_are_skipped_and_text_can_be_a_users_message(tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("w5 w6\n\nw7\n")
     parser = argparse.ArgumentParser()
     add_prompts(parser, count=4)
@@ -59,7 +59,9 @@ def test_blank_lines_are_skipped_and_text_can_be_a_users_message(tmp_path):
     assert Prompts(parser.parse_args(read)).encode(tokenizer) == [
         tokenizer(text)["input_ids"] for text in ("w5 w6", "w7")
     ]
+    assert "plain text, without the model's chat template; --as-chat applies it." in capsys.readouterr().err
     chat = Prompts(parser.parse_args([*read, "--as-chat"])).encode(tokenizer)
+    assert not capsys.readouterr().err
     message = [{"role": "user", "content": "w7"}]
     assert chat[1] == list(tokenizer.apply_chat_template(message, add_generation_prompt=True)["input_ids"])
 

@@ -95,6 +95,37 @@ def test_eval_without_the_harness_says_what_to_install(monkeypatch, capsys):
     assert "lm_eval, from the extra 'harness': pip install '.[harness]'" in capsys.readouterr().err
 
 
+def test_every_command_names_the_extra_that_it_lacks(tmp_path):
+    program = """
+import sys
+from hf_jacobi.cli import main
+for package in sys.argv[1].split(","):
+    sys.modules[package] = None
+for typed in sys.argv[2:]:
+    assert main(typed.split()) == 2, typed
+"""
+    (tmp_path / "p.txt").write_text("w3")
+    (tmp_path / "r.yaml").write_text("model: m")
+    commands = {
+        "collect --model m --dataset p.txt --output-dir o": ("datasets", "train"),
+        "pack --trajectories p.txt --output-dir o": ("datasets", "train"),
+        "train --model_name_or_path m --train_dataset p --output_dir o": ("trl", "train"),
+        "recipe r.yaml --output-dir o": ("datasets", "train"),
+        "bench m --prompts p.txt": ("datasets", "eval"),
+        "tune m --dry-run --prompts p.txt": ("datasets", "eval"),
+        "eval m --tasks gsm8k": ("lm_eval", "harness"),
+        "serve m": ("fastapi", "serve"),
+    }
+    blocked = ",".join({package for package, _ in commands.values()})
+    done = subprocess.run(
+        [sys.executable, "-c", program, blocked, *commands], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    for line, (typed, (package, extra)) in zip(done.stderr.splitlines(), commands.items(), strict=True):
+        assert line.startswith(f"hf-jacobi {typed.split()[0]}: ") and f" needs {package}, " in line
+        assert line.endswith(f"from the extra {extra!r}: pip install '.[{extra}]' in a clone of hf_jacobi")
+
+
 def test_version_and_help(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])
@@ -155,6 +186,7 @@ FAULTS = [KeyError("a"), AttributeError("b"), ValueError("c"), RuntimeError("d")
 FAULTS += [
     OSError("no file is named"),
     AssertionError(),
+    ModuleNotFoundError("No module named 'h'", name="h"),
     ZeroDivisionError(),
     UnicodeDecodeError("utf-8", b"", 0, 1, "g"),
 ]

@@ -24,7 +24,12 @@ def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
     prompts.write_text("\n".join(map(json.dumps, rows)))
     collect = ["collect", "--model", str(checkpoint), "--dataset", str(prompts), "--output-dir", str(tmp_path / "t")]
     assert main([*collect, "--block-size", "8", "--max-new-tokens", "24", "--max-prompts", "4"]) == 0
-    assert "completions kept" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    cut = int(re.search(r"\n  cut at max_new_tokens +(\d)\n", shown)[1])
+    note = f"\n{cut} of 4 completions were cut at 24 tokens; --max-new-tokens changes that.\n"
+    assert "completions kept  " in shown and (note in shown) == (cut > 2)
+    assert main([*collect[:-1], str(tmp_path / "short"), "--max-new-tokens", "2"]) == 0
+    assert "\n5 of 5 completions were cut at 2 tokens; " in capsys.readouterr().out
     trajectories = load_dataset(str(tmp_path / "t"), split="train")
     assert trajectories["prompt_id"] == ["p0", "p1", "p2", "p3"]
 
@@ -37,7 +42,10 @@ def test_from_prompts_to_training_rows(checkpoint, tmp_path, capsys):
     assert "noisy blocks" in shown and "smaller --window-size" not in shown
     wide = [*pack[:4], str(tmp_path / "wide"), "--window-size", "16"]
     assert main(wide) == 0
-    assert "No text has more than 3 blocks" in capsys.readouterr().out
+    assert capsys.readouterr().out.startswith("No text has more than 3 blocks")
+    cut = [*pack[:4], str(tmp_path / "cut"), "--window-size", "2", "--max-length", "24"]
+    assert main(cut) == 0
+    assert "\nNo text has more than 1 block," in capsys.readouterr().out
     packed = load_dataset(str(tmp_path / "p"), split="train")
     assert len(packed) == 4
     assert bool(plot) == (tmp_path / "noise.png").exists()
@@ -79,6 +87,10 @@ def test_training_from_the_command_line(checkpoint, tmp_path, capsys, monkeypatc
         "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj", "--adapter_scope", "draft",
     ]  # fmt: skip
     assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"\ntraining loss \d+\.\d+\n", shown)
+    assert re.search(r"\nevaluation: loss \S+, tokens per forward \d\.\d\d, agreement .* 100\.0%\n", shown)
+    assert f"`hf-jacobi bench {tmp_path / 'out'}`" in shown.splitlines()[-1]
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["decoding"] == "jacobi" and written["jacobi"]["block_size"] == 6
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["alora_invocation_tokens"] == [-1]

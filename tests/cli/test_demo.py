@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_jacobi import cli
-from hf_jacobi.cli.demo import SideBySide, is_trained, print_report, remarks
+from hf_jacobi.cli import demo as demo_command
+from hf_jacobi.cli.demo import Follower, SideBySide, is_trained, print_report, remarks
 from hf_jacobi.cli.models import MINIATURE
+from hf_jacobi.decoding import timing
 from hf_jacobi.decoding.config import write_settings
+from hf_jacobi.decoding.costs import CostCurve
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,8 @@ def test_output_to_a_pipe_is_plain_text(checkpoint, capsys):
     assert "autoregressive" in out and "Jacobi" in out and "Texts identical: yes" in out
     assert "\x1b[" not in out, "no terminal codes in a pipe"
     ar, jacobi = out.split("--- Jacobi ---")[0].split("---\n")[1], out.split("--- Jacobi ---\n")[1]
-    assert jacobi.startswith(ar.strip())
+    assert jacobi.startswith(ar.strip()) and ar.endswith("[cut at 12 tokens; --max-new-tokens changes that]\n\n")
+    assert "Prompt: w5" in out and "[prompt 1]" not in out
 
 
 @pytest.mark.parametrize("draft_only", [True, False])
@@ -115,7 +120,42 @@ def test_several_prompts_are_answered_in_turn(checkpoint, capsys):
         assert report[decoding]["forwards"] == sum(one[decoding]["forwards"] for one in singly)
     assert cli.main([*command, "--prompt", "w5", "--prompt", "w7 w8"]) == 0
     out = capsys.readouterr().out
-    assert "\n\n".join(report["ar"]["texts"]) in out
+    assert "Prompt 1: w5\n" in out and "Prompt 2: w7 w8\n" in out
+    cut = "\n[cut at 12 tokens; --max-new-tokens changes that]"
+    one, two = (text + cut * (len(text.split()) == 12) for text in report["ar"]["texts"])
+    assert out.count(f"---\n[prompt 1]\n{one}\n\n[prompt 2]\n{two}\n") == 2
+
+
+def test_an_end_token_at_the_limit_is_not_a_cut():
+    shown = []
+    tokenizer = SimpleNamespace(decode=lambda tokens, **settings: f"{len(tokens)}")
+    follower = Follower(tokenizer, lambda text, *_: shown.append(text), 2, {7}, True)
+    for tokens in ([5, 7], [5, 6], [7]):
+        for one in ([1, 2], tokens):
+            follower.put(torch.tensor(one))
+        follower.end()
+    cut = "\n[cut at 2 tokens; --max-new-tokens changes that]"
+    assert shown[-1] == f"[prompt 1]\n2\n\n[prompt 2]\n2{cut}\n\n[prompt 3]\n1"
+
+
+def test_the_measurement_of_costs_is_not_in_the_seconds(checkpoint, monkeypatch, capsys):
+    happened = []
+    plain_write = demo_command.write
+
+    def measure(*arguments):
+        happened.append("measured")
+        return CostCurve(((1, 1.0), (16, 99.0)))  # so high that it is measured again
+
+    def write(*arguments, **settings):
+        happened.append("warm-up" if "stop" in settings else "timed")
+        return plain_write(*arguments, **settings)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    monkeypatch.setattr(demo_command, "write", write)
+    command = ["demo", "--model", checkpoint, "--prompt", "w5", "--prompt", "w6", "--max-new-tokens", "40"]
+    assert cli.main(command) == 0
+    assert happened == ["warm-up", *["warm-up", "measured"] * timing.ATTEMPTS, "timed", "timed"]
+    assert "The seconds do not include a warm-up" in capsys.readouterr().out
 
 
 def test_by_default_the_miniature_decodes_many_tokens_per_forward(capsys):
@@ -191,6 +231,16 @@ def test_the_comparison_fits_80_columns(monkeypatch, capsys, trained, identical,
     assert f"Jacobi 123456 123456 {gain:.2f} 1234.56 12345.6 {gain / 2:.2f}x" in table
     assert " ".join(remarks(report).split()) in " ".join(table)
     assert bool(remarks(report)) == (gain == 1.2 or not identical)
+
+
+@pytest.mark.parametrize(
+    ("speedup", "said"), [(0.9, "is slower here"), (0.996, "gains nothing here"), (1.1, "gains little here")]
+)
+def test_the_remark_on_an_untrained_model_follows_the_measurement(speedup, said):
+    jacobi = {"new_tokens": 99, "tokens_per_forward": 1.2}
+    assert said in remarks({"identical": True, "trained": False, "speedup": speedup, "jacobi": jacobi})
+    fast = {"identical": True, "trained": False, "speedup": speedup, "jacobi": jacobi | {"tokens_per_forward": 2.0}}
+    assert ("hf-jacobi tune" in remarks(fast)) == (speedup < 1)
 
 
 def test_prompts_fit_80_columns(checkpoint, monkeypatch, capsys):

@@ -17,17 +17,21 @@ def test_a_dry_run_writes_and_lists_the_files_of_a_push(tmp_path, capsys):
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
     command = ["push", str(tmp_path / "model"), "someone/fast", "--dry-run"]
     assert cli.main(command) == 2
-    assert "output_dir" in capsys.readouterr().err
-    command += ["--output-dir", str(tmp_path / "pushed")]
-    assert cli.main(command) == 2, "no tokenizer"
+    assert "there is no tokenizer" in capsys.readouterr().err
     command += ["--tokenizer", str(tmp_path / "tokenizer"), "--evaluation", str(tmp_path / "evaluation.json")]
-    capsys.readouterr()
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(command) == 0
+    listed, last = capsys.readouterr().out.rstrip().rsplit("\n", 1)
+    assert last == "nothing was pushed; --output-dir keeps these files in a folder"
+    assert sorted(tmp_path.rglob("*")) == before
+    command += ["--output-dir", str(tmp_path / "pushed")]
     assert cli.main(command) == 0
     said = capsys.readouterr().out
+    assert said.startswith(listed)
     files = {file.relative_to(tmp_path / "pushed").as_posix() for file in (tmp_path / "pushed").rglob("*.*")}
     assert files == {line[9:].strip() for line in said.splitlines() if line[9:11] == "  "}
     assert "what stays in" in said and "optimizer.pt" in said and "does not say with which settings" in said
-    assert said.splitlines()[-1] == f"written to {tmp_path / 'pushed'}"
+    assert said.splitlines()[-1] == f"nothing was pushed; written to {tmp_path / 'pushed'}"
     assert (tmp_path / "pushed" / "custom_generate" / "generate.py").exists()
     assert "# someone/fast" in (tmp_path / "pushed" / "README.md").read_text()
 

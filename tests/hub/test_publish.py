@@ -185,9 +185,15 @@ def test_an_adapter_on_a_folder_is_not_pushed(tmp_path):
         hf_jacobi.publish(model, "someone/fast", tiny_tokenizer())
 
 
+def test_a_dry_run_without_a_folder_only_lists_the_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = []
+    settings = {"dry_run": True, "tell": said.append}
+    assert hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer(), **settings) == ""
+    assert any(line.endswith("  model.safetensors") for line in said) and not list(tmp_path.iterdir())
+
+
 def test_bad_places_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="pass `output_dir` too"):
-        hf_jacobi.publish(tiny_model(), "someone/fast", tiny_tokenizer(), dry_run=True)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     with pytest.raises(ValueError, match="is not an empty folder"):

@@ -89,7 +89,6 @@ def test_a_model_on_the_hub_and_the_miniature_need_no_folder(tmp_path, model, li
         ({"model": "./no-such-folder"}, "there is no folder"),
         ({"model": ""}, "`model` is empty"),
         ({"repo_id": "mine"}, "does not name a user"),
-        ({"output_dir": None}, "`output_dir`"),
     ],
 )
 def test_bad_input_is_refused(tmp_path, given, said):
@@ -97,6 +96,13 @@ def test_bad_input_is_refused(tmp_path, given, said):
     with pytest.raises(UsageError, match=said):
         publish_space(**settings, dry_run=True, tell=lambda line: None)
     assert not (tmp_path / "space").exists()
+
+
+def test_a_dry_run_without_a_folder_only_says_what_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["push", "miniature", "someone/mine", "--space", "--dry-run"]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert "app.py" in first and last.startswith("nothing was pushed;") and not list(tmp_path.iterdir())
 
 
 def test_an_adapter_on_a_model_of_this_machine_is_refused(tmp_path):

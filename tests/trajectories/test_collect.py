@@ -17,8 +17,10 @@ from models import VOCABULARY, tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, MambaConfig
 
 import hf_jacobi
+from hf_jacobi.decoding.errors import UsageError
 from hf_jacobi.decoding.gumbel import GumbelNoise
 from hf_jacobi.trajectories import TRAJECTORY_FEATURES, collect_trajectories, read_report
+from hf_jacobi.trajectories.prompts import open_prompts
 
 
 N = 8
@@ -366,9 +368,51 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
         collect(tiny_model(), texts(1), output_dir=tmp_path)
 
 
-def test_nothing_kept_is_an_empty_data_set(tmp_path):
-    rows = collect(tiny_model(), texts(2), overlong="drop", max_new_tokens=1, output_dir=tmp_path / "out")
-    assert len(rows) == 0 and "trajectories" in rows.column_names
+def test_completions_that_are_all_dropped_are_an_error_too():
+    with pytest.raises(UsageError, match=r"no completion was kept \(2 prompts, 2 cut at max_new_tokens\)"):
+        collect(tiny_model(), texts(2), overlong="drop", max_new_tokens=1)
+
+
+def ending_at_once(firsts: list[int]):
+    """A model whose text is empty if it begins with one of these tokens."""
+    model = tiny_model()
+    model.generation_config.eos_token_id = [2, *firsts]
+    return model
+
+
+@pytest.mark.parametrize("as_chat", [True, False])
+@pytest.mark.parametrize("template", [True, False])
+def test_no_completions_are_an_error_that_names_the_way_out_and_leave_no_file(tmp_path, template, as_chat):
+    if as_chat and not template:
+        return
+    prompts = ["w3", "w4", " "]
+    model, tokenizer = ending_at_once(list(range(3, VOCABULARY))), tiny_tokenizer(template=template)
+    settings = {"block_size": 4, "max_new_tokens": 8, "output_dir": tmp_path / "out", "progress": False}
+    for _ in range(2):
+        with pytest.raises(UsageError, match=r"kept \(3 prompts, 1 without text, 2 only an end token\)") as caught:
+            collect_trajectories(model, tokenizer, prompts, as_chat=as_chat, **settings)
+        assert ("(--as-chat)" in str(caught.value)) == (template and not as_chat)
+    with pytest.raises(UsageError, match="out holds no completions"):
+        open_prompts(tmp_path / "out")
+    assert len(collect_trajectories(tiny_model(), tokenizer, prompts, **settings)) == 2, "the folder can be used"
+
+
+def test_messages_and_tokens_are_not_advised_to_be_chat():
+    model = ending_at_once(list(range(3, VOCABULARY)))
+    for row in ({"messages": [{"role": "user", "content": "w3"}]}, {"messages": '[{"content": "w3"}]'}, [3, 4]):
+        with pytest.raises(UsageError, match=r"only an end token\)\.$"):
+            collect(model, [row])
+
+
+def test_completions_of_which_most_are_empty_are_warned_of(recwarn):
+    firsts = [text[0] for text in collect(tiny_model(), texts(4))["completion_ids"]]
+    assert len(set(firsts)) == 4 and not recwarn
+    collect(ending_at_once(firsts[:2]), texts(4), repetition="keep")
+    assert not recwarn, "half"
+    with pytest.warns(UserWarning, match=r"3 of 4 completions hold only an end token; the prompts are plain text"):
+        assert len(collect(ending_at_once(firsts[:3]), texts(4))) == 1
+    with pytest.warns(UserWarning, match="3 of 4 completions hold only an end token"):
+        assert len(collect(ending_at_once(firsts[:3]), texts(4), empty="keep")) == 4
 
 
 SCRIPT = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset
 from models import tiny_model, tiny_tokenizer
@@ -105,7 +106,7 @@ def test_settings_that_are_lost_are_asked_for(tmp_path):
         collect(tmp_path / "out")
 
 
-EMPTY = ("empty", "blank")  # harmless among others
+EMPTY = ("empty", "blank", "no", "head")  # harmless among others
 FILES = {
     "cut.jsonl": (b'{"prompt": "w3"}\n{"prompt": ', r"cut\.jsonl, line 2 is not JSON"),
     "list.jsonl": (b'{"prompt": "w3"}\n[1]\n', r"list\.jsonl, line 2 is not an object"),
@@ -114,6 +115,8 @@ FILES = {
     "blank.jsonl": (b"\n", r"blank\.jsonl is empty"),
     "cut.json": (b'[{"prompt": "w3"}, {"prompt"', r"cut\.json could not be read: \S"),
     "bytes.txt": (b"w3\xff\nw4", r"bytes\.txt could not be read: .*position 2"),
+    "no.json": (b"[]", r"no\.json holds no rows"),
+    "head.csv": (b"prompt\n", r"head\.csv holds no rows"),
     "wide.csv": (b"prompt,b\n1,2\n3,4,5\n", r"wide\.csv could not be read: .*line 3"),
     "text.parquet": (b"no parquet", r"text\.parquet is broken"),
 }
@@ -137,6 +140,19 @@ def test_a_file_that_cannot_be_read_is_named_and_its_row_if_one_is_to_blame(tmp_
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         open_prompts(folder / name if where == "file" else folder)
+
+
+def test_parquet_files_without_rows_are_not_called_damaged(tmp_path, capsys):
+    schema, folder = pyarrow.schema({"prompt": pyarrow.string()}), tmp_path / "rows"
+    folder.mkdir()
+    pyarrow.parquet.write_table(schema.empty_table(), folder / "a.parquet")
+    pyarrow.parquet.ParquetWriter(folder / "b.parquet", schema).close()
+    for source in (folder, folder / "a.parquet", folder / "b.parquet"):
+        with pytest.raises(UsageError, match=rf"{source.name} holds no rows\.$"):
+            open_prompts(source)
+    (folder / ".hf_jacobi.json").write_text('{"kind": "trajectories"}')  # as earlier versions left it
+    assert main(["pack", "--trajectories", str(folder), "--output-dir", str(tmp_path / "packed")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"hf-jacobi pack: {folder} holds no completions."
 
 
 @pytest.mark.parametrize("name", ["[v1]", "a*b", "a?b", "x[1]y", "{a,b}", "**"])

@@ -16,7 +16,7 @@ import warnings
 from contextlib import contextmanager
 
 from .. import __version__
-from ..decoding.errors import UsageError
+from ..decoding.errors import UsageError, missing_extra
 from . import bench, chat, collect, demo, eval, pack, push, recipe, serve, train, tune
 from .options import Parser
 
@@ -25,6 +25,18 @@ COMMANDS = (demo, collect, pack, train, recipe, bench, tune, eval, push, serve, 
 DEBUG = "--debug"
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+# What the extras in setup.py install, by the names that are imported.
+EXTRAS = {
+    "train": ("datasets", "pyarrow", "filelock", "accelerate", "peft", "trl"),
+    "eval": ("evaluate", "matplotlib", "datasets", "accelerate", "peft"),
+    "harness": ("lm_eval", "accelerate", "peft"),
+    "demo": ("gguf", "rich", "accelerate", "peft"),
+    "serve": ("fastapi", "starlette", "uvicorn", "openai", "pydantic", "rich", "peft"),
+    "vllm": ("vllm",),
+    "flash": ("flash_attn",),
+}
+# The extra of each command, "train" for the others.
+EXTRA_OF = {"demo": "demo", "bench": "eval", "tune": "eval", "eval": "harness", "serve": "serve", "chat": "serve"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             from ..decoding.compat import end_progress_bars
 
             end_progress_bars()
-        sentence = _for_the_user(error)
+        sentence = _for_the_user(error, arguments.command)
         if sentence is None:
             raise
         if debug:
@@ -120,10 +132,12 @@ def _own_warnings_in_a_line():
         yield
 
 
-def _for_the_user(error: Exception) -> str | None:
+def _for_the_user(error: Exception, command: str) -> str | None:
     """The sentence for an error that the user can fix; `None` for a bug."""
     if isinstance(error, UsageError):
         return str(error)
+    if isinstance(error, ModuleNotFoundError) and (extra := _extra_with(error.name, command)):
+        return str(missing_extra("this", error.name, extra))
     if isinstance(error, OSError) and error.errno is not None:
         if isinstance(error.filename, (str, bytes, os.PathLike)):
             return f"{os.fsdecode(error.filename)}: {error.strerror}"
@@ -137,3 +151,9 @@ def _for_the_user(error: Exception) -> str | None:
         if is_of_network(error):
             return sentence_of(error)
     return None
+
+
+def _extra_with(package: str | None, command: str) -> str | None:
+    """The extra that installs a package, preferably that of the command; `None` for other packages."""
+    order = (EXTRA_OF.get(command, "train"), *EXTRAS)
+    return next((extra for extra in order if package in EXTRAS[extra]), None)

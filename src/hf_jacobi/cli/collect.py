@@ -157,6 +157,10 @@ def run(arguments) -> int:
         print(INTERRUPTED)
         return 130
     if processes.is_main_process:
-        print(f"{read_report(arguments.output_dir).table()}\n\nwritten to {arguments.output_dir}")
+        report = read_report(arguments.output_dir)
+        print(f"{report.table()}\n\nwritten to {arguments.output_dir}")
+        if not given and 2 * report.overlong > report.completions:
+            share = f"{report.overlong} of {report.completions} completions"
+            print(f"{share} were cut at {arguments.max_new_tokens} tokens; --max-new-tokens changes that.")
     processes.destroy_process_group()
     return 0

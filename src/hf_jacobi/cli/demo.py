@@ -11,7 +11,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..decoding.errors import UsageError
 from ..decoding.files import read_json
@@ -21,6 +21,8 @@ from .options import add_dtype, positive, wrapped
 
 
 if TYPE_CHECKING:
+    import torch
+
     from ..decoding import JacobiConfig
 
 
@@ -83,12 +85,25 @@ class Writing:
 
 
 class Follower:
-    """A streamer for successive answers that calls `show(text, tokens, seconds)` whenever tokens are committed."""
+    """
+    A streamer for successive answers that calls `show(text, tokens, seconds)` whenever tokens are committed.
 
-    def __init__(self, tokenizer, show) -> None:
+    Args:
+        tokenizer: the tokenizer.
+        show: the function.
+        length: maximum tokens of an answer.
+        ends: the tokens that end an answer.
+        numbered: whether to say which prompt each answer is for.
+    """
+
+    def __init__(self, tokenizer, show, length: int, ends: set[int], numbered: bool) -> None:
         self.tokenizer = tokenizer
         self.show = show
-        self.before = ""
+        self.length = length
+        self.ends = ends
+        self.numbered = numbered
+        self.answers = 0
+        self.before = self._heading()
         self.count = 0
         self.tokens: list[int] = []
         self.prompt_seen = False
@@ -102,10 +117,16 @@ class Follower:
         self._show()
 
     def end(self) -> None:
-        self._show()
-        self.before = f"{self._text()}\n\n"
+        is_cut = len(self.tokens) >= self.length and self.tokens[-1] not in self.ends
+        text = self._text() + (f"\n[cut at {self.length} tokens; --max-new-tokens changes that]" if is_cut else "")
         self.count += len(self.tokens)
+        self.show(text, self.count, self.elapsed())
         self.tokens, self.prompt_seen = [], False
+        self.answers += 1
+        self.before = f"{text}\n\n{self._heading()}"
+
+    def _heading(self) -> str:
+        return f"[prompt {self.answers + 1}]\n" if self.numbered else ""
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
@@ -117,13 +138,35 @@ class Follower:
         self.show(self._text(), self.count + len(self.tokens), self.elapsed())
 
 
-def write(model, tokenizer, prompts: list[dict], decoding: str, config: JacobiConfig, length: int, show) -> Writing:
-    """Answers the prompts in turn by greedy decoding, and calls `show` whenever tokens are committed."""
-    follower = Follower(tokenizer, show)
-    settings = {"jacobi_config": config} if decoding == "jacobi" else {}
+def write(
+    model,
+    tokenizer,
+    prompts: list[dict],
+    decoding: str,
+    config: JacobiConfig,
+    length: int,
+    show,
+    stop: int | None = None,
+) -> Writing:
+    """
+    Answers the prompts in turn by greedy decoding.
+
+    Args:
+        model, tokenizer: the model and its tokenizer.
+        prompts: the inputs of `generate`, of one prompt each.
+        decoding: `"ar"` or `"jacobi"`.
+        config: the settings of Jacobi decoding.
+        length: maximum tokens of an answer.
+        show: see `Follower`.
+        stop: stop after this many tokens, in calls that otherwise equal those of `length` tokens.
+    """
+    follower = Follower(tokenizer, show, length, _end_tokens(model), len(prompts) > 1)
+    settings: dict[str, Any] = {"jacobi_config": config} if decoding == "jacobi" else {}
     answers: list[list[int]] = []
     forwards = 0
     for inputs in prompts:
+        if stop is not None:
+            settings["stopping_criteria"] = [_stop_at(inputs["input_ids"].shape[1] + stop)]
         output = model.generate(
             **inputs,
             **settings,
@@ -137,6 +180,31 @@ def write(model, tokenizer, prompts: list[dict], decoding: str, config: JacobiCo
         forwards += output.jacobi_stats.forwards if decoding == "jacobi" else len(answers[-1])
     seconds = follower.elapsed()
     return Writing(answers, tokenizer.batch_decode(answers, skip_special_tokens=True), forwards, seconds)
+
+
+def _end_tokens(model) -> set[int]:
+    ends = model.generation_config.eos_token_id
+    return set(ends if isinstance(ends, list) else [ends])
+
+
+def _stop_at(length: int):
+    """A stopping criterion: the length of the sequence."""
+
+    def is_done(input_ids, scores, **settings) -> torch.Tensor:
+        return input_ids.new_full((len(input_ids),), input_ids.shape[1] >= length).bool()
+
+    return is_done
+
+
+def warm_up(models: dict, tokenizer, prompt: dict, config: JacobiConfig, length: int) -> None:
+    """
+    Begins answers of `length` tokens, for the one-time costs: among them the measurement of what positions cost, which
+    later calls repeat if it came out high.
+    """
+    from ..decoding.timing import ATTEMPTS
+
+    for decoding in ("ar", *ATTEMPTS * ["jacobi"]):
+        write(models[decoding], tokenizer, [prompt], decoding, config, length, lambda *_: None, stop=4)
 
 
 def choose(arguments) -> None:
@@ -196,9 +264,9 @@ def _race(arguments, found: Found) -> int:
     model = loaded.writer
     prompts = [{name: rows.to(model.device) for name, rows in inputs.items()} for inputs in prompts]
     if not arguments.json:
-        print("".join(wrapped(f"\nPrompt: {prompt.strip()}") for prompt in arguments.prompt), end="")
-    for decoding in TITLES:  # warm-up, which takes the one-time costs
-        write(models[decoding], tokenizer, prompts[:1], decoding, config, 4, lambda *_: None)
+        for number, prompt in enumerate(arguments.prompt, start=1):
+            print(wrapped(f"\nPrompt{f' {number}' if len(prompts) > 1 else ''}: {prompt.strip()}"), end="", flush=True)
+    warm_up(models, tokenizer, prompts[0], config, arguments.max_new_tokens)
     writings = {}
     with _screen(arguments) as show:
         for decoding in TITLES:
@@ -260,8 +328,6 @@ def compare(model, arguments, found: Found, config: JacobiConfig, writings: dict
 def print_report(report: dict) -> None:
     """Prints the comparison as a table, with remarks."""
     columns = {"tokens": 7, "forwards": 9, "tokens/forward": 15, "seconds": 8, "tokens/second": 14, "speed-up": 9}
-    if report["longest"] == report["max_new_tokens"]:
-        print(f"\n[cut at {report['max_new_tokens']} tokens; --max-new-tokens changes that]", end="")
     print("\n")
     threads = f"{report['threads']} thread{'s' if report['threads'] > 1 else ''}"
     print(wrapped(f"{report['dtype']} on {report['device']}, {threads}, torch {report['torch']}"), end="")
@@ -277,6 +343,7 @@ def print_report(report: dict) -> None:
             f"{report['speedup'] if decoding == 'jacobi' else 1:.2f}x",
         )
         print(f"{title:15}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values())))
+    print("The seconds do not include a warm-up, which also measures what positions cost.")
     print(f"\nTexts identical: {'yes' if report['identical'] else 'no'}")
     print(wrapped(remarks(report)), end="")
 
@@ -291,17 +358,19 @@ def remarks(report: dict) -> str:
         )
     if report["jacobi"]["new_tokens"] < SHORT:
         found += "The answer is too short for a comparison: ask for a longer one.\n"
-    elif report["trained"] and report["speedup"] < 1:
+    elif not report["trained"] and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
+        speedup = round(report["speedup"], 2)
+        outcome = "is slower here" if speedup < 1 else "gains nothing here" if speedup == 1 else "gains little here"
+        found += (
+            f"The model was not trained to decode in parallel, so Jacobi decoding {outcome}: after a wrong token the "
+            "model seldom predicts the next token correctly, and it gains only from repeated n-grams. Training on its "
+            "own drafts (Jacobi Forcing, CLLM) teaches it to predict whole blocks at once: `hf-jacobi demo` shows a "
+            "small model that was trained in this way.\n"
+        )
+    elif report["speedup"] < 1:
         found += (
             "Jacobi decoding needs fewer forwards here but more time, because these settings make each forward too "
             "expensive for this machine. `hf-jacobi tune` looks for faster settings.\n"
-        )
-    elif not report["trained"] and report["jacobi"]["tokens_per_forward"] < LITTLE_GAIN:
-        found += (
-            "A model that was not trained to decode in parallel gains little: after a wrong token it seldom predicts "
-            "the next token correctly, and its gain comes from repeated n-grams. Training on its own drafts (Jacobi "
-            "Forcing, CLLM) teaches it to predict whole blocks at once: `hf-jacobi demo` shows a small model that was "
-            "trained in this way.\n"
         )
     return found
 
@@ -320,7 +389,7 @@ def _screen(arguments):
 
 def _plain_lines(decoding: str):
     """Prints a heading and then the text as it grows, for pipes and files."""
-    print(f"\n--- {TITLES[decoding]} ---", flush=True)
+    print("\n" * (1 + list(TITLES).index(decoding)) + f"--- {TITLES[decoding]} ---", flush=True)
     shown = 0
 
     def show(text: str, tokens: int, seconds: float) -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..decoding.errors import MissingFile, MissingPackage, UsageError, missing_extra, of_usage
+from ..decoding.errors import MissingFile, MissingPackage, UsageError, of_usage
 from .models import MODEL, Found, find, reading, settings_beside
 from .options import add_dtype, check_places, named, path, positive, write_json
 
@@ -47,10 +47,8 @@ def add_parser(commands) -> None:
 
 def run(arguments) -> int:
     """Runs the command."""
-    try:
-        import lm_eval
-    except ModuleNotFoundError as error:
-        raise missing_extra("this", error.name, "harness") from error
+    import lm_eval
+
     check_places(arguments.output, None, arguments.evaluation)
     if arguments.confirm_run_unsafe_code:
         if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":

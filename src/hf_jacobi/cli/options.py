@@ -235,7 +235,7 @@ class Prompts:
         self.rows = open_prompts(source, arguments.dataset_split, arguments.dataset_name)
 
     def encode(self, tokenizer) -> list[list[int]]:
-        """The token ids of each prompt; prints a note to stderr if there are fewer than `--count`."""
+        """The token ids of each prompt; prints notes to stderr: too few prompts, or text without a chat template."""
         count = self.arguments.count
         with refusing_bad_templates():
             prompts = filter(None, self._ids(tokenizer))  # without blank lines
@@ -251,9 +251,13 @@ class Prompts:
             yield from (encode(tokenizer, prompt, "cpu")["input_ids"][0].tolist() for prompt in CHAT)
             return
         from ..trajectories.encoding import BadPrompt
-        from ..trajectories.prompts import encode_prompt
+        from ..trajectories.prompts import encode_prompt, is_text
 
         column, as_chat = self.arguments.prompt_column, self.arguments.as_chat
+        if tokenizer.chat_template and not as_chat and any(is_text(row, column) for row in islice(self.rows, 1)):
+            print(
+                f"{self.name}: plain text, without the model's chat template; --as-chat applies it.", file=sys.stderr
+            )
         for number, row in enumerate(self.rows):
             try:
                 yield encode_prompt(number, row, column, tokenizer, as_chat).ids

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..decoding.errors import UsageError
-from .options import INTERRUPTED, check_folder, check_places, path, positive, write_picture
+from .options import INTERRUPTED, check_folder, check_places, path, positive, wrapped, write_picture
 
 
 def add_parser(commands) -> None:
@@ -80,6 +80,7 @@ def _packing(arguments) -> tuple[Callable, dict[str, Any]]:
 
 def run(arguments) -> int:
     """Runs the command."""
+    from ..trajectories.pieces import most_blocks
     from ..trajectories.prompts import open_prompts
     from ..trajectories.shards import counts_in
     from ..trajectories.statistics import PackingStatistics
@@ -87,17 +88,21 @@ def run(arguments) -> int:
     pack, settings = _packing(arguments)
     check_folder(arguments.output_dir)
     check_places(None, arguments.plot)
+    rows = open_prompts(arguments.trajectories, arguments.split)
+    known = {name: one.default for name, one in inspect.signature(pack).parameters.items()} | settings
+    warning = "" if arguments.noise else unused_levels(most_blocks(rows), known)
+    if warning:  # before the work
+        print(wrapped(warning), end="", flush=True)
     try:
-        pack(open_prompts(arguments.trajectories, arguments.split), **settings, progress=True)
+        pack(rows, **settings, progress=True)
     except KeyboardInterrupt:
         print(INTERRUPTED)
         return 130
     statistics = PackingStatistics.from_counts(counts_in(arguments.output_dir, "packed"))
     (arguments.output_dir / ".statistics.json").write_text(json.dumps(statistics.to_dict(), indent=2))
     print(f"{statistics.table()}\n\nwritten to {arguments.output_dir}")
-    if not arguments.noise:
-        known = {name: one.default for name, one in inspect.signature(pack).parameters.items()} | settings
-        _warn_of_unused_levels(len(statistics.by_place), known["window_size"], known["noise_schedule"])
+    if not arguments.noise and not warning:  # `max_length` can have cut all texts
+        print(wrapped(unused_levels(len(statistics.by_place), known)), end="")
     if arguments.plot:
         from ..evaluation.plots import noise_levels
 
@@ -106,9 +111,18 @@ def run(arguments) -> int:
     return 0
 
 
-def _warn_of_unused_levels(longest: int, window_size: int, schedule: str) -> None:
-    if longest < window_size and schedule in ("linear", "reverse"):
-        print(
-            f"No text has more than {longest} blocks, so the noise levels at the end of a window of {window_size} "
-            "are not used: a smaller --window-size uses them all."
-        )
+def unused_levels(longest: int | None, settings: Mapping[str, Any]) -> str:
+    """
+    A warning if no text fills a window.
+
+    Args:
+        longest: the number of blocks of the longest text, if known.
+        settings: the arguments of `pack_trajectories`.
+    """
+    window_size = settings["window_size"]
+    if longest is None or longest >= window_size or settings["noise_schedule"] not in ("linear", "reverse"):
+        return ""
+    return (
+        f"No text has more than {longest} block{'s' * (longest != 1)}, so the noise levels at the end of a window of "
+        f"{window_size} are not used: a smaller --window-size uses them all."
+    )

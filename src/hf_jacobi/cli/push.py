@@ -27,7 +27,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
     parser.add_argument("--output-dir", help="keep the pushed files in this folder, which must be empty or new")
-    parser.add_argument("--dry-run", action="store_true", help="write --output-dir but push nothing")
+    parser.add_argument("--dry-run", action="store_true", help="list the files of the push, but push nothing")
     parser.add_argument("--space", action="store_true", help="push a Space with a chat page of the model instead")
     parser.set_defaults(run=run)
 
@@ -62,5 +62,10 @@ def run(arguments) -> int:
             private=arguments.private,
             tell=tell,
         )
-    print(f"{'written to' if arguments.dry_run else 'pushed:'} {place}")
+    if not arguments.dry_run:
+        print(f"pushed: {place}")
+    elif place:
+        print(f"nothing was pushed; written to {place}")
+    else:
+        print("nothing was pushed; --output-dir keeps these files in a folder")
     return 0

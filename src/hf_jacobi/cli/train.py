@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..decoding.errors import UsageError, missing_extra, of_usage
+from ..decoding.errors import UsageError, of_usage
 from ..decoding.files import read_yaml
 from .options import check_folder
 from .train_options import check
@@ -69,10 +71,8 @@ def with_config_checked(typed: list[str]) -> list[str]:
 def run(arguments) -> int:
     """Runs the command."""
     check(arguments.rest, ABOUT)
-    try:
-        from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
-    except ModuleNotFoundError as error:
-        raise missing_extra("this", error.name, "train") from error
+
+    from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
     from ..training import JacobiForcingConfig, JacobiForcingTrainer
     from ..training.figures import score_function
@@ -101,17 +101,45 @@ def run(arguments) -> int:
         eval_score=score,
     )
     last = str(training.resume_from_checkpoint).lower() == "true"  # text from an option, a boolean from YAML
-    trainer.train(resume_from_checkpoint=last or training.resume_from_checkpoint)
+    trained = trainer.train(resume_from_checkpoint=last or training.resume_from_checkpoint)
     trainer.save_model()
+    figures: dict[str, float] = {}
     if held_out is not None:
-        trainer.evaluate()
+        figures = trainer.evaluate()
         trainer.create_model_card()  # with the figures of the evaluation
-    trainer.accelerator.print(f"written to {training.output_dir}")
+    trainer.accelerator.print(summary(trained.training_loss, figures, str(training.output_dir)))
     if training.push_to_hub:
         local = Path(data.train_dataset).expanduser().exists()
         trainer.push_to_hub(dataset_name=None if local else data.train_dataset)
     trainer.accelerator.state.destroy_process_group()
     return 0
+
+
+def summary(loss: float, figures: Mapping[str, float], folder: str) -> str:
+    """
+    The end of the output: the figures, and what to do next.
+
+    Args:
+        loss: the mean training loss.
+        figures: what `evaluate` returned; empty without an evaluation.
+        folder: where the checkpoint is.
+    """
+    lines = [f"\ntraining loss {loss:.4g}"]
+    shown = {
+        "loss": "loss {:.4g}",
+        "tokens_per_forward": "tokens per forward {:.2f}",
+        "agreement": "agreement with the text before training {:.1%}",
+        "score": "score {:.1%}",
+    }
+    if found := [text.format(figures[f"eval_{name}"]) for name, text in shown.items() if f"eval_{name}" in figures]:
+        lines.append(f"evaluation: {', '.join(found)}")
+    name = shlex.quote(folder)
+    lines += [
+        f"written to {folder}",
+        f"Next: `hf-jacobi tune {name}` finds its fastest settings on this machine, and `hf-jacobi bench {name}` "
+        "compares it with AR.",
+    ]
+    return "\n".join(lines)
 
 
 def _model_settings(

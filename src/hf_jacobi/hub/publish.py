@@ -95,9 +95,8 @@ def publish(
         repo_id (`str`): `"user/name"` on the Hub; created if it does not exist.
         tokenizer (*optional*): the tokenizer, or its folder or Hub id. By default that of the folder, or else that of
             the base model.
-        output_dir (*optional*): where to keep the folder that is pushed; a new or empty folder. Required for a dry
-            run.
-        dry_run (`bool`): write `output_dir` without pushing it.
+        output_dir (*optional*): where to keep the folder that is pushed; a new or empty folder.
+        dry_run (`bool`): write the folder and report its files without pushing it.
         evaluation (*optional*): the measurements for the card: a dict, as `render_card` takes it, or a JSON file. By
             default `evaluation.json` in the folder.
         format (`"lora"`, *optional*): writes a draft-only adapter as a plain LoRA, without the keys of an activated
@@ -109,7 +108,7 @@ def publish(
             the files that stay, and warnings. By default they are logged.
 
     Returns:
-        The URL of the commit, or the folder of a dry run.
+        The URL of the commit; for a dry run `output_dir`, or `""` without one.
 
     Raises:
         `ValueError`: there is no checkpoint or no tokenizer, `repo_id` or the evaluation is invalid, `output_dir` is
@@ -121,7 +120,7 @@ def publish(
     if format not in FORMATS:
         raise UsageError(f"`format` must be 'lora', or left out, got {format!r}.")
     check_repo(repo_id)
-    target = target_of(output_dir, dry_run)
+    target = target_of(output_dir)
     evaluation = _read_evaluation(evaluation)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as scratch:
@@ -140,7 +139,7 @@ def publish(
             (tell or logger.info)(line)
         if target is not None:
             folder = moved(folder, target)
-        return str(folder) if dry_run else _push(api, repo_id, folder, private)
+        return str(target or "") if dry_run else _push(api, repo_id, folder, private)
 
 
 def _check_names(**given) -> None:
@@ -165,11 +164,9 @@ def check_repo(repo_id: str) -> None:
         raise UsageError(f"{repo_id!r} does not name a user or organization: pass 'user/name'.")
 
 
-def target_of(output_dir: str | Path | None, dry_run: bool) -> Path | None:
+def target_of(output_dir: str | Path | None) -> Path | None:
     """Checks where the pushed folder is kept, and creates its parent folders; `None` if it is not kept."""
     if output_dir is None:
-        if dry_run:
-            raise UsageError("a dry run writes the folder that would be pushed: pass `output_dir` too (--output-dir).")
         return None
     target = Path(output_dir).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):

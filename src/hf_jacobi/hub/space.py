@@ -89,21 +89,20 @@ def publish_space(
     Args:
         model (`str` or `Path`): the folder of a model or an adapter, a Hub id, or `"miniature"`.
         repo_id (`str`): `"user/name"` of the Space; created if it does not exist.
-        output_dir (*optional*): where to keep the folder that is pushed; a new or empty folder. Required for a dry
-            run.
-        dry_run (`bool`): write `output_dir` without pushing it.
+        output_dir (*optional*): where to keep the folder that is pushed; a new or empty folder.
+        dry_run (`bool`): write the folder and report its files without pushing it.
         private (`bool`, *optional*): whether a new Space is private.
         token (*optional*): the Hub token; by default that of the login.
         tell: called with each line of the report before the push.
 
     Returns:
-        The URL of the commit, or the folder of a dry run.
+        The URL of the commit; for a dry run `output_dir`, or `""` without one.
 
     Raises:
         `ValueError`: `publish` would refuse the model, or it is neither a folder nor a possible Hub id.
     """
     check_repo(repo_id)
-    target = target_of(output_dir, dry_run)
+    target = target_of(output_dir)
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory(dir=target and target.parent) as place:
         folder = Path(place) / "space"
@@ -112,7 +111,7 @@ def publish_space(
             _check_model(api, folder, model)
         if target is not None:
             folder = moved(folder, target)
-        return str(folder) if dry_run else _push(api, repo_id, folder, private)
+        return str(target or "") if dry_run else _push(api, repo_id, folder, private)
 
 
 def write_space(folder: Path, model: str | Path, repo_id: str, tell: Callable[[str], Any]) -> None:

@@ -28,7 +28,7 @@ from .checks import check_whole
 from .collector import SAMPLING, TOKENS, Collector, CollectSettings
 from .completions import COMPLETION_COLUMNS, END_COLUMNS, check_completions
 from .encoding import BadPrompt, refuse_unknown_settings
-from .prompts import Prompt, check_columns, digest_of, only_prompts, open_prompts
+from .prompts import Prompt, check_columns, digest_of, is_text, only_prompts, open_prompts
 from .report import CollectReport
 from .shards import ShardFolder, in_shards, notes_in, read_note
 
@@ -150,8 +150,9 @@ def collect_trajectories(
         `read_report(output_dir)` gives the counts.
 
     Raises:
-        `ValueError`: an argument is out of range, no prompt can be used (with `strict`: one cannot be used),
-            `output_dir` holds other work or a damaged file, or Jacobi decoding does not support the model.
+        `ValueError`: an argument is out of range, no completion was kept (`output_dir` is then empty again), a prompt
+            cannot be used (with `strict`), `output_dir` holds other work or a damaged file, or Jacobi decoding does
+            not support the model.
     """
     given = locals()
     settings = CollectSettings(**{field.name: given[field.name] for field in dataclasses.fields(CollectSettings)})
@@ -235,8 +236,12 @@ def _fill(files: ShardFolder, collector: Collector, rows, strict: bool, progress
             raise UsageError(
                 f"the processes were given different data (shard {shard}): shuffle with the same seed in all of them."
             )
+    processes.wait_for_everyone()  # until all have read the notes of files that can be removed below
     if processes.is_main_process:
-        _name_skipped(read_report(files.folder))
+        report = read_report(files.folder)
+        if not report.sequences:  # without files, the folder can be used with other settings
+            files.clear()
+        _judge(report, collector, next(iter(rows)))
 
 
 def _encode(collector: Collector, first: int, rows: list, strict: bool) -> tuple[list[Prompt], list[str], Counter]:
@@ -253,8 +258,15 @@ def _encode(collector: Collector, first: int, rows: list, strict: bool) -> tuple
     return prompts, skipped, counts
 
 
-def _name_skipped(report: CollectReport) -> None:
-    """Warns about prompts that were left out; raises `UsageError` if none can be used."""
+def _judge(report: CollectReport, collector: Collector, row: dict[str, Any]) -> None:
+    """
+    Warns about prompts that were left out, and if most completions are empty; raises `UsageError` if none was kept.
+
+    Args:
+        report: the counts.
+        collector: what made them.
+        row: one of the prompts.
+    """
     if report.bad_prompts and report.bad_prompts == report.prompts:
         raise UsageError(f"none of the {report.prompts} prompts can be used: {report.skipped[0]}.")
     if report.other_text and report.other_text + report.bad_prompts == report.prompts:
@@ -267,6 +279,20 @@ def _name_skipped(report: CollectReport) -> None:
         more = len(report.skipped) - NAMED
         shown += f"; and {more} more, in read_report(output_dir).skipped" if more > 0 else ""
         warnings.warn(f"{len(report.skipped)} of {report.prompts} prompts were left out: {shown}.", stacklevel=4)
+    if shortfall := report.shortfall():
+        sentence = shortfall + _advice(report, collector, row)
+        if not report.sequences:
+            raise UsageError(sentence)
+        warnings.warn(sentence, stacklevel=4)
+
+
+def _advice(report: CollectReport, collector: Collector, row: dict[str, Any]) -> str:
+    """The end of a sentence: what is likely to help against empty completions."""
+    settings, template = collector.settings, getattr(collector.tokenizer, "chat_template", None)
+    mostly_empty = 2 * report.empty > report.completions and not collector.given
+    if mostly_empty and template and not settings.as_chat and is_text(row, settings.prompt_column):
+        return "; the prompts are plain text, but the model has a chat template: as_chat=True (--as-chat) applies it."
+    return "."
 
 
 def process_state() -> PartialState:

@@ -23,6 +23,7 @@ from .shards import in_shards
 
 TRAJECTORY_COLUMNS = ("prompt_ids", "completion_ids", "block_size", "trajectories")
 MOST_TOKENS = 2**31  # what an int32 column holds
+COUNTED = 1000  # rows whose blocks are counted at once
 MOST_NUMBERS = 2**27  # whose text is under the 2 GiB that an Arrow array of strings holds
 LISTS = {"prompt_ids": 1, "completion_ids": 1, "trajectories": 3}  # how deep the lists of a column are
 Piece: TypeAlias = "list[Any] | pyarrow.Table"  # consecutive rows
@@ -148,6 +149,20 @@ def pieces_of(rows: Iterable[Any], size: int, columns: Sequence[str]) -> Iterato
         yield from enumerate(rows.select_columns(list(columns)).with_format("arrow").iter(size))
     else:
         yield from in_shards(rows, size)
+
+
+def most_blocks(rows: Iterable[Any]) -> int | None:
+    """The blocks of the longest text of a data set, without reading any token; `None` for data of another form."""
+    column = "trajectories"
+    if not isinstance(rows, Dataset) or column not in rows.column_names:
+        return None
+    if not _is_list(rows.features.arrow_schema.field(column).type):
+        return None
+    most = 0
+    for piece in rows.select_columns([column]).with_format("arrow").iter(COUNTED):
+        blocks = pyarrow.compute.list_value_length(piece.column(0))
+        most = max(most, pyarrow.compute.max(blocks).as_py() or 0)
+    return most
 
 
 def rows_in(piece: Piece) -> Iterator[Any]:

@@ -22,7 +22,7 @@ from datasets.data_files import DataFilesList, get_data_patterns
 
 from ..decoding.errors import MissingFile, UsageError
 from .encoding import BadPrompt, check_settings, encode_messages, encode_text, from_json, token_ids, without_nulls
-from .shards import check_file, check_own_file
+from .shards import SETTINGS, check_file, check_own_file, read_settings
 
 
 BUILDERS = {
@@ -132,6 +132,8 @@ def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, 
     except UsageError:
         raise
     except Exception as error:  # any error of `datasets`: only the input can be at fault here
+        if _holds_no_rows(path, error):
+            raise UsageError(f"{source} holds no {_kind_of_rows(path)}.") from error
         kind = MissingFile if isinstance(error, OSError) else UsageError
         for file in _files_of(path):
             _name_damage(file)
@@ -161,6 +163,8 @@ def _open_folder(path: Path, split: str) -> Dataset:
         return loaded[split] if isinstance(loaded, dict) else loaded
     files = _files_of(path)
     if not files:
+        if (path / SETTINGS).exists():  # `collect` or `pack` wrote nothing
+            raise UsageError(f"{path} holds no {_kind_of_rows(path)}.")
         raise UsageError(f"{path} holds no data: it has no {', '.join(BUILDERS)} files.")
     if not any(glob.has_magic(str(one)) for one in (path.absolute(), path.resolve())):
         return load_dataset(str(path), split=split)
@@ -172,6 +176,21 @@ def _open_folder(path: Path, split: str) -> Dataset:
         there = DataFilesList.from_patterns(patterns, base_path=base)
         splits[str(found)] = [glob.escape(file) for file in there if BUILDERS.get(Path(file).suffix.lower()) == kind]
     return load_dataset(kind, data_files=splits, split=split)
+
+
+def _holds_no_rows(path: Path, error: Exception) -> bool:
+    """Whether data could not be opened because they have no rows."""
+    files = _files_of(path)
+    if files and all(file.suffix.lower() == ".parquet" for file in files):
+        return not sum(check_file(file) for file in files)
+    return "corresponds to no data" in str(error)
+
+
+def _kind_of_rows(path: Path) -> str:
+    """The name of the rows that a file or folder is for."""
+    file = (path.parent if path.is_file() else path) / SETTINGS
+    kind = read_settings(file).get("kind") if file.exists() else None
+    return {"trajectories": "completions", "packed": "training rows"}.get(str(kind), "rows")
 
 
 def _files_of(path: Path) -> list[Path]:
@@ -257,6 +276,16 @@ def prompt_column(row: dict[str, Any], column: str | None) -> str:
             f"{list(PROMPT_COLUMNS)}."
         )
     return found
+
+
+def is_text(row: dict[str, Any], column: str | None) -> bool:
+    """Whether the prompt of a row is plain text rather than messages or tokens."""
+    try:
+        found = prompt_column(row, column)
+    except UsageError:
+        return False
+    value = row[found]
+    return isinstance(value, str) and not (found in MESSAGE_COLUMNS and isinstance(_messages_of(value), list))
 
 
 def name_of_prompt(number: int, row: dict[str, Any]) -> str:

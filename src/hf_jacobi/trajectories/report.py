@@ -53,6 +53,11 @@ class CollectReport:
         return report
 
     @property
+    def completions(self) -> int:
+        """Completions written or given, those left out included."""
+        return self.prompts - self.long_prompts - self.empty_prompts - self.bad_prompts
+
+    @property
     def blocks_per_second(self) -> float:
         """Blocks refined per second, decoding included."""
         return self.blocks / self.seconds if self.seconds else 0.0
@@ -68,6 +73,36 @@ class CollectReport:
         iterations = self.states - self.blocks
         return self.tokens / iterations if iterations else 0.0
 
+    @property
+    def unusable(self) -> dict[str, int]:
+        """How many prompts have no completion, by reason."""
+        return {
+            "too long": self.long_prompts,
+            "without text": self.empty_prompts,
+            "not encodable": self.bad_prompts,
+        }
+
+    @property
+    def findings(self) -> dict[str, int]:
+        """How many completions were left out or are unusual, by reason; `CollectSettings` says what is left out."""
+        unended = "without an end token" if self.given_tokens else "cut at max_new_tokens"
+        return {
+            "not the model's text": self.other_text,
+            "only an end token": self.empty,
+            "ending in a loop": self.repetitive,
+            unended: self.overlong,
+        }
+
+    def shortfall(self) -> str:
+        """Why no completion was kept, or that over half are empty, without a period; `""` if neither is so."""
+        if not self.sequences:
+            counts = {"prompts": self.prompts} | self.unusable | self.findings
+            shown = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+            return f"no completion was kept ({shown})"
+        if 2 * self.empty > self.completions:
+            return f"{self.empty} of {self.completions} completions hold only an end token"
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """All counts and figures, JSON-serializable."""
         names = ("blocks_per_second", "iterations_per_block", "tokens_per_iteration")
@@ -75,15 +110,17 @@ class CollectReport:
 
     def table(self) -> str:
         """The report as a table for the terminal."""
+        rare = ("not encodable", "not the model's text")  # shown only if there are any
+        left_out, findings = (
+            [(f"  {name}", f"{count}") for name, count in counts.items() if count or name not in rare]
+            for counts in (self.unusable, self.findings)
+        )
         lines = [
             ("prompts", f"{self.prompts}"),
-            ("  too long, or empty", f"{self.long_prompts}, {self.empty_prompts}"),
-            *([("  not encodable", f"{self.bad_prompts}")] if self.bad_prompts else []),
-            *([("  other text", f"{self.other_text}")] if self.other_text else []),
+            *left_out,
+            ("completions", f"{self.completions}"),
+            *findings,
             ("completions kept", f"{self.sequences}"),
-            ("  empty", f"{self.empty}"),
-            ("  ending in a loop", f"{self.repetitive}"),
-            ("  without an end", f"{self.overlong}"),
             ("tokens", f"{self.tokens}"),
             *([("  the model's own", f"{self.own_tokens} of {self.given_tokens}")] if self.given_tokens else []),
             ("blocks", f"{self.blocks}"),

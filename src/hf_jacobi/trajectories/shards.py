@@ -96,6 +96,12 @@ class ShardFolder:
         """The existing files, in order."""
         return shard_files(self.folder, self.name)
 
+    def clear(self) -> None:
+        """Removes all files."""
+        for path in self.files():
+            seconds_of(path).unlink(missing_ok=True)
+            path.unlink()
+
     def is_done(self, number: int, piece: Any, digest: Callable[[Any], str]) -> bool:
         """
         Whether a shard exists and was made from all of `piece`; one made from a part of it must be made again.

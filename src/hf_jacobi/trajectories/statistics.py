@@ -138,11 +138,11 @@ class PackingStatistics:
             ("samples", f"{self.samples}"),
             *([("  left out, too long", f"{self.trajectories - self.samples}")] if self.trajectories else []),
             ("clean tokens", f"{self.clean_tokens}"),
-            ("  with a label", f"{self.label_tokens}"),
+            ("  of completions", f"{self.label_tokens}"),
             ("noisy tokens", f"{self.noisy_tokens}"),
-            ("  with a twin", f"{self.twin_tokens}"),
+            ("  from an error on", f"{self.twin_tokens}"),
             ("noisy blocks", f"{self.blocks}"),
-            ("  converged", f"{self.converged_share:.1%}"),
+            ("  without an error", f"{self.converged_share:.1%}"),
         ]
         text = [f"{name:24}{value:>12}" for name, value in lines]
         most = max([self.converged_blocks, *self.histogram, 1])
