@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from models import tiny_model
 from packed_rows import packed
 
 from hf_jacobi.training.collator import PackedCollator
+from hf_jacobi.training.forward import Head
 from hf_jacobi.training.losses import (
     CONSISTENCY_LOSSES,
     consistency_loss,
@@ -281,3 +283,15 @@ def test_within_a_block_ends_where_another_copy_begins_with_the_same_block():
     batch = PackedCollator(0, as_drafts=True)([row])
     assert find_targets(batch).counts[1] == 9
     assert find_targets(batch, within_block=True).counts[1] == 6
+
+
+def test_a_head_whose_weights_are_hidden_counts_as_trained():
+    """FSDP 1 replaces parameters by plain tensors in its forward."""
+    model = tiny_model()
+    head = Head(model)
+    assert head.is_trained
+    model.get_output_embeddings().requires_grad_(False)
+    assert not head.is_trained
+    weight = model.lm_head._parameters.pop("weight")
+    model.lm_head.weight = weight.data
+    assert head.is_trained

@@ -11,6 +11,7 @@ from datasets import Dataset
 from models import tiny_model
 from packed_rows import one_copy_each, packed
 from test_trainer import assert_same, lora, rows, trainer_of
+from transformers import TrainerCallback
 
 from hf_jacobi.decoding.compat import is_checkpointing
 
@@ -180,3 +181,36 @@ def test_compiled_layers_see_the_text_through_their_attention(tmp_path, monkeypa
 def test_what_needs_one_forward_has_one(tmp_path, settings):
     trainer = trainer_of(tiny_model(), tmp_path, **{"adapter_scope": "draft", "peft_config": lora()} | settings)
     assert trainer.text_once is None
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_a_loss_between_steps_leaves_the_adapter_off(tmp_path, monkeypatch):
+    """A compiled training keeps the layers' forwards for all steps, and text must stay the base model's meanwhile."""
+    monkeypatch.setattr("hf_jacobi.training.trainer.compiled_layers", lambda model: nullcontext())
+    tokens, texts = torch.arange(3, 13).unsqueeze(0), []
+
+    class Between(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.compute_loss(trainer.model, trainer.data_collator(packed(2)))
+            with torch.no_grad():
+                texts.append(trainer.head.model(tokens).logits)
+
+    model = tiny_model()
+    before = model(tokens).logits
+    adapter = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    trainer = trainer_of(
+        model, tmp_path, adapter_scope="draft", peft_config=adapter, max_steps=2, compile_layers=True,
+        callbacks=[Between()],
+    )  # fmt: skip
+    assert trainer.text_once is not None
+    trainer.train()
+    assert len(texts) == 2 and all(torch.allclose(text, before, atol=1e-5) for text in texts)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_attention_that_sdpa_would_change_trains_compiled_in_one_forward(tmp_path, name):
+    settings = {"adapter_scope": "draft", "peft_config": lora(), "compile_layers": True}
+    trainer = trainer_of(tiny_model(name, attention="eager"), tmp_path, **settings)
+    assert trainer.text_once is None
+    assert not any("jacobi_text" in vars(module) for module in trainer.model.modules())

@@ -372,9 +372,16 @@ def decoder_layers(model) -> list[torch.nn.Module]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def attention_layers(model) -> list[Any]:
+def attention_layers(decoder: torch.nn.Module) -> list[Any]:
     """The modules of a decoder whose keys and values go into layer `layer_idx` of a cache."""
-    return [module for module in model.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+    return [module for module in decoder.modules() if isinstance(getattr(module, "layer_idx", None), int)]
+
+
+def has_only_cpu() -> bool:
+    """Whether no other device was found; torch does not count a TPU as an accelerator."""
+    from transformers.utils import is_torch_xla_available
+
+    return not torch.accelerator.is_available() and not is_torch_xla_available()
 
 
 def causal_lm_of(model_type: str) -> type | None:

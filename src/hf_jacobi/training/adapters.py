@@ -319,7 +319,10 @@ class NoisyTokens:
     def in_two_forwards(self):
         """While this is open, the adapter applies to whole forwards, according to `on`."""
         if self._in_two_forwards:
-            yield
+            try:
+                yield
+            finally:
+                self.on = self.on if self._in_batch else None
             return
         self._in_two_forwards = True
         try:

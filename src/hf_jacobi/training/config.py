@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field, fields
 from numbers import Real
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
-from ..decoding.compat import name_checkpointing, parsed_as_dict
+from ..decoding.compat import has_only_cpu, name_checkpointing, parsed_as_dict
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import UsageError, check_range
 from ..trajectories.checks import check_real, check_whole
@@ -157,8 +158,8 @@ class JacobiForcingConfig(TrainingArguments):
         name_checkpointing(self)
         self._check_numbers()
         self._check_choices()
-        if self.bf16 and not torch.accelerator.is_available() and not self.deepspeed:
-            self.use_cpu = True  # without it, transformers refuses bfloat16 where there is only a CPU
+        if self.bf16 and has_only_cpu() and not self.deepspeed and "ACCELERATE_USE_DEEPSPEED" not in os.environ:
+            self.use_cpu = True  # without it, transformers refuses bfloat16 there
         try:
             super().__post_init__()
         except json.JSONDecodeError as error:

@@ -67,10 +67,16 @@ def redirected(module: nn.Module, method: Callable[..., Any]):
 
 def run_decoder(model: PreTrainedModel, **inputs) -> Any:
     """The output of the decoder without the head, which reads its `last_hidden_state`, `[B, L, H]`."""
+    return decoder_of(model)(**inputs, use_cache=False)
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder of a causal language model."""
     decoder: Any = model.get_decoder()
     if decoder is model:  # Llama 4 returns itself
         decoder = model.model
-    return decoder(**inputs, use_cache=False)
+    found: nn.Module = decoder
+    return found
 
 
 def check_compilable(model: PreTrainedModel) -> None:
@@ -164,8 +170,9 @@ class Head:
 
     @property
     def is_trained(self) -> bool:
-        """Whether its weights get a gradient."""
-        return any(weight.requires_grad for weight in self._embeddings().parameters())
+        """Whether its weights can get a gradient. A wrapper such as FSDP 1 can hide them: then they may."""
+        weights = list(self._embeddings().parameters())
+        return not weights or any(weight.requires_grad for weight in weights)
 
     def _embeddings(self) -> nn.Module:
         embeddings = self.model.get_output_embeddings()

@@ -253,18 +253,19 @@ class TokenLosses(torch.autograd.Function):
         with torch.enable_grad():
             inputs = [hidden.detach().requires_grad_(want) for hidden, want in zip((clean, noisy), wanted)]
             *losses, right = function(*inputs)
-            for number, (hidden, loss, want) in enumerate(zip(inputs, losses, wanted)):
-                if want and len(hidden):
-                    (inputs[number],) = torch.autograd.grad(loss.sum(), hidden)
-        ctx.save_for_backward(*inputs)
+            gradients = [
+                torch.autograd.grad(loss.sum(), hidden)[0] if want and len(hidden) else None
+                for hidden, loss, want in zip(inputs, losses, wanted)
+            ]
+        ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(right)
         return *(loss.detach() for loss in losses), right
 
     @staticmethod
     def backward(ctx, of_clean, of_noisy, _):
         weighted = [
-            (gradient * weight.unsqueeze(1)).to(gradient.dtype) if want else None  # a weight can be scaled for float16
-            for gradient, weight, want in zip(ctx.saved_tensors, (of_clean, of_noisy), ctx.needs_input_grad[1:])
+            None if gradient is None else (gradient * weight.unsqueeze(1)).to(gradient.dtype)
+            for gradient, weight in zip(ctx.saved_tensors, (of_clean, of_noisy))  # float16: the weights are scaled
         ]
         return None, *weighted
 

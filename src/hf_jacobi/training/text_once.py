@@ -30,12 +30,12 @@ from ..decoding.compat import (
     without_checkpointing,
 )
 from .adapters import NoisyTokens
-from .forward import outside_training, run_decoder
+from .forward import decoder_of, outside_training, run_decoder
 from .mask import RowTensors, dense_mask, training_mask
-from .windows import attending_by_windows, segments
+from .windows import UNUSUAL, attending_by_windows, segments
 
 
-AFTER_TEXT = "jacobi_after_text"
+AFTER_TEXT = {"sdpa": "jacobi_sdpa_after_text", "eager": "jacobi_eager_after_text"}
 GROUPS = 64, 256  # fewest and most noisy tokens in a row of the second forward, approximately
 
 
@@ -155,16 +155,46 @@ class TextCache(DynamicCache):
         self.layers = [TextLayer(layer, rows) for layer in cache.layers]
 
 
-def attention_after_text(
+def sdpa_after_text(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **kwargs
 ) -> tuple[torch.Tensor, None]:
     """
     SDPA in which noise sees the text before itself. The keys and values of the text are an attribute of the module: a
     compiled layer cannot take them from a cache without being compiled anew for each layer.
     """
+    _refuse_unusual(kwargs)
+    return own_attention()(module, query, *_with_text(module, key, value), attention_mask, **kwargs)
+
+
+def eager_after_text(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """The same in plain operations. Compiled, they take less time than SDPA for short rows on a CPU."""
+    _refuse_unusual(kwargs)
+    keys, values = (tensor.unsqueeze(2) for tensor in _with_text(module, key, value))
+    groups = query.unflatten(1, (keys.shape[1], -1))  # [B, key heads, queries of a key head, L, D]
+    scores = groups @ keys.transpose(3, 4) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    shares = torch.softmax(scores + attention_mask.unsqueeze(1), -1, dtype=torch.float32).to(query.dtype)
+    shares = torch.nn.functional.dropout(shares, dropout, module.training)
+    return (shares @ values).flatten(1, 2).transpose(1, 2).contiguous(), None
+
+
+def _refuse_unusual(arguments: dict[str, Any]) -> None:
+    """Raises an error, upon which `TextOnce.check` gives up, for what these functions would ignore."""
+    if unknown := [name for name in UNUSUAL if arguments.get(name) is not None]:
+        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+
+
+def _with_text(module: Any, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     text_keys, text_values = module.jacobi_text
-    keys, values = torch.cat((text_keys, key), 2), torch.cat((text_values, value), 2)
-    return own_attention()(module, query, keys, values, attention_mask, **kwargs)
+    return torch.cat((text_keys, key), 2), torch.cat((text_values, value), 2)
 
 
 class TextOnce:
@@ -283,16 +313,16 @@ class TextOnce:
 
 @contextmanager
 def after_text(model: PreTrainedModel, text: TextCache) -> Iterator[None]:
-    """While this is open, the attention of each layer sees its part of a text; see `attention_after_text`."""
-    layers = attention_layers(model)
-    for module in layers:
-        module.jacobi_text = text.layers[module.layer_idx].text
+    """While this is open, the attention of each layer sees its part of a text; see `sdpa_after_text`."""
+    layers = attention_layers(decoder_of(model))
     try:
-        with attending_by(model, AFTER_TEXT):
+        for module in layers:
+            module.jacobi_text = text.layers[module.layer_idx].text
+        with attending_by(model, AFTER_TEXT[attention_of(model.config.get_text_config(decoder=True))]):
             yield
     finally:
         for module in layers:
-            del module.jacobi_text
+            vars(module).pop("jacobi_text", None)
 
 
 def can_split(model: PreTrainedModel, checkpointing: bool, compiled: bool = False) -> bool:
@@ -311,4 +341,5 @@ def can_split(model: PreTrainedModel, checkpointing: bool, compiled: bool = Fals
     return plain and cached
 
 
-AttentionInterface.register(AFTER_TEXT, attention_after_text)
+AttentionInterface.register(AFTER_TEXT["sdpa"], sdpa_after_text)
+AttentionInterface.register(AFTER_TEXT["eager"], eager_after_text)

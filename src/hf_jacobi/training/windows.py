@@ -23,6 +23,7 @@ from .mask import RowTensors
 
 
 WINDOWED = "jacobi_windows"
+UNUSUAL = ("softcap", "s_aux", "position_bias")  # arguments that some models pass and SDPA ignores
 FIELDS = 5  # row; start and end of the queries; start and end of the text that they see before themselves
 
 
@@ -86,7 +87,7 @@ def windowed_attention(
     Returns:
         `[B, L, heads, D]`, with zeros at padding, and `None`.
     """
-    if unknown := [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]:
+    if unknown := [name for name in UNUSUAL if kwargs.get(name) is not None]:
         raise UsageError(f"the windowed attention does not support {', '.join(unknown)}: use 'eager' attention.")
     grouped = key.shape[1] != query.shape[1]
     outputs = []
