@@ -125,7 +125,6 @@ NAMES = [
     ("sliding_window_overlay", lambda: import_module("transformers.masking_utils"), "models with a sliding window"),
     ("chunked_overlay", lambda: import_module("transformers.masking_utils"), "models with chunked attention"),
     ("GradientCheckpointingLayer", lambda: import_module("transformers.modeling_layers"), "compile_layers"),
-    ("layer_idx", lambda: tiny_model().model.layers[0].self_attn, "draft-only training with compile_layers"),
     ("_can_checkpoint_with_cache", checkpointing_layer, "draft-only training that saves memory"),
     ("CONFIG_MAPPING", lambda: import_module("transformers.models.auto.configuration_auto"), "publishing"),
     ("MODEL_FOR_CAUSAL_LM_MAPPING", lambda: import_module("transformers.models.auto.modeling_auto"), "publishing"),
