@@ -229,7 +229,7 @@ def attention(arguments) -> dict:
 
 
 def one_drafts(
-    model: str, way: str, copies: int, length: int, batch: int, steps: int, dtype: str, compiled: bool
+    model: str, way: str, copies: int, length: int, batch: int, steps: int, dtype: str, attention: str, compiled: bool
 ) -> dict:
     """Noisy tokens with a target per second of process time, and the memory of a step."""
     from datasets import Dataset
@@ -240,7 +240,7 @@ def one_drafts(
     from hf_jacobi.training.collator import PLAN
     from hf_jacobi.trajectories.packing import PackSettings, packed_rows
 
-    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation=attention)
     rows = made_up_trajectories(batch, length, vocabulary=base.config.vocab_size)
     data = list(packed_rows(rows, PackSettings(1, "random", 0.0, 1.0, None, False, 0, copies)))
     starts, seconds = [], []
@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256, help="tokens of a completion in `drafts`")
     parser.add_argument("--batch", type=int, default=1, help="texts per step in `drafts`")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of `drafts`")
+    parser.add_argument("--attention", default="sdpa", choices=("sdpa", "eager"), help="of `drafts`")
     parser.add_argument("--compile", action="store_true", help="compile the layers in `drafts`")
     parser.add_argument("--output", help="a JSON file for the results")
     arguments = parser.parse_args()
