@@ -70,7 +70,12 @@ def packed_row(row: dict[str, Sequence[int]], axes: Axes | None = None, first: i
             axes.text(index + 0.5, 0.5 - line, shown_value, ha="center", va="center", fontsize=8)
     for line, column in enumerate(SHOWN):
         axes.text(first - 0.2, 0.5 - line, column, ha="right", va="center", fontsize=8, family="monospace")
-    kinds = {"prompt": PROMPT, "completion": COMPLETION, "noisy, without an error": RIGHT, "noisy, from an error on": WRONG}
+    kinds = {
+        "prompt": PROMPT,
+        "completion": COMPLETION,
+        "noisy, without an error": RIGHT,
+        "noisy, from an error on": WRONG,
+    }
     handles = [Patch(facecolor=color, edgecolor="#888888", label=name) for name, color in kinds.items()]
     axes.legend(handles=handles, ncols=4, fontsize=8, **ABOVE)
     if len(shown) < length:
