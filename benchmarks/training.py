@@ -298,6 +298,7 @@ def drafts(arguments) -> dict:
             arguments.batch,
             arguments.steps,
             arguments.dtype,
+            arguments.attention,
             arguments.compile,
         )
         found = rows[f"{way}/{copies}"] = in_own_process("drafts", arguments.model, *settings)
