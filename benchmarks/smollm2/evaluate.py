@@ -36,6 +36,7 @@ from .ship import CARD, card
 TITLES = {"code": "code, held out", "arithmetic": "arithmetic, held out", "instructions": "instructions, held out"}
 OTHER = "other kinds, held out"
 TRAINED, OWN = "Jacobi, trained", "AR, trained"
+SAME = "Jacobi, before, same settings"
 OUT_OF_DOMAIN = "chat, other prompts"
 
 
@@ -74,7 +75,7 @@ def measure(arguments) -> dict:
         "AR": (base, AR),
         "prompt lookup": (base, PROMPT_LOOKUP),
         "Jacobi, before, default": (base, Method("", "jacobi", {})),
-        "Jacobi, before, same settings": (base, Method("", "jacobi", config.to_dict())),
+        **({} if config == JacobiConfig() else {SAME: (base, Method("", "jacobi", config.to_dict()))}),
         TRAINED: (model, Method(TRAINED, "jacobi", config.to_dict())),
         **({} if writer is base else {OWN: (writer, AR)}),
     }

@@ -3,7 +3,7 @@ Puts a trained adapter where the demo finds it; `benchmarks.smollm2.evaluate` th
 
     python -m benchmarks.smollm2.ship ADAPTER
 
-The weights are stored in bfloat16.
+The weights are stored in bfloat16, and its settings are the default ones, which adapt to the text and the machine.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_jacobi import JacobiConfig
 from hf_jacobi.cli.models import DEMO_ADAPTER
 from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
 
@@ -34,7 +35,7 @@ def ship(adapter: Path) -> None:
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     changed = {
         "adapter_config.json": {"base_model_name_or_path": BASE},
-        "generation_config.json": {},
+        "generation_config.json": {"jacobi": JacobiConfig().to_dict()},
         NOTE: {"base_model": BASE, "remark": REMARK},
     }
     contents = {name: json.loads((adapter / name).read_text()) | changes for name, changes in changed.items()}

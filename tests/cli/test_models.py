@@ -15,6 +15,7 @@ from hf_jacobi.cli.models import find, load
 from hf_jacobi.decoding.errors import MissingFile, UsageError
 from hf_jacobi.evaluation import bench as bench_module
 from hf_jacobi.evaluation import tune as tune_module
+from hf_jacobi.trajectories.prompts import open_prompts
 
 
 SETTINGS = {"decoding": "jacobi", "jacobi": {"block_size": 6, "pool_size": 0}}
@@ -103,6 +104,19 @@ def test_demo_and_tune_accept_an_adapters_folder(places, tmp_path, monkeypatch, 
         assert not has_layers(seen[-1]["AR"][0])
         written.write_text(json.dumps(SETTINGS))
     assert (places / "base" / "generation_config.json").read_text() == base
+
+
+def test_trajectories_of_a_model_with_an_adapter(places, tmp_path, monkeypatch):
+    monkeypatch.chdir(places)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5 w6 w7"}\n')
+    texts = {}
+    for number, typed in enumerate((["base"], ["base", "--adapter", "full"], ["full"], ["base", "--adapter", "draft"])):
+        command = ["collect", "--dataset", str(tmp_path / "prompts.jsonl"), "--output-dir", str(tmp_path / str(number))]
+        assert cli.main([*command, "--block-size", "4", "--max-new-tokens", "24", "--model", *typed]) == 0
+        (row,) = open_prompts(str(tmp_path / str(number)))
+        texts[" ".join(typed)] = row["completion_ids"]
+    assert texts["base --adapter full"] == texts["full"] != texts["base"]
+    assert texts["base --adapter draft"] == texts["base"]
 
 
 def test_an_adapter_on_the_hub_means_the_adapter_on_its_base_model(places, monkeypatch):

@@ -26,6 +26,7 @@ OTHERS = (
     "dataset_split",
     "max_prompts",
     "model",
+    "adapter",
     "dtype",
     "command",
     "run",
@@ -52,6 +53,7 @@ def add_parser(commands) -> None:
         "--output-dir", type=path, required=True, help="the output folder; an interrupted run resumes there"
     )
     parser.add_argument("--model", help=f"a local folder or a Hub id (default: {DEMO_MODEL})")
+    parser.add_argument("--adapter", help="an adapter for the model, a folder or a Hub id")
     add_dtype(parser)
     parser.add_argument("--dataset-name", help="the configuration of a data set on the Hub")
     parser.add_argument("--dataset-split", default="train", help="the split (default: train)")
@@ -149,7 +151,7 @@ def run(arguments) -> int:
         prompt_column(row, arguments.prompt_column)
         if given:
             check_completions(row)
-    model, tokenizer = load(arguments.model, arguments.dtype, processes.device)
+    model, tokenizer = load(arguments.model, arguments.dtype, processes.device, adapter=arguments.adapter)
     try:
         data: dict[str, Any] = {"completions" if given else "dataset": rows}
         collect_trajectories(model, tokenizer, **data, **settings)

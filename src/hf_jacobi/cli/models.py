@@ -258,22 +258,29 @@ def _line(error: Exception) -> str:
     return text if len(text) <= 300 else text[:300].rpartition(" ")[0] + " ..."
 
 
-def load(name: str | None, dtype: str = "auto", device: torch.device | None = None, attention: str | None = None):
+def load(
+    name: str | None,
+    dtype: str = "auto",
+    device: torch.device | None = None,
+    attention: str | None = None,
+    adapter: str | None = None,
+):
     """
-    Loads a model in evaluation mode, and its tokenizer.
+    Loads a model in evaluation mode, with an adapter if one is named, and its tokenizer.
 
     Args:
         name: a local folder or a Hub id, of a model or of an adapter; `None` for SmolLM2-135M-Instruct.
         dtype: `"auto"` (as saved; float32 for the demo model), `"float32"`, `"bfloat16"` or `"float16"`.
         device: the device of the model, by default the GPU if there is one.
         attention: transformers' `attn_implementation`, by default the choice of transformers.
+        adapter: a local folder or a Hub id of an adapter for the model.
 
     Raises:
         `ImportError`: a package for reading the weights is missing.
         `OSError`: there is no model of this name, or the demo model cannot be downloaded.
         `ValueError`: the checkpoint is damaged.
     """
-    found = find(name)
+    found = find(name, adapter)
     tokenizer = found.tokenizer()
     return found.load(dtype, device, attention).model, tokenizer
 
