@@ -110,11 +110,12 @@ def test_trajectories_of_a_model_with_an_adapter(places, tmp_path, monkeypatch):
     monkeypatch.chdir(places)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "w5 w6 w7"}\n')
     texts = {}
-    for number, typed in enumerate((["base"], ["base", "--adapter", "full"], ["full"], ["base", "--adapter", "draft"])):
-        command = ["collect", "--dataset", str(tmp_path / "prompts.jsonl"), "--output-dir", str(tmp_path / str(number))]
-        assert cli.main([*command, "--block-size", "4", "--max-new-tokens", "24", "--model", *typed]) == 0
-        (row,) = open_prompts(str(tmp_path / str(number)))
-        texts[" ".join(typed)] = row["completion_ids"]
+    command = ["collect", "--dataset", str(tmp_path / "prompts.jsonl"), "--block-size", "4", "--max-new-tokens", "24"]
+    for typed in ("base", "base --adapter full", "full", "base --adapter draft"):
+        folder = str(tmp_path / typed.replace(" ", ""))
+        assert cli.main([*command, "--output-dir", folder, "--model", *typed.split()]) == 0
+        (row,) = open_prompts(folder)
+        texts[typed] = row["completion_ids"]
     assert texts["base --adapter full"] == texts["full"] != texts["base"]
     assert texts["base --adapter draft"] == texts["base"]
 
