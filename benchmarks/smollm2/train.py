@@ -29,7 +29,7 @@ from hf_jacobi.trajectories.prompts import open_prompts
 
 
 def rows_of(trajectories, copies: int, epochs: int) -> datasets.Dataset:
-    """Packed rows with clean context. The prompts keep their order, as kinds take turns; each epoch has other noise."""
+    """Packed rows with clean context, in the order of the prompts (kinds take turns); each epoch has other noise."""
     return datasets.concatenate_datasets(
         [
             hf_jacobi.pack_trajectories(trajectories, 1, "random", max_length=1536, noisy_copies=copies, seed=epoch)
