@@ -9,6 +9,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from ..decoding.errors import UsageError
+from ..trajectories.sources import path_of
 from .demo_model import DEMO_MODEL
 from .models import load
 from .options import INTERRUPTED, add_dtype, check_folder, path, positive
@@ -126,6 +127,10 @@ def template_settings(text: str) -> dict:
 
 def run(arguments) -> int:
     """Runs the command."""
+    given = arguments.completions is not None
+    source = arguments.completions if given else arguments.dataset
+    path_of(source)  # before the slow imports
+
     from transformers.utils import logging
 
     from ..trajectories.collect import collect_trajectories, process_state, read_report
@@ -138,12 +143,10 @@ def run(arguments) -> int:
     CollectSettings(**{one.name: settings[one.name] for one in dataclasses.fields(CollectSettings)})
     check_folder(arguments.output_dir)
     processes = process_state()
-    given = arguments.completions is not None
     if arguments.check and not given:
         raise UsageError("--check is for --completions: drop it, because the model's own text needs no check.")
     if given and arguments.do_sample:
         raise UsageError("--do-sample does not apply to --completions, which are not generated: drop --do-sample.")
-    source = arguments.completions if given else arguments.dataset
     rows: Dataset = open_prompts(source, arguments.dataset_split, arguments.dataset_name)
     if arguments.max_prompts:
         rows = rows.select(range(min(arguments.max_prompts, len(rows))))

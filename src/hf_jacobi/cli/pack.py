@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..decoding.errors import UsageError
+from ..trajectories.sources import path_of
 from .options import INTERRUPTED, check_folder, check_places, path, positive, wrapped, write_picture
 
 
@@ -80,6 +81,8 @@ def _packing(arguments) -> tuple[Callable, dict[str, Any]]:
 
 def run(arguments) -> int:
     """Runs the command."""
+    path_of(arguments.trajectories)  # before the slow imports
+
     from ..trajectories.pieces import most_blocks
     from ..trajectories.prompts import open_prompts
     from ..trajectories.shards import counts_in

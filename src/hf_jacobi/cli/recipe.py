@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..decoding.files import read_yaml
 from .options import INTERRUPTED, path
 
 
@@ -21,18 +22,17 @@ def add_parser(commands) -> None:
 
 def run(arguments) -> int:
     """Runs the command."""
+    given = {"model": arguments.model, "prompts": arguments.prompts}
+    settings = read_yaml(arguments.recipe, "a recipe") | {name: value for name, value in given.items() if value}
+
     from transformers.utils import logging
 
-    from ..decoding.files import read_yaml
     from ..recipes.recipe import read_recipe
     from ..recipes.report import markdown
     from ..recipes.run import plan, run_recipe
 
     logging.set_verbosity_error()
-    given = {"model": arguments.model, "prompts": arguments.prompts}
-    recipe = read_recipe(
-        read_yaml(arguments.recipe, "a recipe") | {name: value for name, value in given.items() if value}
-    )
+    recipe = read_recipe(settings)
     if arguments.dry_run:
         print(plan(recipe, arguments.output_dir))
         return 0

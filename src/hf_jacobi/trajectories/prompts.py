@@ -23,16 +23,9 @@ from datasets.data_files import DataFilesList, get_data_patterns
 from ..decoding.errors import MissingFile, UsageError
 from .encoding import BadPrompt, check_settings, encode_messages, encode_text, from_json, token_ids, without_nulls
 from .shards import SETTINGS, check_file, check_own_file, read_settings
+from .sources import BUILDERS, path_of
 
 
-BUILDERS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".txt": "text",
-    ".text": "text",
-}
 PROMPT_COLUMNS = (
     "messages",
     "conversations",
@@ -109,17 +102,13 @@ def _is_no_prompt(row: Any) -> bool:
 
 
 def _open_path(source: str, split: str, name: str | None) -> Iterable[dict[str, Any]]:
-    if not source.strip():
-        raise UsageError("the name of the data is empty: name a file, a folder or a data set on the Hub.")
-    path = Path(source).expanduser()
+    path = path_of(source)
     if path.exists() and name:
         raise UsageError(f"{source} is local and has no configurations: drop {name!r}, which is for the Hub.")
     if path.is_file() and split != "train":
         raise UsageError(f"{source} is a file, which has no split {split!r}: leave the split out.")
     if path.is_file() and path.suffix.lower() not in BUILDERS:
         raise UsageError(f"{source}: prompts are read from {', '.join(BUILDERS)} files, not {path.suffix!r} ones.")
-    if not path.exists() and (source.startswith(("/", ".", "~")) or path.suffix.lower() in BUILDERS):
-        raise MissingFile(f"there is no file or folder {source}.")
     for file in _files_of(path):
         if file.suffix == ".parquet":
             check_own_file(file)
