@@ -129,7 +129,7 @@ def test_a_draft_only_adapter_doubles_the_positions_of_what_is_tried():
     assert [economy.cost(guesses, adapter=True) for guesses in range(3)] == pytest.approx([1.0, 1.3, 1.5])
 
 
-def test_the_progress_of_a_batch_is_that_of_the_row_behind():
+def test_the_progress_of_a_batch_is_that_of_the_slowest_row():
     """One row with good guesses does not slow the other rows down for long."""
     economy = Economy(CostCurve.of(0.5))
     for tokens in range(2, 200):

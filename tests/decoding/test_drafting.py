@@ -217,7 +217,7 @@ def test_the_source_that_was_right_further_comes_first():
     assert lead.propose([], 3) == [1, 2, 3]
 
 
-def test_the_sources_behind_go_on_where_the_one_ahead_ends():
+def test_a_later_source_continues_where_the_one_before_it_ends():
     lead = Lead([Says(4), Says(5, 6)])
     assert lead.propose([], 2) == [4, 6]
     lead.observe([5])

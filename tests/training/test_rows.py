@@ -75,7 +75,7 @@ EDITS = {
     "a negative token": (put("input_ids", 3, -1), "holds token -1"),
     "another vocabulary": (put("input_ids", 3, 96), "holds token 96"),
     "too far": (put("position_ids", 3, 256), "has position 256"),
-    "a window behind the text": (put("window_start", -1, 100), "window_start 100"),
+    "a window after the text": (put("window_start", -1, 100), "window_start 100"),
     "a window before the text": (put("window_start", -1, -1), "window_start -1"),
     "a twin outside": (put("twin_ids", -1, 999), "has twin 999"),
     "a twin elsewhere": (put("twin_ids", -1, 0), "has twin 0"),

@@ -37,13 +37,13 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def tokenizer(template: str = TEMPLATE, before: str = "", behind: str = ""):
+def tokenizer(template: str = TEMPLATE, before: str = "", after: str = ""):
     """A tokenizer that can put special tokens around a text."""
     found = tiny_tokenizer()
     found.chat_template = template
-    if before or behind:
+    if before or after:
         special = [("<s>", 1), ("</s>", 2), ("<pad>", 0)]
-        single = f"{before} $A {behind}".strip()
+        single = f"{before} $A {after}".strip()
         found._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=special)
     return found
 
@@ -123,7 +123,7 @@ def test_tools_and_settings_are_part_of_what_a_folder_was_begun_with(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("before", "behind", "text", "expected"),
+    ("before", "after", "text", "expected"),
     [
         ("<s>", "", "w4", [1, 4]),
         ("<s>", "", "<s> w4", [1, 4]),
@@ -138,8 +138,8 @@ def test_tools_and_settings_are_part_of_what_a_folder_was_begun_with(tmp_path):
         ("<s>", "", "<s> <s> w4", [1, 1, 4]),
     ],
 )
-def test_a_text_that_has_its_special_tokens_does_not_get_them_again(before, behind, text, expected):
-    assert ids_of([text], tokenizer(before=before, behind=behind)) == [expected]
+def test_a_text_that_has_its_special_tokens_does_not_get_them_again(before, after, text, expected):
+    assert ids_of([text], tokenizer(before=before, after=after)) == [expected]
 
 
 def test_a_rendered_text_is_what_its_messages_are():
