@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -56,6 +57,23 @@ def test_help_and_usage_errors_import_no_slow_package(typed):
     assert not modules & SLOW
     assert len(modules) < 300, "mostly Python's own modules"
     assert typed == ["--version"] or "usage: hf-jacobi" in printed
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "bench ./nowhere",
+        "collect --dataset nowhere.jsonl --output-dir out",
+        "demo --model ./nowhere",
+        "pack --trajectories ./nowhere --output-dir out",
+        "recipe nowhere.yaml --output-dir out",
+        "serve ./nowhere",
+    ],
+)
+def test_a_wrong_name_is_refused_before_a_slow_package_is_imported(typed):
+    modules, printed = modules_after(RUN, *typed.split())
+    assert not modules & SLOW
+    assert "nowhere" in printed and "Traceback" not in printed
 
 
 def test_only_the_used_parts_of_the_package_are_imported():
@@ -261,6 +279,13 @@ def test_a_command_does_not_see_the_debug_option(monkeypatch):
     monkeypatch.setattr(demo, "run", lambda arguments: seen.append(vars(arguments)) or 0)
     assert cli.main(["--debug", "demo"]) == cli.main(["demo"]) == 0
     assert seen[0] == seen[1] and "debug" not in seen[0]
+
+
+@pytest.mark.parametrize(("category", "count"), [(FutureWarning, 0), (UserWarning, 1)])
+def test_what_other_packages_will_remove_is_not_reported(category, count, monkeypatch, recwarn):
+    monkeypatch.setattr(demo, "run", lambda _: warnings.warn("of another package", category, stacklevel=1) or 0)
+    assert cli.main(["demo"]) == 0
+    assert len([warning for warning in recwarn if str(warning.message) == "of another package"]) == count
 
 
 def test_an_interrupt_is_not_reported_as_an_error(monkeypatch, capsys):

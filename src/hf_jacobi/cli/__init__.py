@@ -118,8 +118,13 @@ def _print_any_text() -> None:
 
 @contextmanager
 def _own_warnings_in_a_line():
-    """Shows warnings of this package in one line, without the source line that raised them."""
+    """
+    Shows warnings of this package in one line, without the source line that raised them. Warnings among other packages
+    of what they are going to remove are left out: no user of a command can heed them.
+    """
     with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore", FutureWarning)
         others = warnings.showwarning
 
         def show(message, category, filename, *rest, **settings) -> None:
