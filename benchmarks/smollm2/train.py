@@ -60,11 +60,12 @@ def main() -> None:
     config = None
     if arguments.new:
         count = model.config.num_hidden_layers
-        layers = list(range(count - arguments.last_layers, count)) if arguments.last_layers else None
+        layers = list(range(count - (arguments.last_layers or count), count))
+        names = {name for name, one in model.model.layers[0].named_modules() if isinstance(one, torch.nn.Linear)}
         config = LoraConfig(
             r=arguments.new,
             lora_alpha=2 * arguments.new,
-            target_modules="all-linear",
+            target_modules=sorted(name.rpartition(".")[2] for name in names),
             layers_to_transform=layers,
             task_type="CAUSAL_LM",
         )

@@ -67,7 +67,6 @@ def test_help_and_usage_errors_import_no_slow_package(typed):
         "demo --model ./nowhere",
         "pack --trajectories ./nowhere --output-dir out",
         "recipe nowhere.yaml --output-dir out",
-        "serve ./nowhere",
     ],
 )
 def test_a_wrong_name_is_refused_before_a_slow_package_is_imported(typed):

@@ -19,6 +19,7 @@ from .compat import GENERATE_ARGUMENTS, cache_among, hook_alike, hook_less, insi
 from .config import JacobiConfig
 from .errors import UsageError
 from .loop import jacobi_decode
+from .support import refuse_other_caches
 
 
 if TYPE_CHECKING:
@@ -178,6 +179,7 @@ def _refuse_other_decoding(kwargs: dict, of_call, model) -> None:
             "cache_implementation='paged' asks for continuous batching, another way to decode: drop it, or use "
             "decoding='ar'."
         )
+    refuse_other_caches(kwargs.get("cache_implementation"))  # before transformers makes the cache
     if kwargs.get("token_healing", setting_of("token_healing", of_call, model)):
         raise UsageError(
             "Jacobi decoding does not support token healing: drop token_healing=True, or use decoding='ar'."

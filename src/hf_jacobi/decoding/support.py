@@ -34,6 +34,15 @@ INSTEAD = "use decoding='ar'"
 WITHOUT_CACHE = ("xlm", "flaubert")  # they take a cache but return none
 
 
+def refuse_other_caches(implementation: str | None) -> None:
+    """Refuses a `cache_implementation` other than those that Jacobi decoding can keep."""
+    if implementation not in (None, "dynamic", "static"):
+        raise UsageError(
+            f"Jacobi decoding keeps a dynamic or a static KV cache, but cache_implementation is {implementation!r}: "
+            f"drop it, pass 'static', or {INSTEAD}."
+        )
+
+
 def refuse_unsupported(
     model, generation_config, prompt_length: int, model_kwargs: dict, settings: JacobiConfig | None = None
 ) -> None:
@@ -65,11 +74,7 @@ def refuse_unsupported(
             "Jacobi decoding returns scores and logits, but no attentions or hidden states, since its forwards score "
             f"drafts as well as text: drop output_attentions and output_hidden_states, or {INSTEAD}."
         )
-    if generation_config.cache_implementation not in (None, "dynamic", "static"):
-        raise UsageError(
-            f"Jacobi decoding keeps a dynamic or a static KV cache, but cache_implementation is "
-            f"{generation_config.cache_implementation!r}: drop it, pass 'static', or {INSTEAD}."
-        )
+    refuse_other_caches(generation_config.cache_implementation)
     if model.training and is_checkpointing(model):
         raise UsageError(
             "Jacobi decoding verifies drafts against the KV cache, which gradient checkpointing switches off in "
