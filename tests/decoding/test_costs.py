@@ -81,3 +81,14 @@ def test_what_is_no_cost_is_refused_in_one_sentence(cost):
     with pytest.raises(ValueError, match="`position_cost` must be a number of at least 0, a list of") as error:
         JacobiConfig(position_cost=cost)
     assert repr(cost) in str(error.value)
+
+
+def test_numbers_of_positions_that_cost_nearly_the_same_form_a_plateau():
+    curve = CostCurve.of([[1, 59], [2, 68], [4, 106], [8, 129], [16, 132]]).levelled()
+    assert [curve.cost(positions) for positions in (9, 10, 15, 16)] == pytest.approx(4 * [132 / 59])
+    assert curve.cost(8) == pytest.approx(129 / 59) and curve.cost(3) == pytest.approx(87 / 59)
+    assert curve.plateaus == [(9, 16)]
+    rising = CostCurve.of([[1, 10], [2, 10], [4, 12], [8, 15]])
+    assert rising.levelled() == rising and not rising.plateaus, "one position is never made two"
+    fallen = CostCurve.of([[1, 10], [2, 13], [8, 12], [16, 19]]).levelled()
+    assert fallen.plateaus == [(2, 8)], "two positions take no longer as eight"

@@ -6,6 +6,7 @@ import copy
 import gc
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import hf_jacobi
 from hf_jacobi.decoding import loop, timing
 from hf_jacobi.decoding.adaptive import Economy
 from hf_jacobi.decoding.costs import CostCurve, default_curve
+from hf_jacobi.decoding.drafting import Draft
 from hf_jacobi.decoding.running import Eager
 from hf_jacobi.decoding.shapes import FixedShapes, GrowingShapes
 from hf_jacobi.decoding.step import Step
@@ -205,7 +207,7 @@ def fake(monkeypatch, cost):
 
     def forward(self, drafts, starts):
         chain = len(drafts[0])
-        widths.append(2 * chain if self.adapter_drafts and chain > 1 else chain)
+        widths.append(-2 * chain if self.adapter_drafts and chain > 1 else chain)  # below 0 with an adapter
         seconds[0] += cost(widths)
 
     monkeypatch.setattr(Step, "__call__", forward)
@@ -223,13 +225,13 @@ def test_what_is_measured_is_what_forwards_take(monkeypatch):
     assert [curve.cost(width) for width in timing.WIDTHS] == pytest.approx(
         [AMD.cost(width) for width in timing.WIDTHS]
     )
-    assert sum(map(AMD.cost, widths)) < 11, "about as long as ten tokens"
+    assert sum(map(AMD.cost, widths)) < timing.BUDGET + 1
 
 
 def test_where_positions_cost_much_the_widest_forwards_are_left_out(monkeypatch):
     step, widths = fake(monkeypatch, lambda widths: 0.1 * widths[-1])
     curve = timing.measure(step, [[3] * 40], 100)
-    assert sum(widths) <= 11 and curve.cost(16) == pytest.approx(16)
+    assert sum(widths) <= timing.BUDGET + 1 and curve.cost(16) == pytest.approx(16)
 
 
 def test_a_forward_that_compiles_is_no_measure(monkeypatch):
@@ -240,25 +242,65 @@ def test_a_forward_that_compiles_is_no_measure(monkeypatch):
 
 
 def test_a_draft_only_adapter_is_timed_with_its_own_positions(monkeypatch):
-    step, widths = fake(monkeypatch, lambda widths: AMD.cost(widths[-1]) + 0.3 * (widths[-1] > 1))
-    curve = timing.measure_adapter(step, [[3] * 40], AMD)
+    step, widths = fake(monkeypatch, lambda widths: AMD.cost(abs(widths[-1])) + 0.3 * (widths[-1] < 0))
+    added = timing.measure_adapter(step, [[3] * 40])
+    assert added == pytest.approx(0.3)
+    assert set(widths) == {1, 4, -4} and sum(AMD.cost(abs(width)) for width in widths) < timing.BUDGET
+    curve = timing.Known([AMD], added).with_adapter(AMD)
     assert [curve.cost(width) for width in (1, 2, 4, 8, 16)] == pytest.approx(
         [1.0, *(AMD.cost(width) + 0.3 for width in (2, 4, 8, 16))]
     )
-    assert set(widths) == {1, 16} and sum(map(AMD.cost, widths)) < 11
+
+
+@pytest.mark.parametrize("speed", [lambda count: 1.0, lambda count: 1 + 0.5 * (count // 6 % 2)])
+def test_a_machine_whose_speed_changes_is_measured_correctly(monkeypatch, speed):
+    """Each width is compared with the forwards just before it and after it."""
+    step, _ = fake(monkeypatch, lambda widths: speed(len(widths)) * AMD.cost(widths[-1]))
+    curve = timing.measure(step, [[3] * 40], 100)
+    assert [curve.cost(width) for width in (2, 4, 8)] == pytest.approx(
+        [AMD.cost(width) for width in (2, 4, 8)], rel=0.26
+    )
+
+
+def test_what_forwards_take_corrects_the_curve_of_later_calls(monkeypatch):
+    """Four forwards over the same number of positions, near some over one position, count more than a measurement."""
+    monkeypatch.setattr(timing, "MOST", 6)
+    step, widths = fake(monkeypatch, lambda widths: AMD.cost(abs(widths[-1])) + 0.3 * (widths[-1] < 0))
+    known = timing.Known([CostCurve.of([[1, 1.0], [2, 1.01], [4, 1.02], [16, 4.0]])], 0.0)
+    monkeypatch.setattr(timing, "known_of", lambda step, rows: known)
+    watch, before = timing.Watch(step, []), known.curve(AMD)
+
+    def run(nodes, copies=0):
+        step.copies, step.adapter_drafts = copies, copies > 0
+        with watch.forward(step, nodes):
+            step([Draft([3] * nodes)], [0])
+
+    for _ in range(3):
+        run(2)
+    assert not known.seen, "no forward over one position to compare with"
+    for count in range(7):
+        for nodes, copies in ((1, 0), (1, 0), (1, 0), (2, 0), (2, 2)):
+            run(nodes, copies)
+        if count < 3:
+            assert known.curve(AMD) == before
+    curve = known.curve(AMD)
+    assert curve.cost(2) == pytest.approx(AMD.cost(2)) and curve.cost(16) == 4.0
+    assert known.with_adapter(curve).cost(4) == pytest.approx(AMD.cost(4) + 0.3, abs=0.02)
+    assert len(known.seen[2]) == len(known.seen_with_adapter[4]) == 6, "then it stays as it is"
 
 
 def test_without_a_measurement_there_are_defaults(monkeypatch):
     step, _ = fake(monkeypatch, lambda widths: 1.0)
     step.model = trained_model()
-    assert timing.curve_of(step, [None] * 3, may_measure=False) == default_curve("cpu", 3)
+    row = SimpleNamespace(tokens=[3], room=100)
+    assert timing.curves_of(step, [row] * 3, may_measure=False) == (default_curve("cpu", 3), None)
 
 
 def test_fixed_shapes_are_timed_and_paid_for_as_they_are(monkeypatch):
     step, widths = fake(monkeypatch, lambda widths: AMD.cost(FixedShapes.width(widths[-1])))
     step.shapes = FixedShapes(100, 80)
     curve = timing.measure(step, [[3] * 40], 100)
-    assert set(widths) == {1, 4, 16}
+    assert set(widths) == {1, 4, 8, 16}
     economy = Economy(curve, width=step.shapes.width)
     assert economy.cost(1) == economy.cost(3) < economy.cost(4)
     assert economy.cost(1) == pytest.approx(AMD.cost(4))
@@ -284,3 +326,18 @@ def test_positions_that_seem_dear_are_timed_again_and_the_cheapest_curve_counts(
     other = copy.deepcopy(model)
     for _ in range(timing.ATTEMPTS + 2):
         jacobi(other, inputs)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_forwards_on_a_plateau_take_all_of_it(monkeypatch, rows):
+    """On some CPUs a forward over 10 positions takes longer than one over 16."""
+    level = CostCurve(((1, 1.0), (2, 1.01), (3, 1.1), (16, 1.1)))
+    monkeypatch.setattr(timing, "measure", lambda *call: level)
+    model, inputs = hf_jacobi.enable(trained_model()), padded_prompts(rows)
+    widths = []
+    model.register_forward_hook(
+        lambda model, arguments, keywords, out: widths.append(out.logits.shape[1]), with_kwargs=True
+    )
+    out = jacobi(model, inputs)
+    assert 16 in widths and not set(range(3, 16)) & set(widths)
+    assert torch.equal(out.sequences, model.generate(**inputs, **CALL)) and tokens_per_forward(out) > 1

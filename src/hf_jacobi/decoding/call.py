@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from .adaptive import Economy
@@ -11,10 +13,11 @@ from .costs import CostCurve
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
 from .outputs import Outputs
+from .shapes import GrowingShapes
 from .stats import JacobiStats
 from .step import Step
 from .stopping import StopCheck
-from .timing import curve_of
+from .timing import Watch, curves_of
 from .verify import AcceptanceRule, Greedy, Gumbel, TokenChooser, usable
 from .walk import Walk
 
@@ -58,6 +61,7 @@ class DecodeCall:
         self.rows = _rows(self.step, config, stop.max_length, records)
         self.config = config
         self.economy: Economy | None = None
+        self.watch: Watch | None = None
         pad_token = pad_token_of(generation_config) or 0
         self.outputs = Outputs(self.rows, generation_config, pad_token, streamer, records)
         self.walk = Walk(self.rows, chooser, stop, self.outputs, pad_token)
@@ -90,25 +94,32 @@ class DecodeCall:
         """Drafts, runs one forward, and commits the accepted tokens."""
         self._let_rows_leave()
         drafts, self.step.adapter_drafts = propose(self.in_flight, self.economy)
-        self._commit(drafts, self.step(drafts, [row.length - 1 for row in self.in_flight]))
+        with self.watch.forward(self.step, max(map(len, drafts))) if self.watch else nullcontext():
+            predictions = self.step(drafts, [row.length - 1 for row in self.in_flight])
+        self._commit(drafts, predictions)
         account(self.in_flight, self.economy, drafts, self.step.copies > 0)
 
     def weigh_costs(self) -> None:
         """Adapts drafts to what forwards over the rows in flight cost: as given, as measured, or by default."""
         if not self.config.adapts or self.finished:
             return
-        curve = self._curve(adapter=False)
-        with_adapter = self._curve(adapter=True) if self.step.draft_adapter else None
+        if (given := self.config.position_cost) is not None:
+            curve = CostCurve.of(given, len(self.in_flight))
+            with_adapter = curve if self.step.draft_adapter else None
+        else:
+            curve, with_adapter = curves_of(self.step, self.in_flight, self.may_measure)
+            if self.may_measure:
+                self._watch(curve)
         if self.economy is None:
             self.economy = Economy(curve, with_adapter, width=self.step.shapes.width)
         else:
             self.economy.follow(curve, with_adapter)
 
-    def _curve(self, adapter: bool) -> CostCurve:
-        """What forwards cost, with a draft-only adapter or without."""
-        if (given := self.config.position_cost) is not None:
-            return CostCurve.of(given, len(self.in_flight))
-        return curve_of(self.step, self.in_flight, self.may_measure, adapter)
+    def _watch(self, curve: CostCurve) -> None:
+        """Times the forwards from here on, and pads them where that takes no longer by a measured `curve`."""
+        self.watch = Watch(self.step, self.in_flight)
+        if isinstance(self.step.shapes, GrowingShapes) and self.step.device.type == "cpu":
+            self.step.shapes.plateaus = curve.plateaus
 
     def _commit(self, drafts: list[Draft], predictions: list[list[int]]) -> None:
         copies, starts = self.step.copies, [row.length - 1 for row in self.in_flight]

@@ -10,6 +10,9 @@ from itertools import pairwise
 from .errors import UsageError
 
 
+FLAT = 0.1  # the largest share by which measured costs of one plateau differ
+
+
 @dataclass(frozen=True)
 class CostCurve:
     """
@@ -59,6 +62,20 @@ class CostCurve:
         ends = next((pair for pair in pairwise(self.points) if positions <= pair[1][0]), self.points[-2:])
         (first, low), (last, high) = ends
         return low + (high - low) * (positions - first) / (last - first)
+
+    def levelled(self) -> CostCurve:
+        """This curve, with a plateau wherever the cost of neighbouring points differs by at most the share `FLAT`."""
+        points = list(self.points[:2])
+        for (first, low), (last, high) in pairwise(self.points[1:]):
+            if last > first + 1 and low < high <= (1 + FLAT) * low:
+                points.append((first + 1, high))
+            points.append((last, high))
+        return CostCurve(tuple(points))
+
+    @property
+    def plateaus(self) -> list[tuple[int, int]]:
+        """The first and last number of positions, from two up, between which the cost does not rise."""
+        return [(first, last) for (first, low), (last, high) in pairwise(self.points) if first > 1 and high <= low]
 
 
 def check_cost(cost) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sequence
 
 
 WIDTHS = (1, 4, 8, 16, 32, 64)  # nodes per row; above the last one, its multiples
@@ -16,13 +17,23 @@ class GrowingShapes:
 
     Attributes:
         total: the number of slots of the cache; `None` because it grows.
+        plateaus: `(first, last)` numbers of positions between which the cost does not rise (`CostCurve.plateaus`).
     """
 
     total: int | None = None
+    plateaus: Sequence[tuple[int, int]] = ()
 
     def width(self, nodes: int) -> int:
         """Q, the nodes per row that a step lays out when the longest draft of its rows has `nodes`."""
         return nodes
+
+    def padded(self, positions: int) -> int:
+        """
+        The number of positions that a forward over `positions` is padded to.
+
+        Matrix products on CPUs can take longer over 10 rows than over 16, so a step inside a plateau takes all of it.
+        """
+        return next((last for first, last in self.plateaus if first <= positions < last), positions)
 
     def slots(self, end: int) -> int:
         """S, the number of slots that attention covers when `end` is one past the last slot written."""
@@ -52,6 +63,11 @@ class FixedShapes:
         if nodes > WIDTHS[-1]:
             return -(-nodes // WIDTHS[-1]) * WIDTHS[-1]
         return WIDTHS[bisect_left(WIDTHS, nodes)]
+
+    @staticmethod
+    def padded(positions: int) -> int:
+        """As `GrowingShapes.padded`."""
+        return positions
 
     def slots(self, end: int) -> int:
         """As `GrowingShapes.slots`."""

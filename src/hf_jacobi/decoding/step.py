@@ -245,7 +245,7 @@ class Step:
 
     def score(self, drafts: list[Draft], starts: list[int]) -> Layout:
         """Lays out, uploads and runs a forward over the drafts, which leaves its logits in `logits`."""
-        layout = self._layout(self.shapes.width(max(map(len, drafts))) + self.copies)
+        layout = self._layout(self.shapes.padded(self.shapes.width(max(map(len, drafts))) + self.copies))
         layout.fill(drafts, [start + self.slot_shift for start in starts], self.offsets, self.copies)
         layout.fill_moves(self.cache.moves)
         if self.chooser.rule.is_random:
