@@ -265,7 +265,7 @@ def test_a_machine_whose_speed_changes_is_measured_correctly(monkeypatch, speed)
 def test_what_forwards_take_corrects_the_curve_of_later_calls(monkeypatch):
     """Four forwards over the same number of positions, near some over one position, count more than a measurement."""
     monkeypatch.setattr(timing, "MOST", 6)
-    step, widths = fake(monkeypatch, lambda widths: AMD.cost(abs(widths[-1])) + 0.3 * (widths[-1] < 0))
+    step, _ = fake(monkeypatch, lambda widths: AMD.cost(abs(widths[-1])) + 0.3 * (widths[-1] < 0))
     known = timing.Known([CostCurve.of([[1, 1.0], [2, 1.01], [4, 1.02], [16, 4.0]])], 0.0)
     monkeypatch.setattr(timing, "known_of", lambda step, rows: known)
     watch, before = timing.Watch(step, []), known.curve(AMD)

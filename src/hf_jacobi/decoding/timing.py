@@ -23,8 +23,8 @@ from .drafting import Draft
 from .step import Step
 
 
-WIDTHS = (1, 2, 4, 8, 16)
-BUDGET = 14  # the time that a measurement takes, about, in forwards over one position
+WIDTHS = (1, 2, 3, 4, 8, 16)
+BUDGET = 18  # the time that a measurement takes, about, in forwards over one position
 TURNS = 2  # of forwards with a draft-only adapter and without
 CHAIN = 2  # nodes of the forwards that show what a draft-only adapter adds
 SHORTEST = 32  # the smallest number of new tokens for which a call measures
