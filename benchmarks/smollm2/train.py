@@ -19,6 +19,7 @@ from pathlib import Path
 import datasets
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -28,14 +29,36 @@ from hf_jacobi.cli.models import DEMO_ADAPTER
 from hf_jacobi.trajectories.prompts import open_prompts
 
 
-def rows_of(trajectories, copies: int, epochs: int) -> datasets.Dataset:
+WEIGHTS = "adapter_model.safetensors"
+
+
+def rows_of(trajectories, copies: int, epochs: range) -> datasets.Dataset:
     """Packed rows with clean context, in the order of the prompts (kinds take turns); each epoch has other noise."""
     return datasets.concatenate_datasets(
         [
             hf_jacobi.pack_trajectories(trajectories, 1, "random", max_length=1536, noisy_copies=copies, seed=epoch)
-            for epoch in range(epochs)
+            for epoch in epochs
         ]
     )
+
+
+def widened(source: Path, rank: int, output: Path) -> Path:
+    """A copy of a LoRA with a larger rank, in `output`; its new weights do nothing at first."""
+    config = LoraConfig.from_pretrained(str(source))
+    more = rank - config.r
+    tensors = {}
+    for name, weight in load_file(source / WEIGHTS).items():
+        if "lora_A" in name:
+            new = torch.randn(more, weight.shape[1]) / weight.shape[1] ** 0.5
+            tensors[name] = torch.cat([weight, new.to(weight.dtype)])
+        else:
+            tensors[name] = torch.cat([weight, weight.new_zeros(len(weight), more)], dim=1)
+    config.lora_alpha *= rank / config.r
+    config.r = rank
+    output.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(output))
+    save_file(tensors, output / WEIGHTS)
+    return output
 
 
 def main() -> None:
@@ -44,8 +67,10 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", help="the base model (default: the demo model)")
     parser.add_argument("--new", type=int, metavar="RANK", help="begin with new weights of this rank")
+    parser.add_argument("--widen", type=int, metavar="RANK", help="continue the adapter in the package at this rank")
     parser.add_argument("--last-layers", type=int, help="with --new: adapt only this many layers, the last ones")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--epoch", type=int, default=0, help="the number of earlier ones, which had other noise")
     parser.add_argument("--texts", type=int, default=4, help="in a step")
     parser.add_argument("--copies", type=int, default=4, help="noisy copies of each text")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -70,10 +95,14 @@ def main() -> None:
             task_type="CAUSAL_LM",
         )
     else:
-        model = PeftModel.from_pretrained(model, DEMO_ADAPTER, is_trainable=True)
+        start = Path(DEMO_ADAPTER)
+        if arguments.widen:
+            start = widened(start, arguments.widen, arguments.output / "widened")
+        model = PeftModel.from_pretrained(model, str(start), is_trainable=True)
     trajectories = open_prompts(arguments.trajectories)
     wanted = arguments.steps * arguments.texts
-    rows = rows_of(trajectories, arguments.copies, -(-wanted // len(trajectories)))
+    epochs = range(arguments.epoch, arguments.epoch - (-wanted // len(trajectories)))
+    rows = rows_of(trajectories, arguments.copies, epochs)
     training = arguments.output / "training"
     trainer = hf_jacobi.JacobiForcingTrainer(
         model,

@@ -6,7 +6,21 @@ import random
 
 import pytest
 
-from hf_jacobi.decoding.adaptive import MATCHED, PROBE, Choice, Copied, Economy, Odds, Outlook, Own
+from hf_jacobi.decoding.adaptive import (
+    ALLOWED,
+    DRAFTED,
+    DRAFTED_PRIOR,
+    FREE,
+    MATCHED,
+    PROBE,
+    TRIAL,
+    Choice,
+    Copied,
+    Economy,
+    Odds,
+    Outlook,
+    Own,
+)
 from hf_jacobi.decoding.costs import CostCurve
 
 
@@ -118,9 +132,9 @@ def test_a_probe_tries_own_predictions_and_rests_by_its_cost():
 def test_what_was_won_may_be_tried_again():
     economy = Economy(CURVES["step"])
     economy.took(0, 2)
-    economy.spent = 50.0
+    economy.lost[False] = 48.0
     assert economy.decide([Outlook([0.9] * 15)]) == Choice(0), "the account is overdrawn"
-    economy.progress = 60
+    economy.lost[False] -= 58
     assert economy.decide([Outlook([0.9] * 15)]).guesses > 5
 
 
@@ -171,3 +185,42 @@ def test_an_adapter_that_is_never_right_costs_little(name):
         guesses, _, was_drafted = economy.decide([row], idle=not was_drafted, drafted=was_drafted)
         economy.took(guesses, tokens, was_drafted)
     assert economy.spent < 1.03 * 400 + economy.cost(15, adapter=True)
+
+
+@pytest.mark.parametrize("name", CURVES)
+@pytest.mark.parametrize("kept", [0.0, 0.5])
+def test_a_failed_trial_of_the_adapter_costs_little_and_keeps_nothing_else_from_being_tried(name, kept):
+    """Copied guesses are correct with the chance `kept`, and the adapter, which promises much, never is."""
+    plain = CURVES[name]
+    economy = Economy(plain, CostCurve(tuple((width, cost + 0.2 * (width > 1)) for width, cost in plain.points)))
+    drafted, trusted, copied = False, Own(15, DRAFTED, DRAFTED_PRIOR), [kept**place for place in range(1, 16)]
+    text, tried = 2.0, 0
+    for _ in range(64):
+        chances = trusted.chances(15)
+        hand = max(chances if drafted else [], copied, key=sum)
+        guesses, _, adapter = economy.decide(
+            [Outlook(hand, [0.01] * 15, chances, copied)], idle=not drafted, drafted=drafted
+        )
+        if hand is copied:
+            tried += guesses > 0
+            text += sum(copied[:guesses])
+        trusted.see([7], [8] * guesses if adapter else [])
+        text, drafted = text + 1, adapter
+        economy.took(guesses, int(text), adapter)
+    assert economy.spent - economy.progress < FREE + TRIAL + 2 * (ALLOWED * 64 + plain.cost(8) - 1)
+    pays = max((1 + sum(copied[:guesses])) / plain.cost(1 + guesses) for guesses in range(1, 16)) > 1.1
+    assert tried > 20 or not pays
+
+
+def test_an_adapter_is_tried_where_it_pays_only_after_its_first_forward():
+    """Two forwards, of which only the second commits more than one token, would not be worth their cost here."""
+    plain = CostCurve.of([[1, 100], [2, 106], [4, 118], [8, 141], [16, 177]])
+    economy = Economy(plain, CostCurve(tuple((width, cost + 0.26 * (width > 1)) for width, cost in plain.points)))
+    row = outlook(0.05, 0.6, [])
+    for tokens in range(2, 20):
+        if economy.decide([row], idle=True).adapter:
+            break
+        economy.took(0, tokens)
+    else:
+        pytest.fail("the adapter was never tried")
+    assert sum(row.drafted[:3]) + 2 < 2 * economy.cost(3, adapter=True)

@@ -21,17 +21,20 @@ MEMORY = 0.97  # weight of the past in the running share of correct guesses
 MATCHED = (0.18, 0.45, 0.55, 0.65, 0.75, 0.8, 0.8, 0.85)
 SECOND = 0.1  # correct share of what followed the same tokens elsewhere
 OWN = 0.3  # of the model's own predictions
-DRAFTED = 0.6  # of the predictions of a draft-only adapter
+DRAFTED = 0.5  # of the predictions of a draft-only adapter
 PRIOR = 4.0  # observations that each of these shares counts for
 OWN_PRIOR = 1.0  # the same for the model's own predictions, which vary much between models
+DRAFTED_PRIOR = 3.0  # the same for those of a draft-only adapter, which was trained for them
 LEAST = 0.01  # chance below which a guess is ignored
 
+AHEAD = 8  # forwards with drafts of a draft-only adapter that follow one without, as far as is known
 WORTHWHILE = 1.03  # tokens per cost above which guesses are tried
 PROBE = 3  # guesses of a probe
 PROBES = 0.01  # share of the time spent on probes where nothing pays
 # The loss allowed, in forwards over one position: FREE in all, and ALLOWED for each token.
 FREE = 0.3
 ALLOWED = 0.01
+TRIAL = 0.8  # in place of FREE for forwards in which a draft-only adapter takes part, which have their own account
 # The expected gain of guesses offsets their cost in that account: a share SURE of it, at first no more than a forward
 # for EARLY tokens of text; all of it where they promise CLEAR tokens per cost; never more than CREDIT forwards.
 SURE = 0.6
@@ -93,10 +96,11 @@ class Own:
     Args:
         depths: the largest distance.
         share: the correct share to assume while nothing is known.
+        weight: the number of predictions that this share counts for.
     """
 
-    def __init__(self, depths: int, share: float = OWN):
-        self.share = share
+    def __init__(self, depths: int, share: float = OWN, weight: float = OWN_PRIOR):
+        self.share, self.weight = share, weight
         self.odds = [Odds(0.0, 0.0) for _ in range(depths)]
         self.pending: list[tuple[int, list[int]]] = []  # guesses correct so far: (depth of the first, tokens)
 
@@ -118,7 +122,7 @@ class Own:
         """The chances that the first 1, 2, ..., `count` predictions are correct."""
         chance, share, found = 1.0, self.share, []
         for odds in self.odds[:count]:
-            share = (odds.correct + OWN_PRIOR * share) / (odds.tried + OWN_PRIOR)
+            share = (odds.correct + self.weight * share) / (odds.tried + self.weight)
             chance *= share
             found.append(chance)
         return found
@@ -166,7 +170,9 @@ class Economy:
     depends on the tokens and the curve alone, so a call with a given curve is reproducible.
 
     A draft-only adapter scores each guess a second time, in the same forward, and its predictions are the next draft.
-    It takes part while its drafts yield more tokens per cost than those without it, its own positions included.
+    It takes part while its drafts yield more tokens per cost than those without it, its own positions included. Its
+    first forward yields nothing, which the next ones have to repay; a failed trial is paid from a separate account, so
+    that it does not keep other guesses from being tried.
 
     The rows of a batch share a forward, which is as wide as its widest row. One number of guesses therefore serves all
     rows, and the shortest row measures progress, since a batch is done when its last row is.
@@ -180,10 +186,16 @@ class Economy:
 
     def __init__(self, curve: CostCurve, with_adapter: CostCurve | None = None, width: Callable[[int], int] = int):
         self.width = width
-        self.spent, self.probing = 1.0, 0.0  # in forwards over one position, the prefill included
+        self.probing = 0.0  # what probes have cost, in forwards over one position
         self.began = False  # whether the last forward scored arbitrary guesses, to be replaced by its predictions
         self.progress = 1  # forwards that decoding one token at a time would have taken
+        self.lost = {False: 0.0, True: 0.0}  # by forwards without a draft-only adapter, and by those with it
         self.follow(curve, with_adapter)
+
+    @property
+    def spent(self) -> float:
+        """What all forwards have cost, the prefill included, in forwards over one position."""
+        return self.progress + sum(self.lost.values())
 
     def follow(self, curve: CostCurve, with_adapter: CostCurve | None = None) -> None:
         """Changes the curves, for instance when the batch has fewer rows."""
@@ -217,7 +229,7 @@ class Economy:
                 return Choice(guesses, idle, True)
             adapter = False
         guesses, loss, _ = self._best([row.hand for row in rows], adapter=adapter)
-        if guesses and (began or self._may_lose(loss)):
+        if guesses and (began or self._may_lose(loss, adapter)):
             return Choice(guesses, False, adapter or self._may_probe_adapter(guesses))
         if idle and (guesses := self._begin([row.own for row in rows])):
             return Choice(guesses, True)
@@ -225,8 +237,8 @@ class Economy:
 
     def _begin(self, chances: Sequence[Sequence[float]], adapter: bool = False) -> int:
         """How many guesses to try in two forwards, of which the first only makes the predictions; 0 for none."""
-        guesses, loss, _ = self._best(chances, forwards=2, adapter=adapter)
-        self.began = guesses > 0 and self._may_lose(loss)
+        guesses, loss, _ = self._best(chances, idle=1, paying=AHEAD if adapter else 1, adapter=adapter)
+        self.began = guesses > 0 and self._may_lose(loss, adapter)
         return guesses if self.began else 0
 
     def _probe(self) -> Choice:
@@ -257,28 +269,35 @@ class Economy:
         return True
 
     def _best(
-        self, chances: Sequence[Sequence[float]], forwards: int = 1, adapter: bool = False
+        self, chances: Sequence[Sequence[float]], idle: int = 0, paying: int = 1, adapter: bool = False
     ) -> tuple[int, float, float]:
         """
-        The number of guesses that yields the most tokens per cost, where only the last of `forwards` forwards commits
-        more than one token; the loss at stake, in forwards over one position; and the tokens per cost.
+        The number of guesses that yields the most tokens per cost in `paying` forwards, after `idle` ones that commit
+        one token each; the loss at stake until the first of the former, in forwards over one position; and the tokens
+        per cost.
         """
-        rows, tokens = len(chances), float(forwards)
+        rows, more = len(chances), 0.0
         best, count, stake = WORTHWHILE, 0, 0.0
         for guesses in range(1, max(map(len, chances), default=0) + 1):
-            tokens += sum(row[guesses - 1] for row in chances if len(row) >= guesses) / rows
-            cost = forwards * self.cost(guesses, adapter)
-            if tokens > best * cost:
-                more = tokens - forwards
-                credit = more if tokens > CLEAR * cost else min(SURE * more, self.progress / EARLY)
-                best, count, stake = tokens / cost, guesses, cost - forwards - min(credit, CREDIT)
+            more += sum(row[guesses - 1] for row in chances if len(row) >= guesses) / rows
+            cost = self.cost(guesses, adapter)
+            rate = (idle + paying * (1 + more)) / ((idle + paying) * cost)
+            if rate > best:
+                credit = more if rate > CLEAR else min(SURE * more, self.progress / EARLY)
+                best, count, stake = rate, guesses, (idle + 1) * (cost - 1) - min(credit, CREDIT)
         return count, stake, best
 
-    def _may_lose(self, loss: float) -> bool:
-        """Whether the account allows a forward with this expected loss."""
-        return self.spent + loss <= FREE + (1 + ALLOWED) * self.progress
+    def _may_lose(self, loss: float, adapter: bool = False) -> bool:
+        """
+        Whether the account allows a forward with this expected loss.
+
+        What the adapter has lost does not count against other guesses, nor the reverse; what either has gained does.
+        """
+        lost = min(self.lost[adapter], sum(self.lost.values()))
+        return lost + loss <= (TRIAL if adapter else FREE) + ALLOWED * self.progress
 
     def took(self, guesses: int, progress: int, adapter: bool = False) -> None:
         """Counts a forward: how many guesses it tried, and how many tokens the shortest row now has."""
-        self.spent += self.cost(guesses, adapter and guesses > 0)
+        cost = self.cost(guesses, adapter and guesses > 0)
+        self.lost[adapter] += cost - (progress - self.progress)
         self.progress = progress

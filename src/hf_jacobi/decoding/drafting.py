@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .adaptive import DRAFTED, LEAST, Choice, Copied, Economy, Outlook, Own
+from .adaptive import DRAFTED, DRAFTED_PRIOR, LEAST, Choice, Copied, Economy, Outlook, Own
 from .config import JacobiConfig
 from .errors import UsageError
 from .ngram_pool import CONTEXT_LENGTHS, LONGEST_MATCH, NgramPool
@@ -325,7 +325,7 @@ class DraftRule:
         self.is_drafted = False
         if config.adapts:
             depths = self.size * config.max_blocks
-            self.worth_of_own, self.worth_of_drafted = Own(depths), Own(depths, DRAFTED)
+            self.worth_of_own, self.worth_of_drafted = Own(depths), Own(depths, DRAFTED, DRAFTED_PRIOR)
             self.worth_of_copied = Copied()
 
     def begin(self, token: int) -> None:
