@@ -224,3 +224,15 @@ def test_an_adapter_is_tried_where_it_pays_only_after_its_first_forward():
     else:
         pytest.fail("the adapter was never tried")
     assert sum(row.drafted[:3]) + 2 < 2 * economy.cost(3, adapter=True)
+
+
+def test_what_an_adapter_has_lost_does_not_count_against_other_guesses():
+    curve = CostCurve.of([[1, 100], [2, 106], [16, 177]])
+    economy = Economy(curve, curve)
+    economy.took(0, 30)
+    economy.lost = {False: 0.0, True: 2.0}
+    assert economy.decide([Outlook([0.3])]).guesses == 1
+    economy.lost = {False: 2.0, True: 0.0}
+    assert economy.decide([Outlook([0.3])]).guesses != 1
+    economy.lost = {False: 2.0, True: -2.0}
+    assert economy.decide([Outlook([0.3])]).guesses == 1, "what it has gained does count"
