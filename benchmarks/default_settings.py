@@ -29,6 +29,7 @@ from benchmarks.smollm2.prompts import prompts as kept_prompts
 from hf_jacobi.cli.demo_model import DEMO_MODEL
 from hf_jacobi.cli.models import encode, load, with_adapter
 from hf_jacobi.decoding import timing
+from hf_jacobi.decoding.costs import CPU
 from hf_jacobi.decoding.mixin import unwrap
 from hf_jacobi.evaluation.bench import described, setup_of
 from hf_jacobi.evaluation.prompts import CHAT
@@ -108,11 +109,12 @@ def run(arguments) -> dict:
             for name in best
         ]
         print(f"{kind:11}{len(text):>4} tokens  AR {seconds:6.2f} s{''.join(figures)}", flush=True)
-    known = {**timing._KNOWN.get(model, {}), **(timing._KNOWN.get(unwrap(adapted), {}) if adapted else {})}
+    served = [model, *([unwrap(adapted)] if adapted else [])]
+    known = [found for one in served for found in timing._KNOWN.get(one, {}).values()]
     curves = [
         [[positions, round(cost, 2)] for positions, cost in curve.points]
-        for tried in known.values()
-        for curve in tried
+        for found in known
+        for curve in [found.curve(CPU), *([found.with_adapter(found.curve(CPU))] if adapted else [])]
     ]
     extra = {name: took - once["AR"] for name, took in once.items() if name != "AR"}
     return {"setup": setup_of(model), "rows": rows, "costs": curves, "first_call": extra}
