@@ -1,6 +1,7 @@
 """The prompts for SmolLM2, and the card of its adapter."""
 
 import json
+import re
 from argparse import Namespace
 from collections import Counter
 
@@ -8,11 +9,14 @@ import pytest
 import torch
 from card_table import metadata_of, table_of
 from models import tiny_tokenizer, trained_model
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 
+import hf_jacobi
 from benchmarks.smollm2.evaluate import OUT_OF_DOMAIN, OWN, SAME, TRAINED, measure
 from benchmarks.smollm2.prompts import HELD_OUT, KINDS, TOPICS, TRAIN, is_held_out, prompts
 from benchmarks.smollm2.ship import CARD, card
+from benchmarks.smollm2.train import widened
+from benchmarks.smollm2.whole import WAYS, is_solved, problems, quality
 from hf_jacobi.cli.models import DEMO_ADAPTER
 from hf_jacobi.evaluation.prompts import CHAT
 from hf_jacobi.hub.card import EVALUATION
@@ -88,3 +92,38 @@ def test_the_card_is_up_to_date():
 
 def test_what_ships_is_small():
     assert sum(path.stat().st_size for path in DEMO_ADAPTER.iterdir()) < 16e6
+
+
+def test_arithmetic_problems_are_scored_by_the_last_number_of_the_answer():
+    asked = problems(30)
+    assert asked == problems(30) and len({question for question, _ in asked}) == 30
+    question, answer = asked[2]
+    a, b = map(int, re.findall(r"\d+", question))
+    assert answer == a * b and is_solved(f"{a} times {b} is 1,{answer}? No: {answer}.", answer)
+    assert not is_solved(f"{answer} or {answer + 1}", answer) and not is_solved("I cannot say.", answer)
+
+
+def test_a_model_keeps_all_of_its_own_text_and_less_of_anothers():
+    model, tokenizer, questions = hf_jacobi.enable(trained_model()), tiny_tokenizer(), ["a b c d", "b c d e"]
+    own = quality(model, tokenizer, questions, 24, 2)
+    assert own["agreement"] == 1.0 and all(own[name]["identical"] == 1.0 for name in WAYS)
+    assert all(own[name]["tokens_per_forward"] >= 1.0 for name in WAYS)
+    assert own["perplexity"] < quality(model, tokenizer, questions, 24, 2, [[5] * 24] * 2)["perplexity"]
+    assert quality(model, tokenizer, questions, 24, 2, [[5] * 24] * 2)["agreement"] < 1.0
+
+
+def test_a_widened_adapter_predicts_the_same(tmp_path):
+    base = trained_model()
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.02)
+    model.save_pretrained(tmp_path / "narrow")
+    ids = torch.tensor([[3, 4, 5, 6]])
+    expected = model(ids).logits
+    wide = PeftModel.from_pretrained(trained_model(), widened(tmp_path / "narrow", 6, tmp_path / "wide"))
+    torch.testing.assert_close(wide(ids).logits, expected)
+    assert not torch.allclose(expected, trained_model()(ids).logits)
+    ranks = {weight.shape[0] for name, weight in wide.named_parameters() if "lora_A" in name}
+    assert ranks == {6}
