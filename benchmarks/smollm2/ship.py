@@ -3,7 +3,8 @@ Puts a trained adapter where the demo finds it; `benchmarks.smollm2.evaluate` th
 
     python -m benchmarks.smollm2.ship ADAPTER --rank 16
 
-The weights are stored in bfloat16, at `--rank` as the nearest LoRA of that rank, and its settings are the default ones, which adapt to the text and the machine.
+The weights are stored in bfloat16; with `--rank` they are those of the nearest LoRA of that rank. The settings are the
+default ones, which adapt to the text and the machine.
 """
 
 from __future__ import annotations

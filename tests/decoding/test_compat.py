@@ -119,6 +119,7 @@ NAMES = [
         lambda: torch.nn.Module(),
         "adapters after a broken forward",
     ),
+    ("_forward_hooks", lambda: torch.nn.Module(), "hooks of layers below a draft-only adapter"),
     ("_hf_hook", hooked, "draft-only adapters of models whose weights are offloaded"),
     ("lora_variant", adapted, "draft-only adapters"),
     ("alora_invocation_tokens", member("peft.LoraConfig"), "draft-only adapters"),

@@ -248,3 +248,17 @@ def test_an_adapter_that_pays_takes_part(monkeypatch):
     )
     assert torch.equal(out.sequences, trained_model().generate(**prompts, max_new_tokens=160, do_sample=False))
     assert tokens_per_forward(out) > 1.3 and any(served)
+
+
+@pytest.mark.parametrize("tokens", [0, 2])
+def test_hooks_of_a_layer_below_the_adapter_are_called(tokens):
+    model = peft.get_peft_model(
+        tiny_model(), peft.LoraConfig(r=4, target_modules=["o_proj"], alora_invocation_tokens=[-1])
+    )
+    model.eval()
+    adapter = DraftAdapter.of(model)
+    base, seen = adapter.layers[0].base_layer, []
+    base.register_forward_hook(lambda *call: seen.append(1))
+    with torch.no_grad(), adapter.listening(), adapter.on(tokens):
+        model(torch.tensor([[3, 4, 5, 6]]))
+    assert seen

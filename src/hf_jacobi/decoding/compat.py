@@ -574,6 +574,11 @@ def has_weights_elsewhere(module: torch.nn.Module) -> bool:
     return any(hasattr(part, "_hf_hook") for part in module.modules())
 
 
+def has_hooks(module: torch.nn.Module) -> bool:
+    """Whether a call of the module does anything besides its class's own forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 # PEFT's activated LoRA, which draft-only adapters use. Its layers have the attribute `VARIANT` and take the argument
 # `OFFSETS`: for each row, how many tokens at its end the adapter applies to.
 

