@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import random
 import re
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_jacobi
+from benchmarks.smollm2.evaluate import perplexity
 from benchmarks.smollm2.prompts import ITEMS, NAMES
 from hf_jacobi.cli.models import encode, load
 from hf_jacobi.decoding.drafting import matching_prefix
@@ -71,19 +71,6 @@ def texts(model, tokenizer, questions: list[str], new_tokens: int, **how) -> tup
     return answers, forwards
 
 
-def perplexity(model, tokenizer, questions: list[str], answers: list[list[int]]) -> float:
-    """Of the answers, given the questions."""
-    loss, count = 0.0, 0
-    for question, answer in zip(questions, answers):
-        prompt = encode(tokenizer, question, model.device)["input_ids"]
-        ids = torch.cat([prompt, torch.tensor([answer])], dim=1)
-        with torch.no_grad():
-            logits = model(ids).logits[0, prompt.shape[1] - 1 : -1].float()
-        loss += torch.nn.functional.cross_entropy(logits, ids[0, prompt.shape[1] :], reduction="sum").item()
-        count += len(answer)
-    return math.exp(loss / count)
-
-
 def quality(model, tokenizer, questions: list[str], new_tokens: int, count: int, before=None) -> dict:
     """
     The figures of a model.
@@ -94,7 +81,8 @@ def quality(model, tokenizer, questions: list[str], new_tokens: int, count: int,
     """
     answers, _ = texts(model, tokenizer, questions, new_tokens, decoding="ar")
     before = before or answers
-    figures: dict = {"answers": answers, "perplexity": perplexity(model, tokenizer, questions, before)}
+    prompts_of = [encode(tokenizer, question, model.device)["input_ids"][0].tolist() for question in questions]
+    figures: dict = {"answers": answers, "perplexity": perplexity(model, list(zip(prompts_of, before)))}
     kept = sum(matching_prefix(answer, old) for answer, old in zip(answers, before))
     figures["agreement"] = kept / sum(map(len, before))
     for name, config in WAYS.items():

@@ -172,7 +172,7 @@ def _is_long(rows: list[Row]) -> bool:
 
 def measure(step: Step, texts: list[list[int]], room: int) -> CostCurve:
     """
-    Times forwards over 2, 4, ... positions, each between two over one position, as the speed of a machine changes.
+    Times forwards over 2, 3, 4, ... positions, each between two over one position, as the speed of a machine changes.
 
     They write to the slots that the next forward overwrites.
 
