@@ -1,5 +1,5 @@
 """
-More kinds of prompts for SmolLM2: everyday questions, lists, short texts, rewriting, summaries, other languages.
+More kinds of prompts for SmolLM2: everyday questions, topics, lists, short texts, rewriting, summaries, languages.
 
 Most come from the lists of words below. The summaries are of docstrings in Python's standard library
 (`benchmarks/stdlib_prompts.py`), so they differ a little between versions of Python.
@@ -127,6 +127,45 @@ QUESTIONS: dict[str, tuple[list[str], tuple[str, ...]]] = {
             "Write a Go function that {}, with a comment.",
             "Write a shell script that {}.",
             "Explain how a program {}, then show it in JavaScript.",
+        ),
+    ),
+    "topics": (
+        words("""
+        the Roman Empire; the Great Wall of China; the French Revolution; the Industrial Revolution; the Silk Road; the
+        printing press; the moon landing; the Olympic Games; the Renaissance; the Vikings; ancient Egypt; the
+        Mongol Empire; the Black Death; the steam engine; the telephone; the light bulb; penicillin; the compass;
+        antibiotics; the immune system; the digestive system; the brain; the lungs; the liver; blood; bones; muscles;
+        skin; teeth; memory; dreams; stress; anxiety; allergies; diabetes; the common cold; vitamins; protein; fiber;
+        caffeine; dehydration; fever; genes; cells; enzymes; hormones; neurons; stem cells; fossils; dinosaurs; sharks;
+        dolphins; octopuses; bats; owls; eagles; wolves; bears; camels; giraffes; snakes; turtles; frogs; salmon;
+        butterflies; earthworms; bacteria; algae; cactus plants; roses; bamboo; wheat; corn; potatoes; bananas; olives;
+        wine; beer; vinegar; yeast; pepper; cinnamon; vanilla; sushi; pizza; curry; tacos; noodles; soap; plastic;
+        steel; aluminum; gold; diamonds; petroleum; coal; natural gas; nuclear power; wind turbines; hydroelectric
+        dams; batteries; lasers; microscopes; telescopes; X-rays; radar; sonar; satellites; rockets; the Mars rovers;
+        space stations; stars; galaxies; planets beyond the solar system; meteors; eclipses; seasons; time zones; the
+        equator; the ozone layer; acid rain; deforestation; plate tectonics; tsunamis; hurricanes; droughts; floods;
+        soil; groundwater; oceans; ocean currents; salt lakes; islands; mountains; caves; sand dunes; sound waves;
+        friction; momentum; energy; pressure; density; atoms; molecules; acids and bases; oxidation; crystals;
+        fractions; percentages; probability; statistics; geometry; algebra; calculus; the Pythagorean theorem; the
+        number pi; Roman numerals; binary numbers; algorithms; recursion; sorting; linked lists; hash tables; variables
+        in Python; loops in Python; dictionaries in Python; version control; unit tests; web browsers; cookies on
+        websites; HTTP; email; spam; viruses of computers; firewalls; cloud computing; virtual machines; neural
+        networks; speech recognition; image compression; video games; cryptocurrency; credit scores; budgets;
+        retirement plans; mortgages; interest rates; unemployment; trade; globalization; monopolies; advertising;
+        startups; constitutions; elections; human rights; the United Nations; the European Union; courts; juries;
+        copyright; patents; contracts; privacy; journalism; propaganda; satire; fables; myths; fairy tales; haiku;
+        sonnets; metaphors; grammar; spelling; the alphabet; sign language; Latin; translation; jazz; opera; the piano;
+        drums; ballet; sculpture; cartoons; film editing; basketball; tennis; skiing; surfing; cycling; marathons; golf
+        """),
+        (
+            "What is the story of {}?",
+            "Tell me about {}.",
+            "What should everyone know about {}?",
+            "Describe {} in simple words.",
+            "How would you explain {} to a friend?",
+            "Answer in one paragraph: what do people get wrong about {}?",
+            "Write a short introduction to {}.",
+            "Give me a list of key points about {}.",
         ),
     ),
     "tables": (
