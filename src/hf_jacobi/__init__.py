@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .hub import load_draft_adapter, publish
     from .recipes import run_recipe
     from .training import JacobiForcingConfig, JacobiForcingTrainer, Refresh
-    from .trajectories import collect_trajectories, pack_completions, pack_trajectories
+    from .trajectories import build_ngram_table, collect_trajectories, pack_completions, pack_trajectories
 
 
 __version__ = "0.2.0"
@@ -37,6 +37,7 @@ __all__ = [
     "Trajectory",
     "TrajectoryStep",
     "UsageError",
+    "build_ngram_table",
     "collect_trajectories",
     "disable",
     "enable",
@@ -53,6 +54,7 @@ _MODULES = {
     "JacobiForcingConfig": "training",
     "JacobiForcingTrainer": "training",
     "Refresh": "training",
+    "build_ngram_table": "trajectories",
     "collect_trajectories": "trajectories",
     "pack_completions": "trajectories",
     "pack_trajectories": "trajectories",

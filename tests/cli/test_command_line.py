@@ -157,6 +157,7 @@ def test_an_unknown_option_shows_the_usage_of_its_command(command, capsys):
     needed = {
         "collect": ["--dataset", "d", "--output-dir", "o"],
         "pack": ["--trajectories", "t", "--output-dir", "o"],
+        "ngrams": ["--trajectories", "t", "--output-dir", "o"],
         "eval": ["--tasks", "t"],
         "push": ["m", "r"],
         "recipe": ["r.yaml", "--output-dir", "o"],

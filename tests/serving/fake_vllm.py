@@ -69,6 +69,7 @@ def config_of(length=15, jacobi=None, kept=None, max_model_len=512, stages=1, **
     return SimpleNamespace(
         speculative_config=SimpleNamespace(num_speculative_tokens=length, **speculative),
         model_config=SimpleNamespace(
+            model="someone/model",
             max_model_len=max_model_len,
             try_get_generation_config=lambda: kept or {},
             get_vocab_size=lambda: VOCABULARY,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from fake_vllm import PLACEHOLDER, VOCABULARY, FakeRunner, config_of, install, spread
 
-from hf_jacobi import JacobiConfig, UsageError
+from hf_jacobi import JacobiConfig, UsageError, build_ngram_table
 from hf_jacobi.decoding.costs import CostCurve
 from hf_jacobi.decoding.drafting import DraftRule
 from hf_jacobi.serving import vllm as serving
@@ -304,7 +304,8 @@ def test_nothing_is_drafted_beyond_the_end_of_the_model(serve):
     assert check(request, copies) > 2
 
 
-def test_without_acceptance_drafting_rests(serve):
+def test_without_acceptance_drafting_rests(serve, monkeypatch):
+    monkeypatch.setattr(StepTimes, "curve", lambda self, requests, given: given)  # whatever this machine takes
     runner = serve(hashes, jacobi={"block_size": None, "adaptive": None})
     request = runner.add(prompt_of(0), 300)
     runner.run()
@@ -461,6 +462,19 @@ def test_positions_cost_more_where_more_requests_run():
     assert serving.curve_of(0.05, "cpu", 1).cost(16) == pytest.approx(1.75)
     assert serving.curve_of(0.05, "cpu", 8).cost(16) == pytest.approx((1 + 0.05 * 127) / (1 + 0.05 * 7))
     assert serving.curve_of({"1": [[1, 1], [2, 1]], "8": [[1, 1], [2, 3]]}, "cpu", 8).cost(2) == 3
+
+
+@pytest.mark.parametrize("settings", [FIXED, {"block_size": None, "adaptive": None, "position_cost": 0.02}])
+def test_drafts_come_from_a_table_of_n_grams_too(serve, tmp_path, settings):
+    texts = [{"prompt_ids": prompt_of(0), "completion_ids": plain(wanders, prompt_of(0), 150)}]
+    steps = []
+    for table in (None, str(build_ngram_table(texts, tmp_path, order=8))):
+        runner = serve(wanders, jacobi=settings | {"pool_size": 0, "ngram_table": table})
+        request = runner.add(prompt_of(0), 150)
+        runner.run()
+        assert check(request, wanders) > 1
+        steps.append(request.steps)
+    assert 1.25 * steps[1] < steps[0]
 
 
 def test_fewer_guesses_are_tried_where_more_requests_run(serve):

@@ -17,11 +17,11 @@ from contextlib import contextmanager
 
 from .. import __version__
 from ..decoding.errors import UsageError, missing_extra
-from . import bench, chat, collect, demo, eval, pack, push, recipe, serve, train, tune
+from . import bench, chat, collect, demo, eval, ngrams, pack, push, recipe, serve, train, tune
 from .options import Parser
 
 
-COMMANDS = (demo, collect, pack, train, recipe, bench, tune, eval, push, serve, chat)
+COMMANDS = (demo, collect, ngrams, pack, train, recipe, bench, tune, eval, push, serve, chat)
 DEBUG = "--debug"
 PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)

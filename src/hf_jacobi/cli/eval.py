@@ -98,6 +98,7 @@ def run(arguments) -> int:
 
 def _load(found: Found, arguments) -> JacobiLM:
     from ..decoding.mixin import unwrap
+    from ..decoding.ngram_table import loaded_from
     from ..evaluation.lm_eval import JacobiLM
 
     dtype = "float32" if found.is_demo and arguments.dtype == "auto" else arguments.dtype
@@ -107,6 +108,7 @@ def _load(found: Found, arguments) -> JacobiLM:
         model = JacobiLM(found.base, **place, dtype=dtype, batch_size=arguments.batch_size)
     if found.adapter is not None:  # it has its own settings, which replace those of its base model
         config = settings_beside(found.adapter)["config"]
+        loaded_from(unwrap(model.model), found.adapter)
         vars(unwrap(model.model).generation_config)["jacobi"] = config.to_dict()
     return model
 

@@ -32,6 +32,7 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ENDS = ("_config.json", ".json", ".model")  # of the names of files that begin with `tokenizer`
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "tekken.json", "*.tiktoken")  # every tokenizer has one of these
+NGRAMS = "ngrams.safetensors"  # `decoding.ngram_table.TABLE`, whose module imports transformers
 TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*")
 
 
@@ -161,7 +162,7 @@ def _with(found: Found, place: str) -> Found:
         from huggingface_hub import snapshot_download
 
         with reading(place):
-            files = ["adapter_*", "generation_config.json", *TOKENIZER_FILES]
+            files = ["adapter_*", "generation_config.json", NGRAMS, *TOKENIZER_FILES]
             folder = Path(snapshot_download(place, allow_patterns=files))
     else:
         folder = Path(place)
@@ -380,6 +381,8 @@ def with_adapter(model, folder: Path) -> Adapted:
         `ImportError`: PEFT is not installed.
     """
     from ..decoding.draft_adapter import is_draft_only
+    from ..decoding.mixin import unwrap
+    from ..decoding.ngram_table import loaded_from
     from ..evaluation.pairs import fastest_pair, is_for_all_tokens
     from ..hub.plain_lora import as_draft, is_plain_draft
 
@@ -418,4 +421,6 @@ def with_adapter(model, folder: Path) -> Adapted:
         raise UsageError(
             f"{folder} is not for this model, whose weights have other names or shapes: name the adapter's base model."
         ) from error
-    return Adapted(*fastest_pair(adapted.eval(), model if drafts else None), **settings)
+    served, writer = fastest_pair(adapted.eval(), model if drafts else None)
+    loaded_from(unwrap(served), folder)
+    return Adapted(served, writer, **settings)

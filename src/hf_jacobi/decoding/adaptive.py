@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from .costs import CostCurve
 from .ngram_pool import LONGEST_MATCH
+from .ngram_table import chance_of
 
 
 MEMORY = 0.97  # weight of the past in the running share of correct guesses
@@ -21,10 +22,13 @@ MEMORY = 0.97  # weight of the past in the running share of correct guesses
 MATCHED = (0.18, 0.45, 0.55, 0.65, 0.75, 0.8, 0.8, 0.85)
 SECOND = 0.1  # correct share of what followed the same tokens elsewhere
 OWN = 0.3  # of the model's own predictions
+TABLED = 0.8  # correct guesses of an n-gram table, per one that its chances promise
 DRAFTED = 0.5  # of the predictions of a draft-only adapter
 PRIOR = 4.0  # observations that each of these shares counts for
 OWN_PRIOR = 1.0  # the same for the model's own predictions, which vary much between models
+TABLED_PRIOR = 4.0  # correct guesses that `TABLED` counts for
 DRAFTED_PRIOR = 3.0  # the same for those of a draft-only adapter, which was trained for them
+SUREST = 0.97  # chance of any guess of a table at most
 LEAST = 0.01  # chance below which a guess is ignored
 
 AHEAD = 8  # forwards with drafts of a draft-only adapter that follow one without, as far as is known
@@ -76,6 +80,10 @@ class Copied:
         for rank, (match, tokens) in enumerate(candidates):
             (self.others if rank else self.best[match - 1]).see(tokens[0] == token)
 
+    def chance(self, match: int) -> float:
+        """The chance that the first token of the best candidate is correct."""
+        return self.best[match - 1].share
+
     def chances(self, rank: int, match: int, count: int) -> list[float]:
         """The chances that the first 1, 2, ..., `count` tokens of a candidate are correct."""
         chance, found = 1.0, []
@@ -84,6 +92,28 @@ class Copied:
             chance *= odds.share
             found.append(chance)
         return found
+
+
+class Tabled:
+    """
+    How often guesses of an n-gram table are correct, by the chance that the table gives.
+
+    One running ratio of correct to promised guesses corrects all chances, since a table promises too much for text of
+    another kind than that which it was built from.
+    """
+
+    def __init__(self):
+        self.correct, self.promised = TABLED * TABLED_PRIOR, TABLED_PRIOR
+
+    def see(self, guess: tuple[int, int] | None, token: int) -> None:
+        """Compares a guess, `(token, level)`, with the token that came."""
+        if guess:
+            self.correct = MEMORY * self.correct + (guess[0] == token)
+            self.promised = MEMORY * self.promised + chance_of(guess[1])
+
+    def chance(self, level: int) -> float:
+        """The chance that a guess of this level is correct."""
+        return min(chance_of(level) * self.correct / self.promised, SUREST)
 
 
 class Own:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adaptive import Economy
 from .config import JacobiConfig
 from .drafting import Draft, DraftRule, choose
+from .ngram_table import NgramTable
 from .stats import JacobiStats, Trajectory, TrajectoryStep
 
 
@@ -22,6 +23,7 @@ class Row:
             text can go beyond; drafts do not, since they may be cut short before.
         records: whether to keep every draft.
         vocabulary: the number of tokens of the model, `None` if unknown.
+        table: the n-grams of other text of the model, if there is a table.
 
     Attributes:
         tokens: the text so far, padding included.
@@ -40,6 +42,7 @@ class Row:
         last_position: int | None = None,
         records: bool = False,
         vocabulary: int | None = None,
+        table: NgramTable | None = None,
     ):
         self.number = self.place = number
         self.tokens = list(tokens)
@@ -49,7 +52,7 @@ class Row:
         self.last_position = last_position
         self.stopped = False
         self.finished = False
-        self.rule = DraftRule(config, self.tokens[padding:], f"{config.seed or 0}/{number}", vocabulary)
+        self.rule = DraftRule(config, self.tokens[padding:], f"{config.seed or 0}/{number}", vocabulary, table)
         self.stats = JacobiStats()
         self.trajectory = Trajectory(self.prompt_length) if records else None
         self.scores: list = []

@@ -12,6 +12,7 @@ from .compat import pad_token_of
 from .costs import CostCurve
 from .draft_adapter import DraftAdapter
 from .drafting import Draft
+from .ngram_table import table_for
 from .outputs import Outputs
 from .shapes import GrowingShapes
 from .stats import JacobiStats
@@ -187,9 +188,10 @@ def _rows(step: Step, config, max_length: int | None, records: bool) -> list[Row
     if (valid := step.model_kwargs.get("attention_mask")) is not None:  # also covers a reused cache
         padding = (valid[:, valid.shape[1] - step.input_ids.shape[1] :] == 0).sum(1).tolist()
     text = step.model.config.get_text_config(decoder=True)
-    table, vocabulary = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    length, vocabulary = (getattr(text, name, None) for name in ("max_position_embeddings", "vocab_size"))
+    table = table_for(step.model, config.ngram_table)
     rows = []
     for number, (tokens, end) in enumerate(zip(prompts, step.prompt_ends)):
-        last = None if table is None else len(tokens) - 1 + table - 1 - end
-        rows.append(Row(number, tokens, padding[number], config, max_length, last, records, vocabulary))
+        last = None if length is None else len(tokens) - 1 + length - 1 - end
+        rows.append(Row(number, tokens, padding[number], config, max_length, last, records, vocabulary, table))
     return rows

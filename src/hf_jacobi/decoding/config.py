@@ -71,6 +71,14 @@ class JacobiConfig:
         pool_prompt (`bool`, defaults to `True`):
             Whether the pool also holds the n-grams of the prompt.
 
+    > Parameters that control n-grams of other text
+
+        ngram_table (`str`, *optional*):
+            A table of n-grams from text that this model wrote before (`build_ngram_table`): a file, or a folder or a
+            repository on the Hub that holds `ngrams.safetensors`. The name `"ngrams.safetensors"` itself means the
+            checkpoint that the model was loaded from. The table's guesses are drafted beside the others and cost no
+            forward.
+
     > Parameters that control randomness
 
     Args:
@@ -101,9 +109,12 @@ class JacobiConfig:
     pool_size: int = 4
     ngram_size: int = 6
     pool_prompt: bool = True
+    ngram_table: str | None = None
     seed: int | None = None
 
     def __post_init__(self):
+        if isinstance(self.ngram_table, Path):  # not JSON
+            self.ngram_table = str(self.ngram_table)
         self.validate()
         for name in (*LEAST, "spawn_ratio", "seed"):
             value = getattr(self, name)
@@ -136,6 +147,11 @@ class JacobiConfig:
         check_range("JacobiConfig: `seed`", self.seed, whole=True, optional=True)
         if not isinstance(self.pool_prompt, bool):
             raise UsageError(f"JacobiConfig: `pool_prompt` must be True or False, got {self.pool_prompt!r}.")
+        if self.ngram_table is not None and (not isinstance(self.ngram_table, str) or not self.ngram_table.strip()):
+            raise UsageError(
+                "JacobiConfig: `ngram_table` must be the name of a file, a folder or a repository, or None, got "
+                f"{self.ngram_table!r}."
+            )
         if self.adaptive is not None and not isinstance(self.adaptive, bool):
             raise UsageError(f"JacobiConfig: `adaptive` must be True, False or None, got {self.adaptive!r}.")
         if self.adaptive and self.window != "sliding":

@@ -10,10 +10,11 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from .adaptive import DRAFTED, DRAFTED_PRIOR, LEAST, Choice, Copied, Economy, Outlook, Own
+from .adaptive import DRAFTED, DRAFTED_PRIOR, LEAST, Choice, Copied, Economy, Outlook, Own, Tabled
 from .config import JacobiConfig
 from .errors import UsageError
 from .ngram_pool import CONTEXT_LENGTHS, LONGEST_MATCH, NgramPool
+from .ngram_table import LONGEST, NgramTable
 
 
 CONTEXT = max(CONTEXT_LENGTHS)  # the largest number of tokens by which n-grams are looked up
@@ -118,12 +119,20 @@ class DraftSource:
         pool: the n-grams of the sequence.
         draw: the random number generator to use.
         vocabulary: the number of tokens of the model; `None` if unknown.
+        table: the n-grams of other text of the model, if there is a table.
     """
 
     leads = False  # whether its guesses can precede the model's own while they are correct further
 
-    def __init__(self, prompt: list[int], pool: NgramPool, draw: random.Random, vocabulary: int | None = None):
-        self.prompt, self.pool, self.draw, self.vocabulary = prompt, pool, draw, vocabulary
+    def __init__(
+        self,
+        prompt: list[int],
+        pool: NgramPool,
+        draw: random.Random,
+        vocabulary: int | None = None,
+        table: NgramTable | None = None,
+    ):
+        self.prompt, self.pool, self.draw, self.vocabulary, self.table = prompt, pool, draw, vocabulary, table
 
     def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
         """
@@ -176,6 +185,21 @@ class Ngrams(DraftSource):
         return guess
 
 
+class TableNgrams(DraftSource):
+    """The tokens that usually follow the last tokens in other text of the model."""
+
+    leads = True
+
+    def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
+        if self.table is None:
+            return []
+        context = (text[-LONGEST:] + drafted[-LONGEST:])[-LONGEST:]
+        guess: list[int] = []
+        while len(guess) < count and (found := self.table.next(context + guess)):
+            guess.append(found[0])
+        return guess
+
+
 class PromptTokens(DraftSource):
     """Tokens drawn from the prompt: the paper's first guess."""
 
@@ -193,14 +217,14 @@ class RepeatLast(DraftSource):
 class VocabularyTokens(DraftSource):
     """Tokens drawn from the whole vocabulary: noise that is independent of the text (UNO, arXiv 2609.04010)."""
 
-    def __init__(self, prompt: list[int], pool: NgramPool, draw: random.Random, vocabulary: int | None = None):
-        super().__init__(prompt, pool, draw, vocabulary)
-        self.seed = draw.getrandbits(64)
-        if not vocabulary:
+    def __init__(self, *known):
+        super().__init__(*known)
+        self.seed = self.draw.getrandbits(64)
+        if not self.vocabulary:
             raise UsageError(
                 'draft_init="vocabulary" draws from all tokens of the model, whose number is not known here.'
             )
-        self.size = vocabulary
+        self.size = self.vocabulary
 
     def propose(self, text: list[int], drafted: list[int], count: int) -> list[int]:
         start = len(text) + len(drafted)
@@ -217,7 +241,7 @@ def scattered(seed: int, position: int) -> int:
 
 # `JacobiConfig.draft_init` -> the sources for positions that the model has not predicted yet, tried in order.
 FIRST_GUESSES: dict[str, tuple[type[DraftSource], ...]] = {
-    "ngram": (Ngrams, PromptTokens, RepeatLast),
+    "ngram": (TableNgrams, Ngrams, PromptTokens, RepeatLast),
     "prompt": (PromptTokens, RepeatLast),
     "repeat": (RepeatLast,),
     "vocabulary": (VocabularyTokens,),
@@ -298,6 +322,7 @@ class DraftRule:
         prompt: the tokens of the prompt, without padding.
         seed: the seed of everything random.
         vocabulary: the number of tokens of the model, for first guesses drawn from all of them.
+        table: the n-grams of other text of the model, if there is a table.
 
     Attributes:
         start, end: the blocks in flight cover these positions, counted from the first token of the prompt; the token
@@ -307,16 +332,24 @@ class DraftRule:
         is_drafted: whether the predictions beyond the text are those of a draft-only adapter.
     """
 
-    def __init__(self, config: JacobiConfig, prompt: list[int], seed: str, vocabulary: int | None = None):
+    def __init__(
+        self,
+        config: JacobiConfig,
+        prompt: list[int],
+        seed: str,
+        vocabulary: int | None = None,
+        table: NgramTable | None = None,
+    ):
         self.config = config
+        self.table = table
         self.size = config.size
         self.text = list(prompt)
         self.pool = NgramPool()
         if config.pool_prompt:
             self.pool.extend(prompt)
-        known = (list(prompt), self.pool, random.Random(seed), vocabulary)
+        known = (list(prompt), self.pool, random.Random(seed), vocabulary, table)
         self.first_guesses = [source(*known) for source in FIRST_GUESSES[config.draft_init]]
-        self.own = OwnPredictions(*known)
+        self.own, self.tabled = OwnPredictions(*known), TableNgrams(*known)
         self.lead = Lead([self.own, *(source for source in self.first_guesses if source.leads)])
         self.start = self.end = len(prompt)
         self.draft = Draft([])
@@ -326,7 +359,7 @@ class DraftRule:
         if config.adapts:
             depths = self.size * config.max_blocks
             self.worth_of_own, self.worth_of_drafted = Own(depths), Own(depths, DRAFTED, DRAFTED_PRIOR)
-            self.worth_of_copied = Copied()
+            self.worth_of_copied, self.worth_of_tabled = Copied(), Tabled()
 
     def begin(self, token: int) -> None:
         """Appends the token from the prefill, before the first proposal."""
@@ -347,7 +380,7 @@ class DraftRule:
             own: whether they include the predictions of the model itself, or of a draft-only adapter.
         """
         length = min(self.end - self.start, room) - 1
-        copied = self._copied(length)
+        copied = self._mixed(length) + self._copied(length)
         chances = self.worth_of_own.chances(length), self.worth_of_drafted.chances(length)
         ways = list(copied)
         if own:
@@ -370,7 +403,7 @@ class DraftRule:
         if guesses is None:
             chain = self._chain(self.lead.propose(self.text, length), length)
             reach = min(self.config.ngram_size, room - 1)
-            self.candidates = self.pool.continuations(self.text[-CONTEXT:], reach, self.config.pool_size)
+            self.candidates = self._recycled(reach)
         elif probes:
             length = min(length, guesses)
             chain, self.candidates = self._chain(self.own.propose(self.text, [], length), length), []
@@ -387,6 +420,35 @@ class DraftRule:
             if len(guesses) < length:
                 guesses = guesses + source.propose(self.text, guesses, length - len(guesses))
         return guesses
+
+    def _recycled(self, length: int) -> list[list[int]]:
+        """Candidates of the pool and of the table, of at most `length` tokens each, as many as the settings allow."""
+        most = self.config.pool_size
+        tabled = self.tabled.propose(self.text, [], length) if most else []
+        found = [tabled] if tabled else []
+        return found + self.pool.continuations(self.text[-CONTEXT:], length, most - len(found))
+
+    def _mixed(self, length: int) -> list[tuple[list[int], list[float]]]:
+        """The continuation that takes each token from the table or from earlier text, whichever is likelier."""
+        if self.table is None:
+            return []
+        tokens: list[int] = []
+        chances: list[float] = []
+        chance = 1.0
+        while len(tokens) < length:
+            context = (self.text[-LONGEST:] + tokens)[-LONGEST:]
+            guesses = [
+                (self.worth_of_copied.chance(match), ahead[0]) for match, ahead in self.pool.matches(context, 1, 1)
+            ]
+            if found := self.table.next(context):
+                guesses.append((self.worth_of_tabled.chance(found[1]), found[0]))
+            likelier, token = max(guesses, default=(0.0, 0))
+            chance *= likelier
+            if chance < LEAST:
+                break
+            tokens.append(token)
+            chances.append(chance)
+        return [(tokens, chances)] if tokens else []
 
     def _copied(self, length: int) -> list[tuple[list[int], list[float]]]:
         """Continuations copied from earlier text, of at most `length` tokens each, with their chances."""
@@ -473,6 +535,7 @@ class DraftRule:
             if self.config.adapts:
                 limit = max(self.config.pool_size, 1)
                 self.worth_of_copied.see(self.pool.matches(self.text[-LONGEST_MATCH:], 1, limit), token)
+                self.worth_of_tabled.see(self.table.next(self.text) if self.table else None, token)
             self.text.append(token)
             self.pool.extend([token])
 

@@ -14,6 +14,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..decoding.config import JacobiConfig
 from ..decoding.errors import UsageError
+from ..decoding.ngram_table import TABLE
 from .places import is_on_hub
 
 
@@ -202,13 +203,21 @@ def render_card(
         tokenizer=place if beside else f'"{note["base_model"]}"',
         example=json.dumps(note.get("example", "Once upon a time"), ensure_ascii=False),
         settings=json.dumps(note["jacobi"]),
-        set_values={key: value for key, value in note["jacobi"].items() if value is not None},
+        set_values=_as_source(note["jacobi"], place),
         size=JacobiConfig.coerce(note["jacobi"]).size,
         figures=[(label, f"{note['figures'][key]:.4g}") for key, label in FIGURES.items() if key in note["figures"]],
         measured_on=evaluation and evaluation["measured_on"],
         results=_results_table(evaluation["results"]) if evaluation else [],
     )
     return f"{card.content}\n"
+
+
+def _as_source(settings: dict[str, Any], place: str) -> str:
+    """Settings as the source of a dict; `place` is the expression for the checkpoint, whose table they may name."""
+    shown = {key: repr(value) for key, value in settings.items() if value is not None}
+    if settings.get("ngram_table") == TABLE:
+        shown["ngram_table"] = place
+    return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"
 
 
 def _metadata(name: str, note: dict[str, Any], evaluation: dict[str, Any] | None, shared: bool) -> dict[str, Any]:

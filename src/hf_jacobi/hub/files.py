@@ -20,6 +20,7 @@ from safetensors import safe_open
 
 from ..decoding.errors import MissingFile, UsageError
 from ..decoding.files import parse_json, read_json, refuse_pointer
+from ..decoding.ngram_table import TABLE
 from .card import EVALUATION, NOTE
 from .places import is_on_hub
 
@@ -83,7 +84,7 @@ PROCESSOR = (  # for multimodal models
 CONFIGS = ("config.json", "adapter_config.json", "generation_config.json")
 NAMING_CODE = ("config.json", "tokenizer_config.json", *PROCESSOR)
 NAMING_PLACES = (*CONFIGS, "tokenizer_config.json", *PROCESSOR)  # can contain paths of this machine
-BESIDE = {*CONFIGS, *PROCESSOR, NOTE, EVALUATION}
+BESIDE = {*CONFIGS, *PROCESSOR, NOTE, EVALUATION, TABLE}
 LICENSES = tuple(name + end for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING") for end in ("", ".txt", ".md")) + (
     "USE_POLICY.md",
 )

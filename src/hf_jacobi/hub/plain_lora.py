@@ -24,6 +24,7 @@ from ..decoding.draft_adapter import DRAFT_ONLY, begun_on_other_weights, is_draf
 from ..decoding.errors import MissingFile, MissingPackage, UsageError, of_usage
 from ..decoding.files import read_json
 from ..decoding.mixin import enable, unwrap
+from ..decoding.ngram_table import loaded_from
 from .card import NOTE
 from .files import ADAPTER_WEIGHTS, check_weights
 from .places import is_on_hub
@@ -216,6 +217,7 @@ def _decode_as_beside(model, source: str, hub: dict[str, Any]) -> None:
         beside = GenerationConfig.from_pretrained(source, **hub)
     except OSError:
         return
+    loaded_from(unwrap(model), source)
     own = unwrap(model).generation_config
     settings = {name: getattr(beside, name, None) for name in ("decoding", "jacobi")}
     if settings["jacobi"] is not None:

@@ -21,11 +21,12 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoTokenizer
 
 from ..decoding.compat import causal_lm_of, is_stateful, name_of
-from ..decoding.config import write_settings
+from ..decoding.config import JacobiConfig, write_settings
 from ..decoding.draft_adapter import is_draft_only
 from ..decoding.errors import MissingFile, UsageError, of_usage
 from ..decoding.files import read_json
 from ..decoding.mixin import unwrap
+from ..decoding.ngram_table import TABLE, checkpoint_of, find_table
 from .card import DECODINGS, EVALUATION, NOTE, checked, render_card
 from .carried import CARRIED, is_carried, write_decoder
 from .files import (
@@ -211,8 +212,15 @@ def _checkpoint_of(model_or_dir, scratch: Path, with_tokenizer: bool) -> Checkpo
 def _save(model, folder: Path) -> Path:
     """Saves a model from memory to a folder."""
     model.save_pretrained(folder)
-    settings = unwrap(model).generation_config.to_json_string(use_diff=True)
-    (folder / "generation_config.json").write_text(settings, encoding="utf-8")
+    inner = unwrap(model)
+    (folder / "generation_config.json").write_text(
+        inner.generation_config.to_json_string(use_diff=True), encoding="utf-8"
+    )
+    settings = JacobiConfig.coerce(getattr(inner.generation_config, "jacobi", None))
+    table = settings.ngram_table and find_table(settings.ngram_table, checkpoint_of(inner))
+    if table:
+        shutil.copyfile(table, folder / TABLE)
+        write_settings(folder, jacobi=settings.to_dict() | {"ngram_table": TABLE})
     if not any(is_weights(file.name) for file in folder.iterdir()):
         raise UsageError("only an adapter named 'default' can be published: create it under that name.")
     return folder
@@ -337,7 +345,10 @@ def _write_folder(
     if written is not None:
         _write_json(folder / CONFIG, written)
     else:
-        write_decoder(folder / CARRIED, settings, adapter=adapter is not None)
+        carried = settings
+        if adapter is not None and settings["jacobi"]["ngram_table"] == TABLE:  # not in the base model's repository
+            carried = settings | {"jacobi": settings["jacobi"] | {"ngram_table": repo_id}}
+        write_decoder(folder / CARRIED, carried, adapter=adapter is not None)
     _remove_local_paths(folder, source)
     note = without_local_paths(_note(folder, checkpoint, settings), source)
     if plain:
@@ -345,6 +356,8 @@ def _write_folder(
     _write_json(folder / NOTE, note)
     evaluation, doubts = _write_evaluation(folder, evaluation, settings, source)
     (folder / CARD).write_text(render_card(repo_id, note, evaluation, shared=not plain), encoding="utf-8")
+    if settings["jacobi"]["ngram_table"] == TABLE and not (folder / TABLE).exists():
+        doubts = [*doubts, f"generation_config.json names {TABLE}, which the folder lacks: drafts do without."]
     return [*doubts_of(written or {}), *doubts]
 
 

@@ -27,6 +27,7 @@ from ..decoding.config import JacobiConfig
 from ..decoding.costs import CostCurve, default_curve
 from ..decoding.drafting import DraftRule, choose
 from ..decoding.errors import UsageError
+from ..decoding.ngram_table import load_table
 from .step_times import StepTimes
 
 
@@ -237,6 +238,7 @@ class JacobiProposer:
                 "The RejectionSampler of this vLLM has arguments that hf_jacobi was not tested with, so drafts are "
                 "n-grams of the text, without the model's predictions: install vLLM 0.32 for both."
             )
+        self.table = load_table(self.config.ngram_table, vllm_config.model_config.model, self.vocabulary)
         self.device = getattr(getattr(vllm_config, "device_config", None), "device_type", "cpu")
         self._curves: dict[int, CostCurve] = {}
         self.times = StepTimes()
@@ -321,7 +323,7 @@ class JacobiProposer:
             request.seen = self.step
         else:
             prompt = text[-1 - PROMPT_KEPT : -1].tolist()
-            rule = DraftRule(self.config, prompt, f"{self.config.seed or 0}/0", self.vocabulary)
+            rule = DraftRule(self.config, prompt, f"{self.config.seed or 0}/0", self.vocabulary, self.table)
             rule.begin(new[-1])
             economy = Economy(self._curve(1)) if self.config.adapts else None
             request = self.rows[row] = Request(rule, len(text), self.step, economy)

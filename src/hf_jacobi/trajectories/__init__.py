@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .collect import TRAJECTORY_FEATURES, collect_trajectories, read_report
     from .corruption import pack_completions
+    from .ngrams import build_ngram_table
     from .noise import converged_prefix, nearest_state, noise_level, noise_targets
     from .packing import PACKED_FEATURES, pack_trajectories
     from .report import CollectReport
@@ -18,6 +19,7 @@ __all__ = [
     "TRAJECTORY_FEATURES",
     "CollectReport",
     "PackingStatistics",
+    "build_ngram_table",
     "collect_trajectories",
     "converged_prefix",
     "nearest_state",
@@ -34,6 +36,7 @@ _MODULES = {
     "TRAJECTORY_FEATURES": "collect",
     "collect_trajectories": "collect",
     "read_report": "collect",
+    "build_ngram_table": "ngrams",
     "converged_prefix": "noise",
     "nearest_state": "noise",
     "noise_level": "noise",

@@ -1,0 +1,59 @@
+"""`hf-jacobi ngrams` builds a table of n-grams from text that a model wrote."""
+
+from __future__ import annotations
+
+from ..trajectories.sources import path_of
+from .options import check_folder, path, positive, wrapped
+
+
+def add_parser(commands) -> None:
+    """Adds the command to `hf-jacobi`."""
+    about = "Build a table of n-grams from text that the model wrote, to draft its next texts from"
+    parser = commands.add_parser("ngrams", help=about, description=about)
+    parser.add_argument(
+        "--trajectories",
+        required=True,
+        help="the output of `hf-jacobi collect`, or any rows with prompt_ids and completion_ids",
+    )
+    parser.add_argument("--split", default="train", help="the split (default: train)")
+    parser.add_argument(
+        "--output-dir",
+        type=path,
+        required=True,
+        help="the folder that receives ngrams.safetensors; if it is a checkpoint, its settings name the table from "
+        "then on",
+    )
+    parser.add_argument(
+        "--order", type=positive, default=4, help="tokens of the longest context, up to 8 (default: 4)"
+    )
+    parser.add_argument(
+        "--max-entries", type=positive, default=500_000, help="contexts to keep, of 13 bytes each (default: 500000)"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(arguments) -> int:
+    """Runs the command."""
+    path_of(arguments.trajectories)  # before the slow imports
+
+    from ..decoding.config import JacobiConfig
+    from ..decoding.files import read_json
+    from ..decoding.ngram_table import TABLE, NgramTable
+    from ..trajectories.ngrams import build_ngram_table
+    from ..trajectories.prompts import open_prompts
+    from .tune import write_into
+
+    folder = arguments.output_dir
+    check_folder(folder)
+    rows = open_prompts(arguments.trajectories, arguments.split)
+    file = build_ngram_table(rows, folder, order=arguments.order, max_entries=arguments.max_entries)
+    entries = len(NgramTable.read(file))
+    print(f"{entries:,} contexts, {file.stat().st_size / 1e6:.1f} MB, written to {file}")
+    if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+        settings = folder / "generation_config.json"
+        kept = read_json(settings) if settings.exists() else {}
+        jacobi = JacobiConfig.coerce(kept.get("jacobi")).to_dict() | {"ngram_table": TABLE}
+        print(write_into(folder, kept.get("decoding") or "jacobi", jacobi))
+    else:
+        print(wrapped(f'Use it by JacobiConfig(ngram_table="{folder}"), or copy it into the checkpoint.'), end="")
+    return 0
