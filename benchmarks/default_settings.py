@@ -1,22 +1,24 @@
 """
-Speed-up of Jacobi decoding with default settings on an untrained model, by prompt.
+Speed-up of Jacobi decoding with default settings on SmolLM2, by prompt.
 
     python -m benchmarks.default_settings --dtype float32 --prompts 40
     python -m benchmarks.default_settings --dtype bfloat16 --prompts 40 --threads 2
     python -m benchmarks.default_settings --dtype bfloat16 --adapter src/hf_jacobi/checkpoints/smollm2-135m-draft
 
-With a draft-only adapter, which was trained on such code and arithmetic, the base model with default settings is also
-measured.
+The base model with default settings is always measured. `--table` adds the base model with a table of n-grams, and
+`--adapter` what a folder ships: a draft-only adapter with the settings beside it.
 
-Chat, code, arithmetic and rewriting take turns. AR and Jacobi decoding each decode every prompt `--repeats` times, in
-turn; the fastest run of each counts, so that other work on the machine matters less. On one thread of a busy machine,
-`--clock cpu` counts the time that the thread ran. The first call of Jacobi decoding times forwards (`--given` sets the
-curve instead); that time is reported separately.
+Chat, code, arithmetic and rewriting follow one another. AR and Jacobi decoding of a prompt take turns forward by
+forward (`benchmarks/turns.py`), so that both meet the machine in the same state; `--repeats` adds further rounds. On
+one thread of a busy machine, `--clock cpu` counts the time that the thread ran. The first call of Jacobi decoding
+times forwards (`--given` sets the curve instead); that time is reported separately.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import json
 import time
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 import hf_jacobi
 from benchmarks.decoding import COPIED
 from benchmarks.smollm2.prompts import prompts as kept_prompts
+from benchmarks.turns import take_turns
 from hf_jacobi.cli.demo_model import DEMO_MODEL
 from hf_jacobi.cli.models import encode, load, with_adapter
 from hf_jacobi.decoding import timing
@@ -74,17 +77,44 @@ def clocked(model, inputs, max_new_tokens: int, clock, **how) -> tuple[float, li
     return seconds, tokens, out.jacobi_stats.tokens_per_forward if "jacobi_config" in how else 1.0
 
 
+def raced(ways, inputs, arguments) -> dict[str, tuple[float, list[int], float]]:
+    """The same for ways that take turns; the seconds are those of all repeats."""
+    call = {**inputs, "do_sample": False, "max_new_tokens": arguments.max_new_tokens}
+    clock, seconds = CLOCKS[arguments.clock], dict.fromkeys(ways, 0.0)
+    for _ in range(arguments.repeats):
+        runs = take_turns(ways, call, clock, arguments.threads)
+        for name, (took, _) in runs.items():
+            seconds[name] += took
+    found = {}
+    for name, (_, out) in runs.items():
+        tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        rate = out.jacobi_stats.tokens_per_forward if "jacobi_config" in ways[name][1] else 1.0
+        found[name] = seconds[name], tokens, rate
+    return found
+
+
+def _jacobi(settings: dict) -> dict:
+    return {"decoding": "jacobi", "jacobi_config": settings}
+
+
+def _sharing_weights(model):
+    """A model of its own with the same weights, since calls that take turns must not share what a call changes."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return hf_jacobi.enable(copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}))
+
+
 def run(arguments) -> dict:
     """Decodes every prompt both ways and prints each result at once."""
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(model)
-    adapted = arguments.adapter and hf_jacobi.enable(with_adapter(model, arguments.adapter).model)
-    config = {} if arguments.given is None else {"position_cost": json.loads(arguments.given)}
-    jacobi = {"decoding": "jacobi", "jacobi_config": config}
-    ways = {"AR": (model, {"decoding": "ar"}), "Jacobi": (model, jacobi)}
-    if adapted:
-        ways["adapter"] = adapted, jacobi
+    given = {} if arguments.given is None else {"position_cost": json.loads(arguments.given)}
+    ways = {"AR": (model, {"decoding": "ar"}), "Jacobi": (_sharing_weights(model), _jacobi(given))}
+    if arguments.table:
+        ways["table"] = _sharing_weights(model), _jacobi(given | {"ngram_table": str(arguments.table)})
+    if arguments.adapter:
+        loaded = with_adapter(model, arguments.adapter)
+        ways["adapter"] = hf_jacobi.enable(loaded.model), _jacobi(loaded.config.to_dict() | given)
     clock = CLOCKS[arguments.clock]
     first, once = encode(tokenizer, CHAT[0], model.device), {}
     for name, (served, how) in [*list(ways.items())[:1], *ways.items()]:
@@ -92,11 +122,7 @@ def run(arguments) -> dict:
     rows = []
     for kind, prompt in prompts(arguments.prompts):
         inputs = encode(tokenizer, prompt, model.device)
-        runs = {name: [] for name in ways}
-        for _ in range(arguments.repeats):
-            for name, (served, how) in ways.items():
-                runs[name].append(clocked(served, inputs, arguments.max_new_tokens, clock, **how))
-        best = {name: min(found) for name, found in runs.items()}
+        best = raced(ways, inputs, arguments)
         seconds, text, _ = best.pop("AR")
         row = {"kind": kind, "tokens": len(text), "seconds": seconds}
         for name, (took, tokens, rate) in best.items():
@@ -109,13 +135,11 @@ def run(arguments) -> dict:
             for name in best
         ]
         print(f"{kind:11}{len(text):>4} tokens  AR {seconds:6.2f} s{''.join(figures)}", flush=True)
-    served = [model, *([unwrap(adapted)] if adapted else [])]
-    known = [found for one in served for found in timing._KNOWN.get(one, {}).values()]
-    curves = [
-        [[positions, round(cost, 2)] for positions, cost in curve.points]
-        for found in known
-        for curve in [found.curve(CPU), *([found.with_adapter(found.curve(CPU))] if adapted else [])]
-    ]
+    curves = {
+        name: [[positions, round(cost, 2)] for positions, cost in found.curve(CPU).points]
+        for name, (served, _) in ways.items()
+        for found in timing._KNOWN.get(unwrap(served), {}).values()
+    }
     extra = {name: took - once["AR"] for name, took in once.items() if name != "AR"}
     return {"setup": setup_of(model), "rows": rows, "costs": curves, "first_call": extra}
 
@@ -138,9 +162,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--clock", default="wall", choices=CLOCKS)
     parser.add_argument("--adapter", type=Path, help="folder of a draft-only adapter, to measure as well")
+    parser.add_argument("--table", help="ngram_table of the base model, to measure as well")
     parser.add_argument("--given", help="position_cost as JSON, instead of a measured one")
     parser.add_argument("--output", type=Path, help="write the figures to this JSON file")
     arguments = parser.parse_args()
