@@ -13,6 +13,8 @@ from hf_jacobi.decoding.adaptive import (
     FREE,
     MATCHED,
     PROBE,
+    SUREST,
+    TABLED,
     TRIAL,
     Choice,
     Copied,
@@ -20,8 +22,10 @@ from hf_jacobi.decoding.adaptive import (
     Odds,
     Outlook,
     Own,
+    Tabled,
 )
 from hf_jacobi.decoding.costs import CostCurve
+from hf_jacobi.decoding.ngram_table import LEVELS, chance_of
 
 
 CURVES = {
@@ -236,3 +240,16 @@ def test_what_an_adapter_has_lost_does_not_count_against_other_guesses():
     assert economy.decide([Outlook([0.3])]).guesses != 1
     economy.lost = {False: 2.0, True: -2.0}
     assert economy.decide([Outlook([0.3])]).guesses == 1, "what it has gained does count"
+
+
+def test_a_table_is_trusted_as_far_as_its_guesses_were_correct():
+    tabled = Tabled()
+    assert tabled.chance(8) == pytest.approx(TABLED * chance_of(8))
+    for _ in range(40):
+        tabled.see((7, 8), 9)
+    assert tabled.chance(8) < 0.3 * chance_of(8) and tabled.chance(15) < 0.3, "all levels fall together"
+    for _ in range(100):
+        tabled.see((7, 8), 7)
+        tabled.see(None, 7)
+    assert chance_of(8) < tabled.chance(8) <= 1
+    assert tabled.chance(LEVELS - 1) == SUREST

@@ -12,6 +12,7 @@ from hf_jacobi import JacobiConfig, UsageError
 from hf_jacobi.decoding import config as settings
 from hf_jacobi.decoding.drafting import FIRST_GUESSES, Draft, DraftRule, DraftSource, Lead, Ngrams, Tree, scattered
 from hf_jacobi.decoding.ngram_pool import NgramPool
+from hf_jacobi.decoding.ngram_table import NgramTable, key_of
 
 
 NOTHING = {"draft_init": "repeat", "pool_size": 0}
@@ -313,3 +314,45 @@ def test_branches_and_chain_that_begin_alike_share_their_tokens():
         [[1, 2, 3], [1], []],
         [[1, 2, 3], [1, 4], []],
     ]
+
+
+def table_of(entries: dict[tuple[int, ...], tuple[int, int]]) -> NgramTable:
+    """A table from `{context: (token, level)}`."""
+    keyed = sorted((key_of(context), *entry) for context, entry in entries.items())
+    return NgramTable(*map(list, zip(*keyed)), order=max(map(len, entries)))
+
+
+def rule_with(table: NgramTable, prompt: list[int], token: int, **config) -> DraftRule:
+    rule = DraftRule(JacobiConfig(**config), prompt, "seed", table=table)
+    rule.begin(token)
+    return rule
+
+
+def test_each_token_comes_from_the_table_or_from_earlier_text_whichever_is_likelier():
+    table = table_of({(7,): (8, 15), (8,): (3, 1), (5, 6): (1, 15)})
+    rule = rule_with(table, [2, 7, 8, 5, 6, 0, 4, 2], 7)
+    outlook = rule.outlook(room=99, own=False)
+    tokens, _ = rule.tree.ways[0]
+    assert tokens[:4] == [8, 5, 6, 1], "7 8 by the table, then 5 6 by the text, then 1 by the table again"
+    assert len(outlook.hand) >= 4 and list(outlook.hand) == sorted(outlook.hand, reverse=True)
+    assert rule.propose(99, guesses=len(outlook.hand)).chain[:5] == [7, 8, 5, 6, 1]
+
+
+def test_a_table_that_is_wrong_is_tried_less():
+    table = table_of({(token,): (token + 50, 15) for token in range(40)})
+    rule = rule_with(table, [99], 0)
+    first = sum(rule.outlook(room=99, own=False).hand)
+    for token in range(1, 30):
+        rule.propose(99, guesses=0)
+        rule.observe([token], [token], [0])
+    assert sum(rule.outlook(room=99, own=False).hand) < 0.3 * first
+
+
+def test_a_fixed_window_takes_candidates_and_first_guesses_from_the_table():
+    table = table_of({(1,): (2, 9), (2,): (3, 9), (3,): (4, 9)})
+    rule = rule_with(table, [9], 1, block_size=4)
+    assert rule.propose(99).chain == [1, 2, 3, 4]
+    rule = rule_with(table, [9], 1, block_size=4, draft_init="repeat", pool_size=1, ngram_size=2)
+    assert rule.propose(99).tokens == [1, 1, 1, 1, 2, 3] and rule.candidates == [[2, 3]]
+    rule = rule_with(table, [9], 1, block_size=4, draft_init="repeat", pool_size=0)
+    assert rule.propose(99).tokens == [1, 1, 1, 1]

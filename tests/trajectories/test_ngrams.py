@@ -132,8 +132,10 @@ def test_the_command_writes_a_table_that_a_checkpoint_names(tmp_path, capsys, mo
     from datasets import Dataset
 
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    Dataset.from_list(rows_of(([1], [2, 3] * 20))).to_parquet(tmp_path / "texts.parquet")
-    command = ["ngrams", "--trajectories", str(tmp_path / "texts.parquet"), "--output-dir"]
+    files = [tmp_path / "some.parquet", tmp_path / "more.parquet"]
+    for file, text in zip(files, ([2, 3] * 20, [4, 5] * 20)):
+        Dataset.from_list(rows_of(([1], text))).to_parquet(file)
+    command = ["ngrams", "--trajectories", *map(str, files), "--output-dir"]
     assert main([*command, str(tmp_path / "new")]) == 0
     assert "ngram_table=" in capsys.readouterr().out and not (tmp_path / "new" / "generation_config.json").exists()
     checkpoint = tmp_path / "checkpoint"
@@ -143,4 +145,6 @@ def test_the_command_writes_a_table_that_a_checkpoint_names(tmp_path, capsys, mo
     assert "generation_config.json" in capsys.readouterr().out
     settings = read_json(checkpoint / "generation_config.json")
     assert settings["decoding"] == "jacobi" and settings["jacobi"]["ngram_table"] == TABLE
+    table = NgramTable.read(checkpoint / TABLE)
+    assert table.next([2])[0] == 3 and table.next([4])[0] == 5
     assert (checkpoint / TABLE).read_bytes() == (tmp_path / "new" / TABLE).read_bytes()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from ..trajectories.sources import path_of
 from .options import check_folder, path, positive, wrapped
 
@@ -13,7 +15,8 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--trajectories",
         required=True,
-        help="the output of `hf-jacobi collect`, or any rows with prompt_ids and completion_ids",
+        nargs="+",
+        help="outputs of `hf-jacobi collect`, or any rows with prompt_ids and completion_ids",
     )
     parser.add_argument("--split", default="train", help="the split (default: train)")
     parser.add_argument(
@@ -34,18 +37,20 @@ def add_parser(commands) -> None:
 
 def run(arguments) -> int:
     """Runs the command."""
-    path_of(arguments.trajectories)  # before the slow imports
+    for source in arguments.trajectories:
+        path_of(source)  # before the slow imports
 
     from ..decoding.config import JacobiConfig
     from ..decoding.files import read_json
     from ..decoding.ngram_table import TABLE, NgramTable
-    from ..trajectories.ngrams import build_ngram_table
-    from ..trajectories.prompts import open_prompts
+    from ..trajectories.ngrams import COLUMNS, build_ngram_table
+    from ..trajectories.prompts import only_prompts, open_prompts
     from .tune import write_into
 
     folder = arguments.output_dir
     check_folder(folder)
-    rows = open_prompts(arguments.trajectories, arguments.split)
+    sources = [open_prompts(source, arguments.split) for source in arguments.trajectories]
+    rows = chain.from_iterable(only_prompts(rows, *COLUMNS) for rows in sources)
     file = build_ngram_table(rows, folder, order=arguments.order, max_entries=arguments.max_entries)
     entries = len(NgramTable.read(file))
     print(f"{entries:,} contexts, {file.stat().st_size / 1e6:.1f} MB, written to {file}")

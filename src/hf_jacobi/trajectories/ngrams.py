@@ -18,7 +18,7 @@ from .pieces import token_array
 from .prompts import only_prompts
 
 
-PROMPT, COMPLETION = "prompt_ids", "completion_ids"
+COLUMNS = PROMPT, COMPLETION = "prompt_ids", "completion_ids"
 MOST_DISCOUNT = 0.9  # of a count, for small data
 
 
