@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct: a draft-only adapter, then the whole model if time allows."""
+"""SmolLM2-135M-Instruct: a table of n-grams, a draft-only adapter, then the whole model if time allows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from transformers import TrainerCallback
 
 import hf_jacobi
 from benchmarks.smollm2.prompts import prompts
-from hf_jacobi import JacobiForcingConfig, JacobiForcingTrainer, collect_trajectories, pack_trajectories
+from hf_jacobi import (
+    JacobiForcingConfig,
+    JacobiForcingTrainer,
+    build_ngram_table,
+    collect_trajectories,
+    pack_trajectories,
+)
 from hf_jacobi.cli.models import MINIATURE, load
 from hf_jacobi.evaluation.measuring import AR, Method, compare, race
 
@@ -63,7 +69,7 @@ TOY = Sizes(held_out=2, timed=1, train=4, new_tokens=16, batch=4, rows=2, rank=4
 
 
 def run(stage: Stage) -> None:
-    """Trajectories, adapter, whole model, each decoded; the first two get a share of the time left."""
+    """Trajectories, table, adapter, whole model, the last three decoded; the others get a share of the time left."""
     start = time.monotonic()
     try:
         session = Session(stage, TOY if stage.dry else Sizes())
@@ -76,6 +82,8 @@ def run(stage: Stage) -> None:
     seconds = 3.0 if stage.dry else 0.25 * stage.left
     if stage.measure("trajectories", session.collect, seconds) is None:
         return
+    if stage.measure("n-grams/table", session.build_table) is not None:
+        stage.measure("n-grams", session.decode, session.base)
     seconds = 3.0 if stage.dry else 0.3 * stage.left
     stage.measure("draft-only/training", session.learn_to_draft, seconds)
     if session.trained is not None:
@@ -98,10 +106,11 @@ class Session:
     Attributes:
         base: the untrained model, float32.
         trained: the result of the newest training, `None` if it failed.
+        ways: of decoding; with a table of n-grams, too, once there is one.
     """
 
     def __init__(self, stage: Stage, sizes: Sizes):
-        self.stage, self.sizes, self.trained = stage, sizes, None
+        self.stage, self.sizes, self.trained, self.ways = stage, sizes, None, dict(WAYS)
         cache = stage.bundle / "cache"
         brought = cache.exists()
         if not brought and not stage.dry:
@@ -145,7 +154,7 @@ class Session:
         half = len(self.held_out) // 2
         batches = [self.encode(self.held_out[:half]), self.encode(self.held_out[half:])]
         singles = [self.encode([question]) for question in self.held_out[: self.sizes.timed]]
-        contestants = {name: (base if way is AR else model, way) for name, way in WAYS.items()}
+        contestants = {name: (base if way is AR else model, way) for name, way in self.ways.items()}
         if model is not base:
             contestants["AR, trained"] = (model, AR)
         figures = {}
@@ -185,6 +194,14 @@ class Session:
                 break
         self.trajectories = rows
         return {"texts": len(rows), "tokens": sum(len(row["completion_ids"]) for row in rows)}
+
+    def build_table(self) -> dict:
+        """A table of n-grams of the collected texts."""
+        file = build_ngram_table(self.trajectories, self.stage.output)
+        for name in ("Jacobi 16, recycling", "Jacobi, default"):
+            settings = WAYS[name].settings | {"ngram_table": str(file)}
+            self.ways[f"{name}, table"] = Method(f"{name}, table", "jacobi", settings)
+        return {"bytes": file.stat().st_size}
 
     def learn_to_draft(self, seconds: float) -> dict:
         """An adapter that only drafts, on rows without clean context before their noise (windows of one block)."""

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 import hf_jacobi
 from hf_jacobi import JacobiConfig
 from hf_jacobi.cli.models import DEMO_ADAPTER, Adapted, encode, load, with_adapter
+from hf_jacobi.decoding.ngram_table import TABLE
 from hf_jacobi.evaluation.bench import setup_of
 from hf_jacobi.evaluation.measuring import AR, PROMPT_LOOKUP, Measured, Method, compare, race
 from hf_jacobi.evaluation.prompts import CHAT
@@ -72,11 +73,14 @@ def measure(arguments) -> dict:
         row = json.loads(line)
         prompts.setdefault(TITLES.get(row["kind"], OTHER), []).append(row["messages"][0]["content"])
     prompts[OUT_OF_DOMAIN] = list(CHAT)
+    same = config.to_dict()
+    if config.ngram_table == TABLE:  # which lies beside the adapter, not beside the base model
+        same["ngram_table"] = str(arguments.trained)
     contestants = {
         "AR": (base, AR),
         "prompt lookup": (base, PROMPT_LOOKUP),
         "Jacobi, before, default": (base, Method("", "jacobi", {})),
-        **({} if config == JacobiConfig() else {SAME: (base, Method("", "jacobi", config.to_dict()))}),
+        **({} if config == JacobiConfig() else {SAME: (base, Method("", "jacobi", same))}),
         TRAINED: (model, Method(TRAINED, "jacobi", config.to_dict())),
         **({} if draft_only else {OWN: (loaded.writer, AR)}),
     }

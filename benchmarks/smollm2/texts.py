@@ -3,7 +3,7 @@ The greedy answers of SmolLM2 to prompts, in batches: text for a table of n-gram
 
     python -m benchmarks.smollm2.texts prompts/train.jsonl texts.jsonl
 
-writes `prompt_ids` and `completion_ids` of each prompt. Run it again to go on where it stopped.
+writes `kind`, `prompt_ids` and `completion_ids` of each prompt. Run it again to go on where it stopped.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ def main() -> None:
     done = len(arguments.output.read_text().splitlines()) if arguments.output.exists() else 0
     with open(arguments.output, "a") as output:
         for start in tqdm(range(done, len(rows), arguments.batch_size)):
-            prompts = [
-                encode_messages(tokenizer, row["messages"]) for row in rows[start : start + arguments.batch_size]
-            ]
-            for prompt, text in zip(prompts, answer(model, prompts, arguments.max_new_tokens)):
-                output.write(json.dumps({"prompt_ids": prompt, "completion_ids": text}) + "\n")
+            some = rows[start : start + arguments.batch_size]
+            prompts = [encode_messages(tokenizer, row["messages"]) for row in some]
+            for row, prompt, text in zip(some, prompts, answer(model, prompts, arguments.max_new_tokens)):
+                written = {"kind": row["kind"], "prompt_ids": prompt, "completion_ids": text}
+                output.write(json.dumps(written) + "\n")
             output.flush()
 
 

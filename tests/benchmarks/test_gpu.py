@@ -55,6 +55,7 @@ def test_every_stage_has_all_its_figures_at_toy_size(tmp_path):
     windows, dense = (figures["training"][f"forcing, {way}"] for way in ("windows", "dense"))
     assert windows["loss"] == pytest.approx(dense["loss"], rel=1e-4)
     assert figures["smollm2"]["draft-only"]["all"]["Jacobi 16"]["identical"] == 1.0
+    assert figures["smollm2"]["n-grams"]["all"]["Jacobi, default, table"]["identical"] == 1.0
     assert figures["smollm2"]["draft-only/training"]["steps"] > 1
     assert figures["smollm2"]["whole model/difference"]["rank"] == 4
     files = [file for file in tmp_path.iterdir() if file.is_file()]

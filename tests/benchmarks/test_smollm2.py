@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from argparse import Namespace
 from collections import Counter
 
@@ -12,12 +13,13 @@ from models import tiny_tokenizer, trained_model
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import hf_jacobi
+from benchmarks.smollm2 import guesses, texts
 from benchmarks.smollm2.evaluate import OUT_OF_DOMAIN, OWN, SAME, TRAINED, measure
 from benchmarks.smollm2.prompts import HELD_OUT, KINDS, TOPICS, TRAIN, is_held_out, prompts
 from benchmarks.smollm2.ship import CARD, card, narrowed
 from benchmarks.smollm2.train import widened
 from benchmarks.smollm2.whole import WAYS, is_solved, problems, quality
-from hf_jacobi.cli.models import DEMO_ADAPTER
+from hf_jacobi.cli.models import DEMO_ADAPTER, encode
 from hf_jacobi.evaluation.prompts import CHAT
 from hf_jacobi.hub.card import EVALUATION
 
@@ -84,6 +86,32 @@ def test_an_adapter_is_compared_with_the_model_it_was_trained_from(tmp_path, sco
     assert by_row["code, held out", TRAINED]["tokens_per_forward"] > 1 or not settings
     both = by_row["all texts above", "AR"]
     assert (both["perplexity_before"] == both["perplexity_after"]) == bool(scope)
+
+
+def test_a_table_of_the_models_answers_guesses_them(tmp_path, monkeypatch, capsys):
+    trained_model().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    asked = [{"kind": "code", "messages": [{"role": "user", "content": f"w{one} w2"}]} for one in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)))
+    written = tmp_path / "texts.jsonl"
+    command = ["x", str(tmp_path / "prompts.jsonl"), str(written), "--model", str(tmp_path / "model")]
+    for most in ("2", "3"):  # interrupted, and run again
+        options = ["--max-prompts", most, "--batch-size", "2", "--max-new-tokens", "24"]
+        monkeypatch.setattr(sys, "argv", [*command, *options])
+        texts.main()
+    rows = [json.loads(line) for line in written.read_text().splitlines()]
+    assert len(rows) == 3
+    model, tokenizer = hf_jacobi.enable(trained_model()), tiny_tokenizer()
+    for row, question in zip(rows, asked):
+        inputs = encode(tokenizer, question["messages"][0]["content"], "cpu")
+        assert row["prompt_ids"] == inputs["input_ids"][0].tolist()
+        expected = model.generate(**inputs, do_sample=False, max_new_tokens=24)[0, len(row["prompt_ids"]) :]
+        assert row["completion_ids"] == expected.tolist()
+    table = hf_jacobi.build_ngram_table(rows, tmp_path / "table").parent
+    monkeypatch.setattr(sys, "argv", ["x", str(written), str(table)])
+    guesses.main()
+    own, tabled = (float(share) for share in re.findall(r"all ([\d.]+)%", capsys.readouterr().out))
+    assert tabled > 80 and tabled > own
 
 
 def test_the_card_is_up_to_date():
