@@ -213,8 +213,16 @@ def render_card(
 
 
 def _as_source(settings: dict[str, Any], place: str) -> str:
-    """Settings as the source of a dict; `place` is the expression for the checkpoint, whose table they may name."""
-    shown = {key: repr(value) for key, value in settings.items() if value is not None}
+    """
+    The settings that are not the default ones, as the source of a dict.
+
+    Args:
+        settings: the settings of Jacobi decoding.
+        place: the expression for the checkpoint, whose table of n-grams they may name.
+    """
+    default = JacobiConfig().to_dict()
+    changed = {key: value for key, value in settings.items() if value != default.get(key)}
+    shown = {key: json.dumps(value) if isinstance(value, str) else repr(value) for key, value in changed.items()}
     if settings.get("ngram_table") == TABLE:
         shown["ngram_table"] = place
     return "{" + ", ".join(f'"{key}": {value}' for key, value in shown.items()) + "}"
