@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from models import last_new_tokens, padded_prompts, trained_model
-from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_jacobi
@@ -109,16 +108,26 @@ def test_a_checkpoint_names_its_own_table(table, tmp_path):
 def test_a_table_is_found_by_its_file_its_folder_or_its_repository(table, monkeypatch):
     assert find_table(str(table), "") == find_table(str(table / TABLE), "") == table / TABLE
     asked = []
-    monkeypatch.setattr("transformers.utils.cached_file", lambda *names: asked.append(names) or str(table / TABLE))
-    ngram_table._on_hub.cache_clear()
+
+    def hub(*names):
+        asked.append(names)
+        if len(asked) == 1:
+            raise OSError("the network is down")
+        return str(table / TABLE)
+
+    monkeypatch.setattr("transformers.utils.cached_file", hub)
+    monkeypatch.setattr(ngram_table, "_FOUND", {})
+    assert find_table("someone/model", "") is None
     assert find_table("someone/model", "") == find_table(TABLE, "someone/model") == table / TABLE
-    assert asked == [("someone/model", TABLE)]
-    ngram_table._on_hub.cache_clear()
+    assert asked == [("someone/model", TABLE)] * 2, "what was found is not looked for again, what was not found is"
 
 
 def test_a_table_that_is_not_there_is_refused(model, tmp_path):
     with pytest.raises(UsageError, match=r"`ngram_table` names .* where there is no table: build one with"):
         generate(model, padded_prompts(1), decoding="jacobi", jacobi_config={"ngram_table": str(tmp_path)})
+    for name in ("~no such user/x", "x" * 300, "./a", "a/b/c"):
+        with pytest.raises(UsageError, match="`ngram_table` names "):
+            find_table(name, "")
 
 
 def test_a_table_for_another_model_is_refused(model, tmp_path):
@@ -127,29 +136,40 @@ def test_a_table_for_another_model_is_refused(model, tmp_path):
         generate(model, padded_prompts(1), decoding="jacobi", jacobi_config={"ngram_table": str(tmp_path)})
 
 
-@pytest.mark.parametrize("damage", ["other", "cut", "columns", "empty"])
-def test_a_damaged_table_is_refused(table, tmp_path, damage):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "is not a table of n-grams"),
+        ({"weight": np.zeros(3), "keys": None}, "is not a table of n-grams"),
+        ({"order": None}, "is not a table of n-grams"),
+        ({"order": np.array("four")}, "is not a table of n-grams"),
+        ({"keys": np.array([{}])}, "is not a table of n-grams"),
+        ({"format": np.array(2)}, "has format 2, and this hf_jacobi reads format 1"),
+        ({"order": np.array(0)}, "is damaged"),
+        ({"keys": np.zeros(1, np.int64)}, "is damaged"),
+        ({"keys": np.zeros(0, np.int64)}, "is damaged"),
+        ({"tokens": np.full((2, 2), 1, np.int32)}, "is damaged"),
+        ({"tokens": np.array([-1, 1], np.int32)}, "is damaged"),
+        ({"levels": np.array([0, 99], np.uint8)}, "is damaged"),
+    ],
+)
+def test_a_damaged_table_is_refused(table, tmp_path, changes, message):
     file = tmp_path / TABLE
-    columns = load_file(table / TABLE)
-    content = (table / TABLE).read_bytes()
-    if damage == "other":
-        save_file({"weight": np.zeros(3, np.float32)}, file)
-    elif damage == "cut":
-        file.write_bytes(content[:-5])
-    else:
-        with safe_open(table / TABLE, "numpy") as opened:
-            note = opened.metadata()
-        columns["keys"] = columns["keys"][: 0 if damage == "empty" else -1]
-        if damage == "empty":
-            columns = {name: column[:0] for name, column in columns.items()}
-        save_file(columns, file, note)
-    messages = {
-        "other": "is not a table of n-grams",
-        "cut": "cannot be read",
-        "columns": "damaged",
-        "empty": "damaged",
+    columns = {
+        "keys": np.array([1, 2]),
+        "tokens": np.array([1, 2], np.int32),
+        "levels": np.array([1, 2], np.uint8),
+        "format": np.array(1),
+        "order": np.array(4),
     }
-    with pytest.raises(UsageError, match=messages[damage]):
+    np.savez(file, **columns)
+    assert len(NgramTable.read(file)) == 2
+    if changes is None:
+        file.write_bytes((table / TABLE).read_bytes()[:-50])
+    else:
+        np.savez(file, **{name: column for name, column in (columns | changes).items() if column is not None})
+    os.utime(file, ns=(1, 1))
+    with pytest.raises(UsageError, match=message):
         NgramTable.read(file)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from safetensors.numpy import load_file
 
 from hf_jacobi import UsageError, build_ngram_table
 from hf_jacobi.cli import main
@@ -103,18 +102,19 @@ def test_the_same_rows_make_the_same_file(tmp_path):
     rows = rows_of(([1], list(range(9)) * 3), ([2], [5, 4, 3] * 4))
     files = [build_ngram_table(rows, tmp_path / name).read_bytes() for name in "ab"]
     assert files[0] == files[1]
-    columns = load_file(tmp_path / "a" / TABLE)
-    assert {name: str(column.dtype) for name, column in columns.items()} == {
-        "keys": "int64",
-        "tokens": "int32",
-        "levels": "uint8",
-    }
 
 
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([{"text": "a"}], {}, "row 0 has no `prompt_ids`"),
+        ([{"text": "a"}], {}, "row 0 has no list `prompt_ids`"),
+        (
+            [{"prompt_ids": [1], "completion_ids": [2]}, {"prompt_ids": None, "completion_ids": [2]}],
+            {},
+            "row 1 has no",
+        ),
+        ([{"prompt_ids": [1], "completion_ids": 5}], {}, "row 0 has no list `completion_ids`"),
+        ([None], {}, "row 0 has no list `prompt_ids`"),
         ([{"prompt_ids": [1], "completion_ids": []}], {}, "there is no text to count"),
         ([], {}, "there is no text to count"),
         ([{"prompt_ids": [], "completion_ids": [5]}], {}, "no context that is often followed by the same token"),
@@ -126,6 +126,16 @@ def test_the_same_rows_make_the_same_file(tmp_path):
 def test_bad_input_is_refused(tmp_path, rows, settings, message):
     with pytest.raises(UsageError, match=message):
         build_ngram_table(rows, tmp_path, **settings)
+
+
+def test_a_folder_that_cannot_hold_the_table_is_refused(tmp_path):
+    rows = rows_of(([1], [2, 3] * 9))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is a file: name the folder"):
+        build_ngram_table(rows, tmp_path / "file")
+    (tmp_path / "config.json").write_text('{"vocab_size": 3}')
+    with pytest.raises(UsageError, match=r"the texts have tokens up to 3, and the vocabulary of .* ends at 2"):
+        build_ngram_table(rows, tmp_path)
 
 
 def test_the_command_writes_a_table_that_a_checkpoint_names(tmp_path, capsys, monkeypatch):
@@ -144,6 +154,9 @@ def test_the_command_writes_a_table_that_a_checkpoint_names(tmp_path, capsys, mo
     assert main([*command, str(checkpoint)]) == 0
     assert "generation_config.json" in capsys.readouterr().out
     settings = read_json(checkpoint / "generation_config.json")
+    (checkpoint / "generation_config.json").write_text('{"decoding": "ar"}')
+    assert main([*command, str(checkpoint)]) == 0
+    assert "The settings keep decoding='ar'" in capsys.readouterr().out
     assert settings["decoding"] == "jacobi" and settings["jacobi"]["ngram_table"] == TABLE
     table = NgramTable.read(checkpoint / TABLE)
     assert table.next([2])[0] == 3 and table.next([4])[0] == 5

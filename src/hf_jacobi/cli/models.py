@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..decoding.errors import MissingFile, MissingPackage, UsageError
 from ..decoding.files import read_json, refuse_pointer
+from ..decoding.ngram_table import TABLE
 from .demo_model import DEMO_MODEL, demo_checkpoint
 
 
@@ -32,7 +33,6 @@ ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 MODEL_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 ENDS = ("_config.json", ".json", ".model")  # of the names of files that begin with `tokenizer`
 TOKENIZER = ("tokenizer*", "vocab.*", "*.model", "tekken.json", "*.tiktoken")  # every tokenizer has one of these
-NGRAMS = "ngrams.safetensors"  # `decoding.ngram_table.TABLE`, whose module imports transformers
 TOKENIZER_FILES = (*TOKENIZER, "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*")
 
 
@@ -162,7 +162,7 @@ def _with(found: Found, place: str) -> Found:
         from huggingface_hub import snapshot_download
 
         with reading(place):
-            files = ["adapter_*", "generation_config.json", NGRAMS, *TOKENIZER_FILES]
+            files = ["adapter_*", "generation_config.json", TABLE, *TOKENIZER_FILES]
             folder = Path(snapshot_download(place, allow_patterns=files))
     else:
         folder = Path(place)

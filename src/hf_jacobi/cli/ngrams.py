@@ -23,14 +23,14 @@ def add_parser(commands) -> None:
         "--output-dir",
         type=path,
         required=True,
-        help="the folder that receives ngrams.safetensors; if it is a checkpoint, its settings name the table from "
-        "then on",
+        help="the folder that receives ngrams.npz; if it is a checkpoint, its settings name the table from then on, "
+        "and it decodes by Jacobi decoding unless they say otherwise",
     )
     parser.add_argument(
         "--order", type=positive, default=4, help="tokens of the longest context, up to 8 (default: 4)"
     )
     parser.add_argument(
-        "--max-entries", type=positive, default=500_000, help="contexts to keep, of 13 bytes each (default: 500000)"
+        "--max-entries", type=positive, default=500_000, help="contexts to keep, of 11 bytes each (default: 500000)"
     )
     parser.set_defaults(run=run)
 
@@ -58,7 +58,10 @@ def run(arguments) -> int:
         settings = folder / "generation_config.json"
         kept = read_json(settings) if settings.exists() else {}
         jacobi = JacobiConfig.coerce(kept.get("jacobi")).to_dict() | {"ngram_table": TABLE}
-        print(write_into(folder, kept.get("decoding") or "jacobi", jacobi))
+        decoding = kept.get("decoding") or "jacobi"
+        print(write_into(folder, decoding, jacobi))
+        if decoding != "jacobi":
+            print(wrapped(f"The settings keep decoding={decoding!r}; the table serves decoding='jacobi'."), end="")
     else:
         print(wrapped(f'Use it by JacobiConfig(ngram_table="{folder}"), or copy it into the checkpoint.'), end="")
     return 0

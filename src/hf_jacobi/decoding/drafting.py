@@ -428,6 +428,11 @@ class DraftRule:
         found = [tabled] if tabled else []
         return found + self.pool.continuations(self.text[-CONTEXT:], length, most - len(found))
 
+    @property
+    def _copies(self) -> int:
+        """How many candidates from earlier text the settings allow."""
+        return max(self.config.pool_size, any(source.leads for source in self.first_guesses))
+
     def _mixed(self, length: int) -> list[tuple[list[int], list[float]]]:
         """The continuation that takes each token from the table or from earlier text, whichever is likelier."""
         if self.table is None:
@@ -437,9 +442,8 @@ class DraftRule:
         chance = 1.0
         while len(tokens) < length:
             context = (self.text[-LONGEST:] + tokens)[-LONGEST:]
-            guesses = [
-                (self.worth_of_copied.chance(match), ahead[0]) for match, ahead in self.pool.matches(context, 1, 1)
-            ]
+            earlier = self.pool.matches(context, 1, min(1, self._copies))
+            guesses = [(self.worth_of_copied.chance(match), ahead[0]) for match, ahead in earlier]
             if found := self.table.next(context):
                 guesses.append((self.worth_of_tabled.chance(found[1]), found[0]))
             likelier, token = max(guesses, default=(0.0, 0))
@@ -452,8 +456,7 @@ class DraftRule:
 
     def _copied(self, length: int) -> list[tuple[list[int], list[float]]]:
         """Continuations copied from earlier text, of at most `length` tokens each, with their chances."""
-        limit = max(self.config.pool_size, any(source.leads for source in self.first_guesses))
-        found = self.pool.matches(self.text[-LONGEST_MATCH:], length, limit)
+        found = self.pool.matches(self.text[-LONGEST_MATCH:], length, self._copies)
         ways = []
         for rank, (match, tokens) in enumerate(found):
             while not rank and len(tokens) < length:  # a copy that reaches the end of the text continues with itself

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import json
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +11,9 @@ from pathlib import Path
 from .errors import MissingFile, UsageError
 
 
-TABLE = "ngrams.safetensors"
-PLACE = "_hf_jacobi_checkpoint"  # an attribute of a model
-NOTE, FORMAT = "hf_jacobi", 1  # in the file's metadata
+TABLE = "ngrams.npz"  # not .safetensors: engines read every such file of a checkpoint as weights
+PLACE = "hf_jacobi_checkpoint"  # an attribute of a model
+FORMAT = 1
 LEVELS = 16  # steps of a chance
 LONGEST = 8  # the largest number of tokens of a context
 MULTIPLIER = 0x5851F42D4C957F2D  # of Knuth's 64-bit generator MMIX
@@ -87,20 +87,28 @@ class NgramTable:
 @functools.lru_cache(maxsize=4)
 def _read(file: str, changed: int) -> tuple[NgramTable, int]:
     """The table in a file, and the number of tokens that its vocabulary must have at least."""
-    from safetensors import SafetensorError, safe_open
+    import numpy as np  # here, since `drafting.py` works without it
 
     try:
-        with safe_open(file, "numpy") as opened:
-            note = json.loads((opened.metadata() or {}).get(NOTE, "{}"))
-            if note.get("format") != FORMAT:
-                raise UsageError(f"{file} is not a table of n-grams: give a file that `hf-jacobi ngrams` wrote.")
-            keys, tokens, levels = (opened.get_tensor(name) for name in ("keys", "tokens", "levels"))
-    except SafetensorError as error:
-        raise UsageError(f"{file} cannot be read ({error}): it is damaged or copied in part; get it again.") from error
-    if not (len(keys) == len(tokens) == len(levels)) or not len(keys):
-        raise UsageError(f"{file} is damaged: its columns have {len(keys)}, {len(tokens)} and {len(levels)} entries.")
-    table = NgramTable(memoryview(keys), memoryview(tokens), memoryview(levels), min(note["order"], LONGEST))
-    return table, int(tokens.max()) + 1
+        with np.load(file, allow_pickle=False) as opened:
+            keys, tokens, levels = (opened[name] for name in ("keys", "tokens", "levels"))
+            version, order = int(opened["format"]), int(opened["order"])
+    except Exception as error:  # of any kind: only the file can be the cause
+        reason = str(error).strip() or type(error).__name__
+        raise UsageError(
+            f"{file} is not a table of n-grams ({reason}): give a file that `hf-jacobi ngrams` wrote, or get it again "
+            "if it is damaged."
+        ) from error
+    if version != FORMAT:
+        raise UsageError(f"{file} has format {version}, and this hf_jacobi reads format {FORMAT}: update hf_jacobi.")
+    columns = ((keys, "int64", 1 << 63), (tokens, "int32", 1 << 31), (levels, "uint8", LEVELS))
+    valid = all(
+        column.ndim == 1 and len(column) and column.dtype == kind and column.min() >= 0 and column.max() < end
+        for column, kind, end in columns
+    )
+    if not (valid and len(keys) == len(tokens) == len(levels) and 1 <= order <= LONGEST):
+        raise UsageError(f"{file} is damaged: build it again with `hf-jacobi ngrams`.")
+    return NgramTable(memoryview(keys), memoryview(tokens), memoryview(levels), order), int(tokens.max()) + 1
 
 
 def table_for(model, name: str | None) -> NgramTable | None:
@@ -125,14 +133,7 @@ def load_table(name: str | None, checkpoint: str, vocabulary: int | None = None)
     if name is None:
         return None
     file = find_table(name, checkpoint)
-    if file is None:
-        from transformers.utils import logging  # here, since `drafting.py` works without it
-
-        place = checkpoint or "the checkpoint of the model"
-        logger = logging.get_logger(__name__)
-        logger.warning_once(f"{place} holds no {TABLE}, which its settings name: drafts do without.")
-        return None
-    return NgramTable.read(file, vocabulary)
+    return None if file is None else NgramTable.read(file, vocabulary)
 
 
 def checkpoint_of(model) -> str:
@@ -142,7 +143,8 @@ def checkpoint_of(model) -> str:
 
 def loaded_from(model, place: str | Path) -> None:
     """Remembers the folder or the repository of the adapter that a model was loaded with."""
-    setattr(model, PLACE, str(place))
+    folder = Path(place)
+    setattr(model, PLACE, str(folder.resolve() if folder.is_dir() else place))
 
 
 def find_table(name: str, checkpoint: str) -> Path | None:
@@ -153,35 +155,55 @@ def find_table(name: str, checkpoint: str) -> Path | None:
         name, checkpoint: as in `load_table`.
 
     Returns:
-        The file; `None` if the checkpoint has none.
+        The file; `None`, after a warning, if the checkpoint or a repository has none. The text does not depend on it.
 
     Raises:
         `UsageError`: another place has none.
     """
     own = name == TABLE
     place = checkpoint if own else name
-    here = Path(place).expanduser()
-    if not own and here.is_file():
+    try:
+        here = Path(place).expanduser()
+        is_file, is_folder = here.is_file(), bool(place) and here.is_dir()
+    except (OSError, RuntimeError) as error:  # no name of a file, no such user
+        raise UsageError(f"`ngram_table` names {name!r:.80}, which is no path: {error}.") from error
+    if is_file and not own:
         return here
-    if place and here.is_dir():
-        file: Path | None = here / TABLE if (here / TABLE).is_file() else None
-    else:
-        file = _on_hub(place) if place else None
-    if file is None and not own:
-        raise MissingFile(
-            f"`ngram_table` names {name}, where there is no table: build one with `hf-jacobi ngrams`, or set "
-            "ngram_table=None."
-        )
-    return file
+    if is_folder and (here / TABLE).is_file():
+        return here / TABLE
+    if own and (is_folder or not place):
+        _warn(f"drafts do without {TABLE}, which the settings name: {place or 'the checkpoint'} does not hold it")
+        return None
+    if own or (not is_folder and is_repository(place)):
+        return _on_hub(place)
+    raise MissingFile(
+        f"`ngram_table` names {name}, where there is no table: build one with `hf-jacobi ngrams`, or set "
+        "ngram_table=None."
+    )
 
 
-@functools.lru_cache(maxsize=16)
+def is_repository(name: str) -> bool:
+    """Whether a name can be that of a repository on the Hub."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
+
+
+_FOUND: dict[str, Path] = {}  # what was found on the Hub
+
+
 def _on_hub(repository: str) -> Path | None:
-    """The file of a table in a repository on the Hub, or in its cache here."""
+    """The file of a table in a repository on the Hub, or in its cache here; warns if there is none."""
     from transformers.utils import cached_file
 
-    try:
-        file = cached_file(repository, TABLE)
-    except (OSError, ValueError):
-        file = None
-    return Path(file) if file else None
+    if repository not in _FOUND:
+        try:
+            _FOUND[repository] = Path(cached_file(repository, TABLE) or "")
+        except (OSError, ValueError) as error:
+            _warn(f"drafts do without {TABLE} of {repository}: {' '.join(str(error).split())}")
+            return None
+    return _FOUND[repository]
+
+
+def _warn(message: str) -> None:
+    from transformers.utils import logging
+
+    logging.get_logger(__name__).warning_once(message)

@@ -210,11 +210,14 @@ def _changed(settings: Mapping[str, Any] | JacobiConfig | None) -> dict[str, Any
 
 
 def _with_present(grid: Sequence[Mapping[str, Any]], present: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """A grid that starts with the present settings and uses their seed, which affects sampled text but not speed."""
+    """
+    A grid that starts with the present settings and uses their table of n-grams, and their seed, which affects sampled
+    text but not speed.
+    """
     if present is None:
         return [dict(settings) for settings in grid]
-    seed = {name: value for name, value in present.items() if name == "seed"}
-    others = [{**settings, **seed} for settings in grid]
+    kept = {name: value for name, value in present.items() if name in ("seed", "ngram_table")}
+    others = [{**kept, **settings} for settings in grid]
     return [present, *(settings for settings in others if JacobiConfig(**settings) != JacobiConfig(**present))]
 
 

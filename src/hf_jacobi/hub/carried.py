@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from importlib import resources
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ..decoding.compat import requirement
 from ..decoding.files import write_whole
+from ..decoding.ngram_table import TABLE
 
 
 CARRIED = "custom_generate"
@@ -16,17 +18,19 @@ ENTRY = "generate"
 SETTINGS = "settings"
 # Identifies the file, in checkpoints that are published already too: keep the wording.
 ABOUT = '"""How this checkpoint decodes, where neither the call nor the generation config says so."""'
+REPOSITORY = re.compile(r"^ADAPTER = (.*)$", re.MULTILINE)
 RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import", re.MULTILINE)
 
 
-def write_decoder(folder: Path, settings: dict[str, Any], adapter: bool) -> None:
+def write_decoder(folder: Path, settings: dict[str, Any], adapter: str | None) -> None:
     """
     Writes the decoder: the entry point and every module that it imports, directly or indirectly.
 
     Args:
         folder: `custom_generate` in the checkpoint; must not exist yet.
         settings: the checkpoint's `decoding` and `jacobi`.
-        adapter: whether the checkpoint is an adapter; its `settings` then override the base's generation config.
+        adapter: the repository of an adapter, whose `settings` override the base's generation config, and which holds
+            its table of n-grams; `None` for a model.
     """
     package = resources.files("hf_jacobi")
     sources = {ENTRY: (package / "hub" / "custom_generate.py").read_text(encoding="utf-8")}
@@ -56,8 +60,8 @@ def rewrite_settings(folder: Path, settings: dict[str, Any]) -> bool:
     file = folder / CARRIED / f"{SETTINGS}.py"
     if not file.exists() or not file.read_text(encoding="utf-8").startswith(ABOUT):
         return False
-    source = _settings_source(settings, adapter=(folder / "adapter_config.json").exists())
-    write_whole(file, source)
+    found = REPOSITORY.search(file.read_text(encoding="utf-8"))
+    write_whole(file, _settings_source(settings, ast.literal_eval(found[1]) if found else None))
     return True
 
 
@@ -67,5 +71,8 @@ def is_carried(name: str) -> bool:
     return folder == CARRIED and "/" not in name and (name.endswith(".py") or name == "requirements.txt")
 
 
-def _settings_source(settings: dict[str, Any], adapter: bool) -> str:
-    return f"{ABOUT}\n\nADAPTER = {adapter}\nDECODING = {settings['decoding']!r}\nJACOBI = {settings['jacobi']!r}\n"
+def _settings_source(settings: dict[str, Any], adapter: str | None) -> str:
+    jacobi = settings["jacobi"]
+    if adapter and jacobi.get("ngram_table") == TABLE:  # the model that decodes is the base, which lacks this file
+        jacobi = jacobi | {"ngram_table": adapter}
+    return f"{ABOUT}\n\nADAPTER = {adapter!r}\nDECODING = {settings['decoding']!r}\nJACOBI = {jacobi!r}\n"

@@ -126,7 +126,8 @@ def load_draft_adapter(
         what = "one with an adapter" if getattr(model, "peft_config", None) else type(model).__name__
         raise UsageError(f"`model` must be a base model of transformers, got {what}: load it again.")
     _refuse_unknown(others, PeftModel.from_pretrained, PeftModel.load_adapter, hf_hub_download)
-    source = _source_of(path, others.get("subfolder") or "")
+    subfolder = others.get("subfolder") or ""
+    source = _source_of(path, subfolder)
     hub: dict[str, Any] = {name: others[name] for name in HUB if name in others}
     with _reading(source):
         config = PeftConfig.from_pretrained(source, **hub)
@@ -141,6 +142,7 @@ def load_draft_adapter(
             f"{source} is not for this {type(model).__name__}, which has no layer for {next(iter(held))}: load the "
             "base model that the adapter was trained on."
         )
+    loaded_from(unwrap(adapted), Path(source) / subfolder if Path(source).is_dir() else source)
     _decode_as_beside(adapted, source, hub)
     return enable(adapted)
 
@@ -217,7 +219,6 @@ def _decode_as_beside(model, source: str, hub: dict[str, Any]) -> None:
         beside = GenerationConfig.from_pretrained(source, **hub)
     except OSError:
         return
-    loaded_from(unwrap(model), source)
     own = unwrap(model).generation_config
     settings = {name: getattr(beside, name, None) for name in ("decoding", "jacobi")}
     if settings["jacobi"] is not None:

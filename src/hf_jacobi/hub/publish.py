@@ -216,11 +216,9 @@ def _save(model, folder: Path) -> Path:
     (folder / "generation_config.json").write_text(
         inner.generation_config.to_json_string(use_diff=True), encoding="utf-8"
     )
-    settings = JacobiConfig.coerce(getattr(inner.generation_config, "jacobi", None))
-    table = settings.ngram_table and find_table(settings.ngram_table, checkpoint_of(inner))
-    if table:
+    name = JacobiConfig.coerce(getattr(inner.generation_config, "jacobi", None)).ngram_table
+    if name == TABLE and (table := find_table(name, checkpoint_of(inner))):
         shutil.copyfile(table, folder / TABLE)
-        write_settings(folder, jacobi=settings.to_dict() | {"ngram_table": TABLE})
     if not any(is_weights(file.name) for file in folder.iterdir()):
         raise UsageError("only an adapter named 'default' can be published: create it under that name.")
     return folder
@@ -337,7 +335,7 @@ def _write_folder(
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, folder / name)
     _write_tokenizer(folder, tokenizer, checkpoint.base)
-    settings = write_settings(folder)
+    settings = write_settings(folder, jacobi=_with_own_table(folder, source))
     if settings["decoding"] not in DECODINGS:
         raise UsageError(
             f"generation_config.json: `decoding` must be one of {DECODINGS}, got {settings['decoding']!r}."
@@ -345,10 +343,7 @@ def _write_folder(
     if written is not None:
         _write_json(folder / CONFIG, written)
     else:
-        carried = settings
-        if adapter is not None and settings["jacobi"]["ngram_table"] == TABLE:  # not in the base model's repository
-            carried = settings | {"jacobi": settings["jacobi"] | {"ngram_table": repo_id}}
-        write_decoder(folder / CARRIED, carried, adapter=adapter is not None)
+        write_decoder(folder / CARRIED, settings, repo_id if adapter is not None else None)
     _remove_local_paths(folder, source)
     note = without_local_paths(_note(folder, checkpoint, settings), source)
     if plain:
@@ -359,6 +354,23 @@ def _write_folder(
     if settings["jacobi"]["ngram_table"] == TABLE and not (folder / TABLE).exists():
         doubts = [*doubts, f"generation_config.json names {TABLE}, which the folder lacks: drafts do without."]
     return [*doubts_of(written or {}), *doubts]
+
+
+def _with_own_table(folder: Path, source: Path) -> dict[str, Any]:
+    """
+    The settings of Jacobi decoding to publish, whose table of n-grams, if they name a file of this machine, becomes
+    part of the folder.
+    """
+    file = folder / "generation_config.json"
+    settings = JacobiConfig.coerce(read_json(file).get("jacobi") if file.exists() else None).to_dict()
+    name = settings["ngram_table"]
+    if name not in (None, TABLE) and not is_on_hub(name, source):
+        table = find_table(name, str(source))
+        if table is None:  # find_table has warned
+            return settings | {"ngram_table": None}
+        shutil.copyfile(table, folder / TABLE)
+        settings["ngram_table"] = TABLE
+    return settings
 
 
 def _remove_local_paths(folder: Path, source: Path) -> None:
@@ -382,13 +394,19 @@ def _write_evaluation(
     return evaluation, doubts
 
 
+def _comparable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings in which a table of n-grams has the name that publishing gives it, wherever it was measured."""
+    jacobi = settings["jacobi"]
+    return settings | {"jacobi": jacobi | {"ngram_table": jacobi.get("ngram_table") and TABLE}}
+
+
 def _check_measured(evaluation: dict[str, Any], settings: dict[str, Any]) -> list[str]:
     """Refuses figures measured with settings other than the published ones; warns if the settings are unknown."""
     again = "measure again with `hf-jacobi bench MODEL --evaluation MODEL/evaluation.json`"
     measured = evaluation.get("settings")
     if measured is None:
         return [f"The evaluation does not say with which settings it was measured: if they have changed, {again}."]
-    if measured != settings:
+    if _comparable(measured) != _comparable(settings):
         raise UsageError(
             f"the evaluation was measured with other settings than those published: {again}, or delete it."
         )

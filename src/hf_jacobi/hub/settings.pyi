@@ -2,6 +2,6 @@
 
 from typing import Any
 
-ADAPTER: bool
+ADAPTER: str | None  # its repository
 DECODING: str
 JACOBI: dict[str, Any]

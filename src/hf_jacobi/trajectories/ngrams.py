@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..decoding.errors import UsageError, check_range
-from ..decoding.files import write_whole
-from ..decoding.ngram_table import FORMAT, LEVELS, LONGEST, MASK, MULTIPLIER, NOTE, TABLE
+from ..decoding.files import read_json, write_whole
+from ..decoding.ngram_table import FORMAT, LEVELS, LONGEST, MASK, MULTIPLIER, TABLE
 from .pieces import token_array
 from .prompts import only_prompts
 
@@ -51,7 +51,7 @@ class Order:
 
 
 def build_ngram_table(
-    rows: Iterable[dict[str, Any]],
+    rows: Iterable[Mapping[str, Any]],
     output_dir: str | Path,
     *,
     order: int = 4,
@@ -66,9 +66,9 @@ def build_ngram_table(
     Args:
         rows: texts of the model that is to use the table, such as the trajectories that `collect_trajectories` wrote:
             `prompt_ids` and `completion_ids` of each, of which the completions are counted.
-        output_dir: the folder that receives `ngrams.safetensors`: that of the checkpoint, or any other.
+        output_dir: the folder that receives `ngrams.npz`: that of the checkpoint, or any other.
         order: the length of the longest context, from 1 to 8.
-        max_entries: the largest number of contexts, those seen most often; 13 bytes each. `None` for no limit.
+        max_entries: the largest number of contexts, those seen most often; 11 bytes each. `None` for no limit.
 
     Returns:
         The file.
@@ -85,32 +85,51 @@ def build_ngram_table(
     """
     check_range("`order`", order, 1, LONGEST, whole=True)
     check_range("`max_entries`", max_entries, 1, whole=True, optional=True)
+    folder = Path(output_dir).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file: name the folder that is to hold {TABLE}.")
     contexts, tokens = _targets(rows, order)
+    _check_vocabulary(folder, int(tokens.max()))
     keys, following, levels = _entries(count_orders(contexts, tokens), max_entries)
     if not len(keys):
         raise UsageError(
             f"the text has no context that is often followed by the same token ({len(tokens)} tokens were counted): "
             "give more or longer texts."
         )
-    from safetensors.numpy import save
-
-    columns = {"keys": keys, "tokens": following.astype(np.int32), "levels": levels.astype(np.uint8)}
-    note = {NOTE: json.dumps({"format": FORMAT, "order": order, "tokens_counted": len(tokens)})}
-    folder = Path(output_dir).expanduser()
+    content = io.BytesIO()
+    np.savez_compressed(
+        content,
+        keys=keys,
+        tokens=following.astype(np.int32),
+        levels=levels.astype(np.uint8),
+        format=np.array(FORMAT),
+        order=np.array(order),
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / TABLE, save(columns, note))
+    write_whole(folder / TABLE, content.getvalue())
     return folder / TABLE
 
 
-def _targets(rows: Iterable[dict[str, Any]], order: int) -> tuple[np.ndarray, np.ndarray]:
+def _check_vocabulary(folder: Path, largest: int) -> None:
+    """Refuses tokens that the model of a checkpoint does not have; `largest` is the largest of them."""
+    config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    size = (config.get("text_config") or config).get("vocab_size")
+    if isinstance(size, int) and largest >= size:
+        raise UsageError(
+            f"the texts have tokens up to {largest}, and the vocabulary of {folder} ends at {size - 1}: give texts of "
+            "this model."
+        )
+
+
+def _targets(rows: Iterable[Mapping[str, Any]], order: int) -> tuple[np.ndarray, np.ndarray]:
     """`[T, order]` the tokens before each token of the completions, -1 before the start, and `[T]` these tokens."""
     contexts, tokens = [], []
     rows = only_prompts(rows, PROMPT, COMPLETION)
     for number, row in enumerate(rows):
-        missing = [name for name in (PROMPT, COMPLETION) if name not in row]
+        missing = [name for name in COLUMNS if not isinstance(row, Mapping) or not _is_list(row.get(name))]
         if missing:
             raise UsageError(
-                f"row {number} has no `{missing[0]}`: give rows of `{PROMPT}` and `{COMPLETION}`, as "
+                f"row {number} has no list `{missing[0]}`: give rows of `{PROMPT}` and `{COMPLETION}`, as "
                 "`hf-jacobi collect` writes them."
             )
         prompt = token_array(row[PROMPT], f"`{PROMPT}` of row {number}")[-order:]
@@ -122,6 +141,10 @@ def _targets(rows: Iterable[dict[str, Any]], order: int) -> tuple[np.ndarray, np
     if not tokens:
         raise UsageError("there is no text to count: give rows whose `completion_ids` are not empty.")
     return np.concatenate(contexts).astype(np.int64), np.concatenate(tokens).astype(np.int64)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
 
 
 def keys_of(contexts: np.ndarray) -> np.ndarray:
