@@ -120,6 +120,11 @@ NAMES = [
         "adapters after a broken forward",
     ),
     ("_forward_hooks", lambda: torch.nn.Module(), "hooks of layers below a draft-only adapter"),
+    (
+        "_has_any_global_hook",
+        lambda: import_module("torch.nn.modules.module"),
+        "hooks of all modules, with a draft-only adapter",
+    ),
     ("_hf_hook", hooked, "draft-only adapters of models whose weights are offloaded"),
     ("lora_variant", adapted, "draft-only adapters"),
     ("alora_invocation_tokens", member("peft.LoraConfig"), "draft-only adapters"),

@@ -335,7 +335,7 @@ def test_an_adapter_is_saved_with_how_it_decodes(tmp_path):
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["decoding"] == "jacobi"
     assert (tmp_path / "out" / "adapter_config.json").exists()
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "library_name: peft" in card and "jacobi_config={\"block_size\": 4" in card
+    assert "library_name: peft" in card and 'jacobi_config={"block_size": 4' in card
 
 
 def test_a_model_by_name_and_bfloat16(tmp_path):

@@ -45,6 +45,9 @@ SURE = 0.6
 EARLY = 16
 CLEAR = 2.2
 CREDIT = 1.5
+BEYOND = (
+    0.5  # forwards by which what is lost already may exceed the account, where guesses promise more than they cost
+)
 
 
 class Odds:
@@ -290,10 +293,10 @@ class Economy:
 
     def _may_probe_adapter(self, guesses: int) -> bool:
         """Whether an adapter that does not pay takes part anyway, since nothing else shows how good it is."""
-        if self.with_adapter is None or self.probing > PROBES * self.progress:
+        if self.with_adapter is None:
             return False
         loss = self.cost(guesses, True) - self.cost(guesses)
-        if not self._may_lose(loss):
+        if self.probing + loss > PROBES * self.progress or not self._may_lose(loss):
             return False
         self.probing += loss
         return True
@@ -324,7 +327,7 @@ class Economy:
         What the adapter has lost does not count against other guesses, nor the reverse; what either has gained does.
         """
         lost = min(self.lost[adapter], sum(self.lost.values()))
-        return lost + loss <= (TRIAL if adapter else FREE) + ALLOWED * self.progress
+        return lost + max(loss, -BEYOND) <= (TRIAL if adapter else FREE) + ALLOWED * self.progress
 
     def took(self, guesses: int, progress: int, adapter: bool = False) -> None:
         """Counts a forward: how many guesses it tried, and how many tokens the shortest row now has."""

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 import transformers
+from torch.nn.modules.module import _has_any_global_hook
 from transformers import AttentionInterface, CompileConfig, StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
@@ -576,7 +577,8 @@ def has_weights_elsewhere(module: torch.nn.Module) -> bool:
 
 def has_hooks(module: torch.nn.Module) -> bool:
     """Whether a call of the module does anything besides its class's own forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(own) or _has_any_global_hook()
 
 
 # PEFT's activated LoRA, which draft-only adapters use. Its layers have the attribute `VARIANT` and take the argument

@@ -96,6 +96,7 @@ class DraftAdapter:
     def __init__(self, layers: list[LoraLayer]):
         self.layers = layers
         self._forwards: dict[LoraLayer, Callable[..., torch.Tensor]] = {}
+        self._bare: dict[LoraLayer, Callable[..., torch.Tensor]] = {}  # what is below layers without hooks
 
     @classmethod
     def of(cls, model) -> DraftAdapter | None:
@@ -119,6 +120,8 @@ class DraftAdapter:
             for layer in self.layers:
                 if _has_nothing_else(layer):
                     self._forwards[layer] = self._at_first(layer)
+                    if not has_hooks(layer):
+                        self._bare[layer] = _base_of(layer)
                     _listen(layer)
                 else:
                     handles.append(layer.register_forward_pre_hook(self._tell, with_kwargs=True))
@@ -129,6 +132,7 @@ class DraftAdapter:
             for layer in self._forwards:
                 _stop_listening(layer)
             self._forwards.clear()
+            self._bare.clear()
 
     def _tell(self, module, arguments, keywords=None):  # another thread can call without keywords during registration
         adapter, tokens = _FORWARD.get()
@@ -215,6 +219,14 @@ def _listening_class(cls: Any) -> type[LoraLayer]:
     class Listening(cls):
         below = cls
         over = staticmethod(_listening_class)
+
+        def __call__(self, *arguments, **keywords):
+            # Without the adapter, a layer takes no longer than the layer below it: forwards have hundreds of them.
+            if not keywords and not torch.compiler.is_compiling():
+                adapter, tokens = _FORWARD.get()
+                if adapter and not tokens and (bare := adapter._bare.get(self)):
+                    return bare(*arguments)
+            return super().__call__(*arguments, **keywords)
 
         def forward(self, *arguments, **keywords):
             if torch.compiler.is_compiling() and (tokens := _tokens_of_graph()) >= 0:
