@@ -45,9 +45,7 @@ SURE = 0.6
 EARLY = 16
 CLEAR = 2.2
 CREDIT = 1.5
-BEYOND = (
-    0.5  # forwards by which what is lost already may exceed the account, where guesses promise more than they cost
-)
+BEYOND = 0.5  # by which losses so far may exceed the account where guesses promise more than they cost
 
 
 class Odds:
