@@ -30,7 +30,7 @@ def add_parser(commands) -> None:
         "--order", type=positive, default=4, help="tokens of the longest context, up to 8 (default: 4)"
     )
     parser.add_argument(
-        "--max-entries", type=positive, default=500_000, help="contexts to keep, of about 8 bytes each (default: 500000)"
+        "--max-entries", type=positive, default=500_000, help="contexts to keep, about 8 bytes each (default: 500000)"
     )
     parser.set_defaults(run=run)
 

@@ -68,7 +68,7 @@ def build_ngram_table(
             `prompt_ids` and `completion_ids` of each, of which the completions are counted.
         output_dir: the folder that receives `ngrams.npz`: that of the checkpoint, or any other.
         order: the length of the longest context, from 1 to 8.
-        max_entries: the largest number of contexts, those seen most often; about 8 bytes each in the file. `None` for no limit.
+        max_entries: the largest number of contexts, those seen most often, about 8 bytes each. `None` for no limit.
 
     Returns:
         The file.
