@@ -19,6 +19,7 @@ from .ngram_table import LONGEST, NgramTable
 
 CONTEXT = max(CONTEXT_LENGTHS)  # the largest number of tokens by which n-grams are looked up
 MASK = (1 << 64) - 1
+LEAST_AHEAD = 0.03  # chance below which the search for the next tokens ends, since each takes some microseconds
 MEMORY = 0.7  # weight of the past in the running mean of how far a source is correct
 
 
@@ -350,6 +351,8 @@ class DraftRule:
         known = (list(prompt), self.pool, random.Random(seed), vocabulary, table)
         self.first_guesses = [source(*known) for source in FIRST_GUESSES[config.draft_init]]
         self.own, self.tabled = OwnPredictions(*known), TableNgrams(*known)
+        # How many candidates from earlier text the settings allow.
+        self._copies = max(config.pool_size, any(source.leads for source in self.first_guesses))
         self.lead = Lead([self.own, *(source for source in self.first_guesses if source.leads)])
         self.start = self.end = len(prompt)
         self.draft = Draft([])
@@ -428,11 +431,6 @@ class DraftRule:
         found = [tabled] if tabled else []
         return found + self.pool.continuations(self.text[-CONTEXT:], length, most - len(found))
 
-    @property
-    def _copies(self) -> int:
-        """How many candidates from earlier text the settings allow."""
-        return max(self.config.pool_size, any(source.leads for source in self.first_guesses))
-
     def _mixed(self, length: int) -> list[tuple[list[int], list[float]]]:
         """The continuation that takes each token from the table or from earlier text, whichever is likelier."""
         if self.table is None:
@@ -448,7 +446,7 @@ class DraftRule:
                 guesses.append((self.worth_of_tabled.chance(found[1]), found[0]))
             likelier, token = max(guesses, default=(0.0, 0))
             chance *= likelier
-            if chance < LEAST:
+            if chance < LEAST_AHEAD:
                 break
             tokens.append(token)
             chances.append(chance)

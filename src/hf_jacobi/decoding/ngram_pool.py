@@ -76,11 +76,13 @@ class NgramPool:
         for size in CONTEXT_LENGTHS:
             if size > longest or limit < 1 or length < 1:
                 continue
+            if len(found) >= limit:  # those found have longer matches than any that is left
+                break
             for text, end in reversed(self._ends.get(tuple(context[-size:]), ())):
                 if end == len(text):
                     continue
-                match = size
-                while match < min(longest, end) and text[end - 1 - match] == context[-1 - match]:
+                match, most = size, longest if longest < end else end
+                while match < most and text[end - 1 - match] == context[-1 - match]:
                     match += 1
                 if match > found.get(text[end], (0,))[0]:
                     found[text[end]] = (match, text, end)
