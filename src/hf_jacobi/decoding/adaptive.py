@@ -38,7 +38,7 @@ PROBES = 0.01  # share of the time spent on probes where nothing pays
 # The loss allowed, in forwards over one position: FREE in all, and ALLOWED for each token.
 FREE = 0.3
 ALLOWED = 0.01
-TRIAL = 0.8  # in place of FREE for forwards in which a draft-only adapter takes part, which have their own account
+TRIAL = 0.6  # in place of FREE for forwards in which a draft-only adapter takes part, which have their own account
 # The expected gain of guesses offsets their cost in that account: a share SURE of it, at first no more than a forward
 # for EARLY tokens of text; all of it where they promise CLEAR tokens per cost; never more than CREDIT forwards.
 SURE = 0.6
