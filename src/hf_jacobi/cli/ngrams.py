@@ -53,7 +53,7 @@ def run(arguments) -> int:
     rows = chain.from_iterable(only_prompts(rows, *COLUMNS) for rows in sources)
     file = build_ngram_table(rows, folder, order=arguments.order, max_entries=arguments.max_entries)
     entries = len(NgramTable.read(file))
-    print(f"{entries:,} contexts, {file.stat().st_size / 1e6:.1f} MB, written to {file}")
+    print(f"{entries:,} contexts, {file.stat().st_size / 1e3:,.0f} kB, written to {file}")
     if any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
         settings = folder / "generation_config.json"
         kept = read_json(settings) if settings.exists() else {}
@@ -63,5 +63,5 @@ def run(arguments) -> int:
         if decoding != "jacobi":
             print(wrapped(f"The settings keep decoding={decoding!r}; the table serves decoding='jacobi'."), end="")
     else:
-        print(wrapped(f'Use it by JacobiConfig(ngram_table="{folder}"), or copy it into the checkpoint.'), end="")
+        print(wrapped(f'Name it in calls, JacobiConfig(ngram_table="{folder}"), or build it in a checkpoint.'), end="")
     return 0
