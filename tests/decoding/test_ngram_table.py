@@ -116,10 +116,12 @@ def test_a_table_is_found_by_its_file_its_folder_or_its_repository(table, monkey
         return str(table / TABLE)
 
     monkeypatch.setattr("transformers.utils.cached_file", hub)
-    monkeypatch.setattr(ngram_table, "_FOUND", {})
-    assert find_table("someone/model", "") is None
+    monkeypatch.setattr(ngram_table, "_ASKED", {})
+    assert find_table("someone/model", "") is find_table("someone/model", "") is None
+    assert len(asked) == 1, "what was not found is not asked for again at once"
+    monkeypatch.setattr(ngram_table, "PATIENCE", 0.0)
     assert find_table("someone/model", "") == find_table(TABLE, "someone/model") == table / TABLE
-    assert asked == [("someone/model", TABLE)] * 2, "what was found is not looked for again, what was not found is"
+    assert asked == [("someone/model", TABLE)] * 2, "what was found is not asked for again"
 
 
 def test_a_table_that_is_not_there_is_refused(model, tmp_path):

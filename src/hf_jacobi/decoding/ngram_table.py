@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from bisect import bisect_left
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from .errors import MissingFile, UsageError
 TABLE = "ngrams.npz"  # not .safetensors: engines read every such file of a checkpoint as weights
 PLACE = "hf_jacobi_checkpoint"  # an attribute of a model
 FORMAT = 1
+PATIENCE = 600.0
 LEVELS = 16  # steps of a chance
 LONGEST = 8  # the largest number of tokens of a context
 MULTIPLIER = 0x5851F42D4C957F2D  # of Knuth's 64-bit generator MMIX
@@ -187,20 +189,25 @@ def is_repository(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not name.startswith(".")
 
 
-_FOUND: dict[str, Path] = {}  # what was found on the Hub
+_ASKED: dict[str, tuple[Path | None, float]] = {}  # what the Hub has of each repository, and when it was asked
 
 
 def _on_hub(repository: str) -> Path | None:
-    """The file of a table in a repository on the Hub, or in its cache here; warns if there is none."""
+    """
+    The file of a table in a repository on the Hub, or in its cache here; warns if there is none.
+
+    What is not found is not asked for again for `PATIENCE` seconds: without a network, an answer takes half a minute.
+    """
     from transformers.utils import cached_file
 
-    if repository not in _FOUND:
+    found, asked = _ASKED.get(repository, (None, -PATIENCE))
+    if found is None and time.monotonic() - asked >= PATIENCE:
         try:
-            _FOUND[repository] = Path(cached_file(repository, TABLE) or "")
+            found = Path(cached_file(repository, TABLE) or "")
         except (OSError, ValueError) as error:
             _warn(f"drafts do without {TABLE} of {repository}: {' '.join(str(error).split())}")
-            return None
-    return _FOUND[repository]
+        _ASKED[repository] = found, time.monotonic()
+    return found
 
 
 def _warn(message: str) -> None:
