@@ -64,7 +64,7 @@ setup(
     package_data={
         "hf_jacobi": [
             "py.typed",
-            # Nearly all of the wheel's 27 MB. Its demo would not run without them, and an extra cannot name a package
+            # Nearly all of the wheel's 25 MB. Its demo would not run without them, and an extra cannot name a package
             # of their own as long as no index has one.
             "checkpoints/*/*",
             "evaluation/metrics/*/*.py",
