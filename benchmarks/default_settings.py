@@ -17,8 +17,6 @@ times forwards (`--given` sets the curve instead); that time is reported separat
 from __future__ import annotations
 
 import argparse
-import copy
-import itertools
 import json
 import time
 from pathlib import Path
@@ -30,7 +28,7 @@ from benchmarks.decoding import COPIED
 from benchmarks.smollm2.prompts import prompts as kept_prompts
 from benchmarks.turns import take_turns
 from hf_jacobi.cli.demo_model import DEMO_MODEL
-from hf_jacobi.cli.models import encode, load, with_adapter
+from hf_jacobi.cli.models import encode, load, sharing_weights, with_adapter
 from hf_jacobi.decoding import timing
 from hf_jacobi.decoding.costs import CPU
 from hf_jacobi.decoding.mixin import unwrap
@@ -97,21 +95,16 @@ def _jacobi(settings: dict) -> dict:
     return {"decoding": "jacobi", "jacobi_config": settings}
 
 
-def _sharing_weights(model):
-    """A model of its own with the same weights, since calls that take turns must not share what a call changes."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return hf_jacobi.enable(copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}))
-
-
 def run(arguments) -> dict:
     """Decodes every prompt both ways and prints each result at once."""
     torch.set_num_threads(arguments.threads)
     model, tokenizer = load(arguments.model, arguments.dtype)
     hf_jacobi.enable(model)
     given = {} if arguments.given is None else {"position_cost": json.loads(arguments.given)}
-    ways = {"AR": (model, {"decoding": "ar"}), "Jacobi": (_sharing_weights(model), _jacobi(given))}
+    # Calls that take turns must not share what a call changes in a model, so each has a copy.
+    ways = {"AR": (model, {"decoding": "ar"}), "Jacobi": (sharing_weights(model), _jacobi(given))}
     if arguments.table:
-        ways["table"] = _sharing_weights(model), _jacobi(given | {"ngram_table": str(arguments.table)})
+        ways["table"] = sharing_weights(model), _jacobi(given | {"ngram_table": str(arguments.table)})
     if arguments.adapter:
         loaded = with_adapter(model, arguments.adapter)
         ways["adapter"] = hf_jacobi.enable(loaded.model), _jacobi(loaded.config.to_dict() | given)
@@ -122,17 +115,17 @@ def run(arguments) -> dict:
     rows = []
     for kind, prompt in prompts(arguments.prompts):
         inputs = encode(tokenizer, prompt, model.device)
-        best = raced(ways, inputs, arguments)
-        seconds, text, _ = best.pop("AR")
+        runs = raced(ways, inputs, arguments)
+        seconds, text, _ = runs.pop("AR")
         row = {"kind": kind, "tokens": len(text), "seconds": seconds}
-        for name, (took, tokens, rate) in best.items():
+        for name, (took, tokens, rate) in runs.items():
             faster = seconds / len(text) * len(tokens) / took  # per token: in half precision texts diverge
             row[name] = {"speedup": faster, "tokens_per_forward": rate, "identical": tokens == text}
         rows.append(row)
         figures = [
             f"  {name} {row[name]['speedup']:.3f}x TPF {row[name]['tokens_per_forward']:.2f}"
             + " *" * (not row[name]["identical"])
-            for name in best
+            for name in runs
         ]
         print(f"{kind:11}{len(text):>4} tokens  AR {seconds:6.2f} s{''.join(figures)}", flush=True)
     curves = {

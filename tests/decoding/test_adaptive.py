@@ -14,6 +14,7 @@ from hf_jacobi.decoding.adaptive import (
     FREE,
     MATCHED,
     PROBE,
+    PROBES,
     SUREST,
     TABLED,
     TRIAL,
@@ -265,3 +266,18 @@ def test_promises_that_fail_again_and_again_lose_no_more_than_the_account_allows
     assert tried >= 2, "what promises so much is tried"
     most = CURVES["cheap"].cost(16) - 1  # of the last try
     assert economy.lost[False] <= FREE + ALLOWED * 129 + BEYOND + most
+
+
+def test_a_probe_of_an_adapter_waits_until_its_budget_covers_it():
+    plain = CostCurve.of([[1, 1.0], [16, 1.2]])
+    economy = Economy(plain, CostCurve(((1, 1.0), (2, 1.5), (32, 1.9))))
+    row, first = Outlook([0.9], copied=[0.9]), None
+    for progress in range(2, 300, 2):
+        choice = economy.decide([row])
+        economy.took(choice.guesses, progress, choice.adapter)
+        if choice.adapter:
+            first = progress
+            break
+    loss = economy.cost(1, True) - economy.cost(1)
+    assert first is not None and loss <= PROBES * first
+    assert PROBES * (first - 4) <= loss

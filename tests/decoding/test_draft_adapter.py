@@ -262,3 +262,28 @@ def test_hooks_of_a_layer_below_the_adapter_are_called(tokens):
     with torch.no_grad(), adapter.listening(), adapter.on(tokens):
         model(torch.tensor([[3, 4, 5, 6]]))
     assert seen
+
+
+def test_a_layer_whose_adapter_is_off_runs_what_is_below_and_nothing_else(monkeypatch):
+    model = with_adapter()
+    adapter, ids = DraftAdapter.of(model), torch.tensor([[3, 4, 5, 6]])
+    calls = []
+    monkeypatch.setattr(
+        draft_adapter._listening_class(type(adapter.layers[0])), "forward", lambda *call: calls.append(1) or 1 / 0
+    )
+    with torch.no_grad(), adapter.listening(), adapter.on(0):
+        found = model.get_base_model()(ids).logits
+    with torch.no_grad(), model.disable_adapter():
+        assert torch.equal(found, model.get_base_model()(ids).logits) and not calls
+
+
+def test_hooks_of_all_modules_are_called_for_layers_whose_adapter_is_off():
+    model = with_adapter()
+    adapter, seen = DraftAdapter.of(model), set()
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *call: seen.add(module))
+    try:
+        with torch.no_grad(), adapter.listening(), adapter.on(0):
+            model.get_base_model()(torch.tensor([[3, 4, 5, 6]]))
+    finally:
+        handle.remove()
+    assert all({layer, layer.base_layer} <= seen for layer in adapter.layers)

@@ -194,6 +194,15 @@ def test_the_present_settings_compete_and_are_kept_unless_others_are_faster(cloc
     assert run(grid=(slower, faster))["jacobi"] == {**faster, "seed": 3}
 
 
+def test_all_settings_are_tried_with_the_present_table_of_n_grams(clock, tmp_path):
+    texts = [{"prompt_ids": [1], "completion_ids": [2, 3] * 9}]
+    present = {"block_size": 6, "ngram_table": str(hf_jacobi.build_ngram_table(texts, tmp_path))}
+    model = clock.timed(drafting(), lambda tokens: 0.01)
+    model.generation_config.jacobi = hf_jacobi.JacobiConfig(**present).to_dict()
+    report = tune(model, tiny_tokenizer(), PROMPTS, grid=({"block_size": 2},), max_new_tokens=6)
+    assert [row["settings"]["ngram_table"] for row in report["grid"]] == [present["ngram_table"]] * 2
+
+
 def test_the_present_settings_are_measured_even_if_their_prediction_is_low(clock):
     model = clock.timed(drafting(), lambda tokens: 0.01)
     present = {"block_size": 1, "pool_size": 0}

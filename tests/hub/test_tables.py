@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 import hf_jacobi
 from hf_jacobi import build_ngram_table
 from hf_jacobi.cli.models import find
+from hf_jacobi.decoding.config import write_settings
 from hf_jacobi.decoding.ngram_table import TABLE
-from hf_jacobi.hub.carried import CARRIED
+from hf_jacobi.hub.carried import CARRIED, rewrite_settings
 
 
 SETTINGS = {"position_cost": 0.02, "ngram_table": TABLE}
@@ -96,3 +97,25 @@ def test_an_adapter_drafts_from_the_table_beside_it(tmp_path, way):
             publish(tmp_path / "adapter", tmp_path / f"plain {there}", format="lora")
             without.append(forwards(hf_jacobi.load_draft_adapter(trained_model(), tmp_path / f"plain {there}")))
     assert 1.25 * without[1] < without[0]
+
+
+def test_a_folder_whose_settings_name_a_table_elsewhere_is_published_with_it_and_without_the_path(tmp_path):
+    source = checkpoint(tmp_path / "model")
+    table_in(tmp_path / "secret", tiny_model())
+    change(source / "generation_config.json", jacobi=SETTINGS | {"ngram_table": str(tmp_path / "secret")})
+    publish(source, tmp_path / "pushed")
+    assert (tmp_path / "pushed" / TABLE).read_bytes() == (tmp_path / "secret" / TABLE).read_bytes()
+    texts = [file for file in (tmp_path / "pushed").rglob("*") if file.suffix in (".json", ".py", ".md")]
+    assert texts and not [file for file in texts if "secret" in file.read_text()]
+    change(source / "generation_config.json", jacobi=SETTINGS | {"ngram_table": str(tmp_path / "nowhere")})
+    with pytest.raises(hf_jacobi.UsageError, match="where there is no table"):
+        publish(source, tmp_path / "again")
+
+
+def test_the_decoder_of_an_adapter_still_names_its_repository_after_it_was_tuned(tmp_path):
+    adapter_in(tmp_path / "adapter", tiny_model())
+    table_in(tmp_path / "adapter", tiny_model())
+    folder = publish(tmp_path / "adapter", tmp_path / "pushed")
+    assert rewrite_settings(tmp_path / "pushed", write_settings(tmp_path / "pushed", "jacobi", SETTINGS)), folder
+    written = (tmp_path / "pushed" / CARRIED / "settings.py").read_text()
+    assert "'ngram_table': 'someone/fast'" in written and "ADAPTER = 'someone/fast'" in written

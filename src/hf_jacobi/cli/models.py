@@ -367,6 +367,12 @@ def settings_beside(adapter: Path) -> dict[str, Any]:
         raise UsageError(f"{file}: {error}") from error
 
 
+def sharing_weights(model):
+    """A copy of a model that has the same weights in memory."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
 def with_adapter(model, folder: Path) -> Adapted:
     """
     The model with a PEFT adapter, which is merged into the weights unless it is draft-only. `model` is not changed.
@@ -410,11 +416,9 @@ def with_adapter(model, folder: Path) -> Adapted:
     drafts = is_draft_only(adapter)
     if not (drafts or is_for_all_tokens(adapter)):
         raise UsageError(f"{folder} is neither a LoRA for all tokens nor a draft-only one: give one of these.")
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    shared = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     try:
         with reading(str(folder)):
-            adapted = PeftModel.from_pretrained(shared, str(folder), config=adapter)
+            adapted = PeftModel.from_pretrained(sharing_weights(model), str(folder), config=adapter)
     except UsageError as error:
         if not isinstance(error.__cause__, (RuntimeError, ValueError)):
             raise

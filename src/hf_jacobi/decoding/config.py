@@ -76,8 +76,7 @@ class JacobiConfig:
         ngram_table (`str`, *optional*):
             A table of n-grams from text that this model wrote before (`build_ngram_table`): a file, or a folder or a
             repository on the Hub that holds `ngrams.npz`. The name `"ngrams.npz"` itself means the checkpoint that the
-            model was loaded from. The table's guesses are drafted beside the others and cost no
-            forward.
+            model was loaded from. The table's guesses are drafted beside the others and cost no forward.
 
     > Parameters that control randomness
 

@@ -217,7 +217,7 @@ def _with_present(grid: Sequence[Mapping[str, Any]], present: dict[str, Any] | N
     if present is None:
         return [dict(settings) for settings in grid]
     kept = {name: value for name, value in present.items() if name in ("seed", "ngram_table")}
-    others = [{**kept, **settings} for settings in grid]
+    others = [{**settings, **kept} for settings in grid]
     return [present, *(settings for settings in others if JacobiConfig(**settings) != JacobiConfig(**present))]
 
 
